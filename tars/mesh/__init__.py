@@ -1,0 +1,1 @@
+"""Drivers of the shared decisions: which deployments are wanted, who carries them out."""

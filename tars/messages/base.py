@@ -1,0 +1,46 @@
+"""The base of every message, and what goes with a call rather than in it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from tars.core.types import Deadline
+
+
+class Message(BaseModel):
+    """Frozen, strict (no "5" for 5) and closed: an unknown field is an error at the edge."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class NoParams(Message):
+    """A method that takes nothing."""
+
+
+class CallMeta(Message):
+    """`params._meta`: popped by the dispatcher before the params are checked."""
+
+    timeout_ms: int | None = Field(
+        None, ge=1, le=86_400_000, description="Time budget left, in ms; every hop takes its share off."
+    )
+    idempotency_key: str | None = Field(
+        None, min_length=1, max_length=200, description="A repeated key returns the first call's answer."
+    )
+    traceparent: str | None = Field(None, max_length=64, description="W3C trace context.")
+    hops: int = Field(0, ge=0, le=8, description="How often the call was forwarded; never forwarded again after 1.")
+
+
+@dataclass(frozen=True, slots=True)
+class CallContext:
+    """One call's surroundings: made by a face (rpc, web), carried to the router. `caller` is the API key's name, or `local`."""
+
+    deadline: Deadline
+    trace_id: str
+    method: str = ""
+    idempotency_key: str | None = None
+    hops: int = 0
+    caller: str = "local"
+    face: str = field(default="rpc")
+    """`rpc`, `openai`, `rest`: for logs and the status page."""

@@ -1,0 +1,269 @@
+"""Results of `rpc.*`, `node.*`, `models.*` and `mesh.*`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tars.messages.base import Message
+
+
+class PingResult(Message):
+    """`node.ping`'s answer."""
+
+    node: str
+    version: str
+    state: str = Field(description="`ready`, `loading`, `draining`.")
+
+
+class DeviceDescription(Message):
+    """One device as `node.describe` shows it; None is 'this device does not say'."""
+
+    id: str
+    kind: str
+    name: str
+    simulated: bool
+    memory_total_bytes: int
+    memory_free_bytes: int
+    memory_held_bytes: int
+    memory_capacity_bytes: int
+    unified_memory: bool
+    compute_capability: str | None
+    precision: str
+    temperature_celsius: int | None
+    utilisation_percent: int | None
+    power_watts: float | None
+    driver: str | None
+    notes: list[str]
+
+
+class LoadProgress(Message):
+    """How far a load is. Stages in order: `spawn`, `import`, `read`, `load`, `warm`, `ready`."""
+
+    stage: str
+    percent: float = Field(ge=0, le=100)
+
+
+class MeasuredSpeeds(Message):
+    """Measured on this replica; None until it was."""
+
+    prefill_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = None
+    texts_per_second: float | None = None
+
+
+class LoadedInfo(Message):
+    """What a worker says of its loaded model."""
+
+    model_kind: str
+    memory_bytes: int = Field(
+        description="Really taken by the worker: device memory on a GPU, resident growth on a CPU."
+    )
+    load_seconds: float
+    context: int | None = None
+    slots: int = 1
+    dimensions: int | None = None
+    max_input_tokens: int | None = None
+    has_chat_template: bool = False
+    architecture: str = ""
+    backend: str = Field("", description="`llama.cpp`, `torch fp32 cpu`...")
+    file_sha256: str | None = None
+    speeds: MeasuredSpeeds = Field(default_factory=MeasuredSpeeds)
+
+
+class ReplicaDescription(Message):
+    """One replica: where, in what state, how much it really takes."""
+
+    id: str
+    model: str
+    model_kind: str
+    variant: str
+    device: str
+    device_name: str
+    simulated: bool
+    state: str
+    progress: LoadProgress | None
+    estimated_bytes: int
+    info: LoadedInfo | None
+    restarts: int
+    active_calls: int
+    queued_calls: int
+    calls_total: int
+    last_error: str | None
+    reason: str = Field(description="Why it was placed here.")
+
+
+class RecentError(Message):
+    """One error that a caller got, for the status page; no content of the call."""
+
+    at: float = Field(description="Unix time, seconds.")
+    method: str
+    error_kind: str
+    message: str
+    trace_id: str
+
+
+class CallCounters(Message):
+    """Since the node started."""
+
+    total: int = 0
+    failed: int = 0
+    active: int = 0
+    by_method: dict[str, int] = Field(default_factory=dict)
+
+
+class NodeDescription(Message):
+    """`node.describe`'s answer: everything that a peer or a status page needs."""
+
+    node: str
+    name: str
+    version: str
+    state: str
+    started_at: float = Field(description="Unix time, seconds.")
+    uptime_seconds: float
+    platform: str
+    wsl2: bool
+    devices: list[DeviceDescription]
+    replicas: list[ReplicaDescription]
+    calls: CallCounters
+    recent_errors: list[RecentError]
+
+
+class DrainResult(Message):
+    """`node.drain` and `node.resume`."""
+
+    state: str
+    active_calls: int
+
+
+class PeerDescription(Message):
+    """One node as this node sees it; a single node sees itself."""
+
+    node: str
+    name: str
+    state: str
+    addresses: list[str]
+    coordinator: bool
+
+
+class PeersResult(Message):
+    """`mesh.peers`."""
+
+    peers: list[PeerDescription]
+
+
+class ModelParams(Message):
+    """A method about one model."""
+
+    model: str
+
+
+class DeployParams(Message):
+    """`models.deploy`: see `core.types.Deployment`."""
+
+    model: str
+    replicas: int = Field(1, ge=1, le=64)
+    context: int | None = Field(None, ge=64, le=1_048_576)
+    slots: int = Field(1, ge=1, le=256)
+    kv_type: str = Field("f16", pattern="^(f16|q8_0|q4_0)$")
+    variant: str | None = None
+    device: str | None = None
+
+
+class VerdictDescription(Message):
+    """Why a model went, or did not go, to one device."""
+
+    device: str
+    device_name: str
+    variant: str
+    accepted: bool
+    needed_bytes: int
+    free_bytes: int
+    reason: str
+
+
+class AssignmentDescription(Message):
+    """One planned replica."""
+
+    replica: str
+    model: str
+    variant: str
+    node: str
+    node_name: str = ""
+    device: str
+    device_name: str
+    needed_bytes: int
+    weights_bytes: int
+    kv_cache_bytes: int
+    compute_bytes: int
+    overhead_bytes: int
+    measured: bool
+    context: int
+    slots: int
+    gpu_layers: int
+    reason: str
+
+
+class RefusalDescription(Message):
+    """A model that fits nowhere, with bytes needed against bytes free per device."""
+
+    model: str
+    replicas_missing: int
+    remedy: str
+    verdicts: list[VerdictDescription]
+
+
+class PlanResult(Message):
+    """`mesh.plan`: the whole plan, also what `tars plan` prints."""
+
+    assignments: list[AssignmentDescription]
+    refusals: list[RefusalDescription]
+    devices: list[DeviceDescription]
+
+
+class ExplainResult(Message):
+    """`mesh.explain`: one model: where it is and why; why not elsewhere; what would make it fit."""
+
+    model: str
+    deployed: bool
+    assignments: list[AssignmentDescription]
+    verdicts: list[VerdictDescription]
+    remedy: str | None
+    replicas: list[ReplicaDescription]
+    text: str = Field(description="The same for people, a few lines.")
+
+
+class ModelDescription(Message):
+    """One model of the catalogue, or one that is served."""
+
+    name: str
+    aliases: list[str]
+    model_kind: str
+    variants: list[str]
+    description: str
+    licence: str
+    deployed: bool
+    replicas_wanted: int
+    replicas_ready: int
+    state: str = Field(description="`ready`, `loading`, `refused`, `failed`, `available`.")
+    local: bool = Field(description="True where this node has a file of it.")
+
+
+class ModelsResult(Message):
+    """`models.list`: deployed ones first."""
+
+    models: list[ModelDescription]
+
+
+class DeployResult(Message):
+    """`models.deploy`: what the plan makes of it; loading goes on after the answer."""
+
+    model: str
+    accepted: bool
+    assignments: list[AssignmentDescription]
+
+
+class RemoveResult(Message):
+    """`models.remove`."""
+
+    model: str
+    removed: bool

@@ -1,0 +1,1 @@
+"""From a call to the replica that answers it: router, targets, idempotency."""

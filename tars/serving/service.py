@@ -1,0 +1,113 @@
+"""What every face (JSON-RPC, OpenAI, REST, status page) may ask of a node. The composition root implements it; tests fake it.
+
+Law of this file: messages in, messages out; no HTTP, no JSON. Every method raises `TarsError`s and nothing else on purpose.
+Streams yield any number of `Delta` and end with exactly one result; closing one (`aclose`) cancels the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from tars.errors import TarsError
+from tars.messages.base import CallContext
+from tars.messages.inference import (
+    ChatParams,
+    ChatResult,
+    CompleteParams,
+    CompleteResult,
+    Delta,
+    EmbedParams,
+    EmbedResult,
+    TokenizeParams,
+    TokenizeResult,
+)
+from tars.messages.node import (
+    DeployParams,
+    DeployResult,
+    DrainResult,
+    ExplainResult,
+    ModelsResult,
+    NodeDescription,
+    PeersResult,
+    PingResult,
+    PlanResult,
+    RemoveResult,
+)
+
+
+class NodeService(Protocol):
+    """See the module's law."""
+
+    @property
+    def node_id(self) -> str:
+        """This node's id, for error data."""
+        ...
+
+    def ping(self) -> PingResult:
+        """Cheap: no probe, no await."""
+        ...
+
+    async def describe(self) -> NodeDescription:
+        """Devices (fresh within a second), replicas, counters."""
+        ...
+
+    def config(self) -> dict[str, object]:
+        """The configuration in force, as plain JSON, every secret replaced by `***`."""
+        ...
+
+    async def drain(self) -> DrainResult:
+        """Take no new inference calls; running ones go on. Idempotent."""
+        ...
+
+    async def resume(self) -> DrainResult:
+        """Undo `drain`."""
+        ...
+
+    def peers(self) -> PeersResult:
+        """The nodes that this node sees, itself included."""
+        ...
+
+    async def plan(self) -> PlanResult:
+        """The plan in force and what it refused."""
+        ...
+
+    async def explain(self, model: str) -> ExplainResult:
+        """Why here, why not there, what would make it fit."""
+        ...
+
+    def models(self) -> ModelsResult:
+        """Deployed models first, then what the catalogue knows."""
+        ...
+
+    async def deploy(self, params: DeployParams) -> DeployResult:
+        """Want a model; raises `DoesNotFit` (and wants nothing) where it fits nowhere."""
+        ...
+
+    async def remove(self, model: str) -> RemoveResult:
+        """Want it no longer; frees its memory."""
+        ...
+
+    def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
+        """Stream a chat answer."""
+        ...
+
+    def complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | CompleteResult]:
+        """Stream a completion."""
+        ...
+
+    async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
+        """Embed texts."""
+        ...
+
+    async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
+        """Token ids of a text."""
+        ...
+
+    def call_started(self, method: str) -> None:
+        """Count a call (faces call this once per call)."""
+        ...
+
+    def call_ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
+        """Count its end; an error goes to the status page's list."""
+        ...

@@ -1,0 +1,23 @@
+"""The one narrow protocol through which the router reaches whatever answers a call: a local worker, a peer, an upstream."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol
+
+from tars.core.types import Deadline
+from tars.messages.inference import ServedBy
+from tars.workers.engine import Event, Work
+
+
+class Target(Protocol):
+    """Something that runs one piece of work."""
+
+    @property
+    def served_by(self) -> ServedBy:
+        """Who it is, for the answer's metadata."""
+        ...
+
+    def run(self, work: Work, deadline: Deadline) -> AsyncIterator[Event]:
+        """Any number of `Delta`, then exactly one finished event, or a `TarsError`. Closing the iterator cancels the work, on the GPU too."""
+        ...

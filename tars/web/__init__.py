@@ -1,0 +1,1 @@
+"""The other faces of a node: OpenAI API, REST facade, status page."""
