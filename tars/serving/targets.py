@@ -19,5 +19,5 @@ class Target(Protocol):
         ...
 
     def run(self, work: Work, deadline: Deadline) -> AsyncIterator[Event]:
-        """Any number of `Delta`, then exactly one finished event, or a `TarsError`. Closing the iterator cancels the work, on the GPU too."""
+        """Any number of `Delta`, then one finished event, or a `TarsError`. Closing the iterator cancels the work (GPU too)."""
         ...
