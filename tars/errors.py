@@ -253,6 +253,14 @@ class DiskFull(ModelError):
     retryable = True
 
 
+class ModelFileMissing(ModelError):
+    """The catalogue knows the model, but its file is not on this PC."""
+
+    code = 1011
+    kind = "model_file_missing"
+    http_status = 409
+
+
 # --- the operator's, before a node serves ---------------------------------------------------------------------------
 
 

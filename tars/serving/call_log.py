@@ -1,0 +1,55 @@
+"""Counts of calls and the last errors, for `node.describe` and the status page. No content of a call is kept."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+
+from tars.errors import TarsError
+from tars.messages.node import CallCounters, RecentError
+
+KEEP_ERRORS = 50
+"""As many as a person reads on a status page."""
+
+
+class CallLog:
+    """`wall_clock` gives Unix seconds, for people."""
+
+    def __init__(self, wall_clock: Callable[[], float]):
+        self._wall_clock = wall_clock
+        self._by_method: Counter[str] = Counter()
+        self._active = 0
+        self._failed = 0
+        self._errors: deque[RecentError] = deque(maxlen=KEEP_ERRORS)
+
+    @property
+    def active(self) -> int:
+        """Calls between their start and their end now."""
+        return self._active
+
+    def started(self, method: str) -> None:
+        """Count a call."""
+        self._by_method[method] += 1
+        self._active += 1
+
+    def ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
+        """Count its end, and keep its error."""
+        self._active -= 1
+        if error is None:
+            return
+        self._failed += 1
+        self._errors.append(
+            RecentError(
+                at=self._wall_clock(), method=method, error_kind=error.kind, message=error.message, trace_id=trace_id
+            )
+        )
+
+    def counters(self) -> CallCounters:
+        """Since the node started."""
+        return CallCounters(
+            total=self._by_method.total(), failed=self._failed, active=self._active, by_method=dict(self._by_method)
+        )
+
+    def recent_errors(self) -> list[RecentError]:
+        """Newest first."""
+        return list(reversed(self._errors))

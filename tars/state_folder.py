@@ -1,0 +1,95 @@
+"""The one folder a node writes to: its id, its lock, and small JSON files that survive a crash at any moment.
+
+Law of this file: a reader never sees half a file. Every write goes to a `.partial` neighbour, is flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import uuid
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from tars.core.types import NodeId
+from tars.errors import ConfigError, DiskFull
+
+
+class StateFolder:
+    """A node's state folder, held by at most one process at a time (an `flock`, which ends with the process)."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._lock: int | None = None
+
+    def open(self) -> None:
+        """Make the folder (mode 0700) and take its lock. Raises `ConfigError` where it cannot be used, or another node uses it."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+            lock = os.open(self.path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise ConfigError(
+                f"the state folder {self.path} cannot be used ({error.strerror}); "
+                "choose another with --state-dir, or TARS_STATE_DIR in the environment"
+            ) from error
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.pread(lock, 32, 0).decode("ascii", "replace").strip()
+            os.close(lock)
+            raise ConfigError(
+                f"another tars-node{f' (process {holder})' if holder else ''} uses the state folder {self.path}; "
+                "stop it, or give this one its own with --state-dir"
+            ) from error
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+        self._lock = lock
+
+    def close(self) -> None:
+        """Give the lock back. Idempotent."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def node_id(self) -> NodeId:
+        """This node's id: made once, then always the same. A damaged file is replaced, so that a node always starts."""
+        stored = self.read_json("node.json")
+        try:
+            return NodeId(str(uuid.UUID(stored["id"])))
+        except (KeyError, TypeError, ValueError):
+            made = NodeId(str(uuid.uuid4()))
+            self.write_json("node.json", {"id": made})
+            return made
+
+    def read_json(self, name: str) -> Any:
+        """The value in the file, or {} where it is missing, unreadable or damaged."""
+        try:
+            return orjson.loads((self.path / name).read_bytes())
+        except (OSError, orjson.JSONDecodeError):
+            return {}
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace the file's content in one step. Raises `DiskFull`; then the old content stands."""
+        write_atomically(self.path / name, orjson.dumps(value, option=orjson.OPT_INDENT_2))
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write `content` so that the file holds either the old or the new bytes, whatever happens. Raises `DiskFull`, or `OSError`."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull(
+                f"the disk of the state folder is full, so {path.name} could not be saved; "
+                "nothing was lost: free some space and repeat the call"
+            ) from error
+        raise
