@@ -1,0 +1,130 @@
+"""How a model should run on a device: a device and a shape in, run-time settings out.
+
+Law of this file: pure decisions, each constant with its reason. What is measured per device at load time (flash attention, threads)
+may replace these defaults; nothing here measures.
+"""
+
+from __future__ import annotations
+
+from tars.core.types import DeviceKind, DeviceSnapshot, KvType, ModelKind, ModelShape, Precision, RuntimeSettings
+
+CONTEXT_MOST = 4096
+"""Tokens per slot unless somebody asks for more: fits a 7B with one slot on an 8 GB card; a trained 128k would cost 16 GiB of KV."""
+MICRO_BATCH_CUDA = 512
+"""llama.cpp's own default: larger ones speed a prefill up by little and grow the compute buffer in proportion."""
+MICRO_BATCH_CPU = 256
+"""Half of llama.cpp's default. The compute buffer on a CPU grows with it, and chunks of about 96 tokens are prefilled anyway (field
+notes, Engines), so that more would be reserved and never used."""
+BATCH_LEAST = 512
+"""Tokens that one `llama_decode` may carry: at least one chunk of prefill and one token for each slot."""
+BATCH_TOKENS_CUDA = 16384
+"""Embeddings: a card needs thousands of tokens in flight to be busy."""
+BATCH_TOKENS_CPU = 4096
+"""Embeddings: the budget measured best or near it on a CPU (field notes, Embeddings: 1,024 to 8,192 within a quarter of each other)."""
+BATCH_TOKENS_SMALL_CARD = 8192
+"""Embeddings on a card below 8 GiB: half the activations, so that a chat model fits beside them."""
+SMALL_CARD_BYTES = 8 * 2**30
+THREADS_MOST = 64
+"""llama.cpp loses speed to its barriers beyond a socket; more threads than this only wait."""
+FLASH_ATTENTION_FROM = (7, 0)
+"""Compute capability. Below Volta llama.cpp has no fast kernel for it. 1660 Super is 7.5."""
+BF16_FROM = (8, 0)
+"""Compute capability. `torch.cuda.is_bf16_supported()` says True on Turing too, by emulation (field notes, Devices)."""
+FP16_FROM = (7, 0)
+"""Compute capability of the first tensor cores."""
+NO_TENSOR_CORES = ("GTX 16", "GTX 10", "GTX 9", "MX450", "MX550", "T400", "T500", "T600", "T1000", "T1200")
+"""Turing boards of cc 7.5 without tensor cores, and their elders: half precision can give NaN there (field notes, Devices)."""
+
+
+def default_context(shape: ModelShape) -> int:
+    """Tokens per slot when a deployment names none: the trained context, at most `CONTEXT_MOST`."""
+    return max(1, min(CONTEXT_MOST, shape.context_trained))
+
+
+def precision_for(kind: DeviceKind, name: str, compute_capability: tuple[int, int] | None) -> Precision:
+    """The precision that a card is good at; fp32 where nothing is known, for it is right everywhere.
+
+    A CPU's precision is for its probe to say (AMX or AVX512-BF16); this answers fp32.
+    """
+    if kind is not DeviceKind.CUDA or compute_capability is None:
+        return Precision.FP32
+    if compute_capability >= BF16_FROM:
+        return Precision.BF16
+    if compute_capability >= FP16_FROM and not any(board in name for board in NO_TENSOR_CORES):
+        return Precision.FP16
+    return Precision.FP32
+
+
+def card_flash_attention(device: DeviceSnapshot) -> bool:
+    """Whether the card has a fast flash-attention kernel; a card whose capability could not be read is taken for a current one."""
+    if device.kind is not DeviceKind.CUDA:
+        return False
+    return device.compute_capability is None or device.compute_capability >= FLASH_ATTENTION_FROM
+
+
+def settings_for(
+    device: DeviceSnapshot,
+    entry_kind: ModelKind,
+    shape: ModelShape,
+    *,
+    context: int | None = None,
+    slots: int = 1,
+    kv_type: KvType = KvType.F16,
+) -> RuntimeSettings:
+    """How one replica of `shape` runs on `device`. `context` is tokens per slot; None takes `default_context`.
+
+    Raises `ValueError` for a context or a number of slots below 1.
+    """
+    context = default_context(shape) if context is None else context
+    if context < 1 or slots < 1:
+        raise ValueError(f"context and slots must be at least 1, not {context} and {slots}")
+    # A simulated device only declares memory; the work is done by this machine's CPU.
+    on_card = device.kind is DeviceKind.CUDA and not device.simulated
+    threads = _threads(device, on_card=on_card)
+    if entry_kind is not ModelKind.CHAT:
+        return RuntimeSettings(
+            context=min(context, max(1, shape.context_trained)),
+            slots=slots,
+            gpu_layers=-1 if on_card else 0,
+            threads=threads,
+            precision=_embedding_precision(device, on_card=on_card),
+            batch_tokens=_batch_tokens(device, on_card=on_card),
+        )
+    # Off on a CPU: 10-25 % faster there (field notes, Engines). A quantised V exists only with it.
+    flash_attention = (on_card and card_flash_attention(device)) or kv_type is not KvType.F16
+    most = MICRO_BATCH_CUDA if on_card else MICRO_BATCH_CPU
+    return RuntimeSettings(
+        context=context,
+        slots=slots,
+        gpu_layers=-1 if on_card else 0,
+        threads=threads,
+        batch=max(BATCH_LEAST, slots),
+        micro_batch=min(most, max(32, context * slots)),
+        flash_attention=flash_attention,
+        kv_type=kv_type,
+        # Pages of a mapped file are shared by workers of the same file and need no second copy while loading.
+        mmap=True,
+        precision=device.precision,
+    )
+
+
+def _threads(device: DeviceSnapshot, *, on_card: bool) -> int:
+    # On a card the CPU only launches kernels and samples: more than a few threads spin for nothing.
+    physical = device.cpu_threads or 1
+    return max(1, min(physical, 4 if on_card else THREADS_MOST))
+
+
+def _embedding_precision(device: DeviceSnapshot, *, on_card: bool) -> Precision:
+    if not on_card:
+        # A pretended card's precision says nothing about the CPU below it, and fp32 is right on every one.
+        return Precision.FP32 if device.kind is DeviceKind.CUDA else device.precision
+    if device.compute_capability is None:
+        return Precision.FP32
+    known = precision_for(device.kind, device.name, device.compute_capability)
+    return Precision.FP32 if Precision.FP32 in (known, device.precision) else known
+
+
+def _batch_tokens(device: DeviceSnapshot, *, on_card: bool) -> int:
+    if not on_card:
+        return BATCH_TOKENS_CPU
+    return BATCH_TOKENS_SMALL_CARD if device.memory_total < SMALL_CARD_BYTES else BATCH_TOKENS_CUDA
