@@ -1,0 +1,225 @@
+"""The router, with fake targets and no network."""
+
+import asyncio
+from contextlib import aclosing
+
+import pytest
+
+from tars.core.routing import Candidate
+from tars.core.types import Deadline, ModelKind, ReplicaId, ReplicaState
+from tars.errors import (
+    DeadlineExceeded,
+    DoesNotFit,
+    InvalidParams,
+    Overloaded,
+    PromptTooLong,
+    ReplicaFailed,
+    StillLoading,
+    UnknownModel,
+    WorkerCrashed,
+    WrongModelKind,
+)
+from tars.messages.base import CallContext
+from tars.messages.inference import ChatMessage, ChatParams, Delta, Generated, ServedBy, Timings, Usage
+from tars.serving.router import Router, ServedModel, no_replica_error
+
+WORK = ChatParams(messages=[ChatMessage(role="user", content="hello")])
+DONE = Generated(
+    text="hi",
+    finish_reason="stop",
+    usage=Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2),
+    timings=Timings(),
+)
+CHAT = ServedModel("chat-model", ModelKind.CHAT, ("chat-alias",))
+EMBEDDING = ServedModel("embedder", ModelKind.EMBEDDING, ())
+
+
+class FakeTarget:
+    """Plays a script: events to yield, or an exception to raise."""
+
+    def __init__(self, name, *script):
+        self.served_by = ServedBy(node="n", replica=name, device="d")
+        self.script = script
+        self.closed = False
+        self.runs = 0
+
+    async def run(self, work, deadline):
+        self.runs += 1
+        try:
+            for step in self.script:
+                if isinstance(step, BaseException):
+                    raise step
+                await asyncio.sleep(0)
+                yield step
+        finally:
+            self.closed = True
+
+
+class FakeFleet:
+    def __init__(self, *targets, models=(CHAT, EMBEDDING), queued=()):
+        self.targets = {target.served_by.replica: target for target in targets}
+        self._models = models
+        self._queued = dict(queued)
+
+    def models(self):
+        return self._models
+
+    def candidates(self, model):
+        return [
+            Candidate(ReplicaId(name), model, ModelKind.CHAT, ReplicaState.READY, queued=number)
+            for number, name in enumerate(self.targets)
+        ]
+
+    def target(self, replica):
+        return self.targets[replica]
+
+    def not_ready(self, model):
+        return StillLoading("loading", retry_after_ms=5)
+
+
+class Clock:
+    now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def call(at=10.0):
+    return CallContext(Deadline(at), "trace")
+
+
+async def collect(router, context=None):
+    async with aclosing(router.run(CHAT, WORK, context or call())) as events:
+        return [item async for item in events]
+
+
+async def test_yields_the_targets_events_with_who_served_them():
+    events = await collect(Router(FakeFleet(FakeTarget("a", Delta(text="hi"), DONE)), Clock()))
+    assert [event for event, _ in events] == [Delta(text="hi"), DONE]
+    assert [(a.replica, a.outcome) for a in events[-1][1].attempts] == [("a", "answered")]
+
+
+@pytest.mark.parametrize("failure", [Overloaded("full"), WorkerCrashed("died"), StillLoading("soon")])
+async def test_a_retryable_failure_before_the_first_event_moves_on_to_the_next_replica(failure):
+    first, second = FakeTarget("a", failure), FakeTarget("b", DONE)
+    events = await collect(Router(FakeFleet(first, second), Clock()))
+    assert [(a.replica, a.outcome) for a in events[-1][1].attempts] == [("a", failure.kind), ("b", "answered")]
+    assert first.closed
+    assert second.closed
+
+
+async def test_a_callers_own_mistake_is_never_tried_again():
+    second = FakeTarget("b", DONE)
+    with pytest.raises(PromptTooLong):
+        await collect(Router(FakeFleet(FakeTarget("a", PromptTooLong("long")), second), Clock()))
+    assert second.runs == 0
+
+
+async def test_a_failure_after_the_first_event_is_the_callers_to_see_and_nothing_is_repeated():
+    second = FakeTarget("b", DONE)
+    router = Router(FakeFleet(FakeTarget("a", Delta(text="h"), WorkerCrashed("died")), second), Clock())
+    seen = []
+
+    async def consume():
+        async for event, _ in router.run(CHAT, WORK, call()):
+            seen.append(event)
+
+    with pytest.raises(WorkerCrashed):
+        await consume()
+    assert seen == [Delta(text="h")]
+    assert second.runs == 0
+
+
+async def test_when_all_fail_the_last_error_is_raised():
+    router = Router(
+        FakeFleet(FakeTarget("a", Overloaded("a is full")), FakeTarget("b", Overloaded("b is full"))), Clock()
+    )
+    with pytest.raises(Overloaded, match="b is full"):
+        await collect(router)
+
+
+async def test_a_deadline_that_is_gone_starts_nothing():
+    target = FakeTarget("a", DONE)
+    with pytest.raises(DeadlineExceeded):
+        await collect(Router(FakeFleet(target), Clock()), call(at=0.0))
+    assert target.runs == 0
+
+
+async def test_without_a_ready_replica_the_fleets_reason_is_raised():
+    with pytest.raises(StillLoading):
+        await collect(Router(FakeFleet(), Clock()))
+
+
+async def test_closing_the_stream_closes_the_target():
+    target = FakeTarget("a", Delta(text="1"), Delta(text="2"), DONE)
+    events = Router(FakeFleet(target), Clock()).run(CHAT, WORK, call())
+    await anext(events)
+    assert not target.closed
+    await events.aclose()
+    assert target.closed
+
+
+async def test_learns_how_long_a_replica_takes():
+    clock = Clock()
+
+    class Slow(FakeTarget):
+        async def run(self, work, deadline):
+            clock.now += 2.0
+            yield DONE
+
+    router = Router(FakeFleet(Slow("a")), clock)
+    await collect(router)
+    assert router.seconds_per_call() == {"a": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "expected"),
+    [
+        ("chat-model", ModelKind.CHAT, CHAT),
+        ("chat-alias", ModelKind.CHAT, CHAT),
+        (None, ModelKind.EMBEDDING, EMBEDDING),
+    ],
+)
+def test_resolves_a_name_an_alias_and_the_only_model_of_a_kind(name, kind, expected):
+    assert Router(FakeFleet()).resolve(name, kind) == expected
+
+
+def test_an_unknown_model_names_the_nearest():
+    with pytest.raises(UnknownModel, match="did you mean 'chat-model'") as caught:
+        Router(FakeFleet()).resolve("chat-modle", ModelKind.CHAT)
+    assert caught.value.details["known"] == ["chat-model", "embedder"]
+
+
+def test_a_model_of_the_wrong_kind_names_the_right_one():
+    with pytest.raises(WrongModelKind, match="try chat-model"):
+        Router(FakeFleet()).resolve("embedder", ModelKind.CHAT)
+
+
+def test_no_name_among_several_models_is_refused_with_their_names():
+    fleet = FakeFleet(models=(CHAT, ServedModel("other", ModelKind.CHAT, ())))
+    with pytest.raises(InvalidParams, match="chat-model, other"):
+        Router(fleet).resolve(None, ModelKind.CHAT)
+
+
+def test_no_name_and_no_model_says_how_to_get_one():
+    with pytest.raises(UnknownModel, match="tars deploy"):
+        Router(FakeFleet(models=())).resolve(None, ModelKind.CHAT)
+
+
+@pytest.mark.parametrize(
+    ("states", "expected"),
+    [
+        ([ReplicaState.FAILED], ReplicaFailed),
+        ([ReplicaState.FAILED, ReplicaState.LOADING], StillLoading),
+        ([ReplicaState.RESTARTING], StillLoading),
+        ([ReplicaState.STOPPING], Overloaded),
+        ([], Overloaded),
+    ],
+)
+def test_the_error_without_a_ready_replica_follows_from_the_states(states, expected):
+    assert type(no_replica_error(states, "m")) is expected
+
+
+def test_an_unavailable_model_still_resolves_so_that_its_own_reason_can_be_told():
+    refused = ServedModel("big", ModelKind.CHAT, (), DoesNotFit("too big"))
+    assert Router(FakeFleet(models=(refused,))).resolve("big", ModelKind.CHAT).unavailable.kind == "does_not_fit"

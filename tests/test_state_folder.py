@@ -1,0 +1,76 @@
+"""A node's state folder: one process at a time, whole files only."""
+
+import errno
+import os
+import uuid
+
+import pytest
+
+from tars import state_folder
+from tars.errors import ConfigError, DiskFull
+from tars.state_folder import StateFolder, write_atomically
+
+
+@pytest.fixture
+def folder(tmp_path):
+    opened = StateFolder(tmp_path / "state")
+    opened.open()
+    yield opened
+    opened.close()
+    assert not list(opened.path.glob("*.partial"))
+
+
+def test_a_node_keeps_its_id_over_restarts(folder):
+    first = folder.node_id()
+    assert uuid.UUID(first)
+    assert StateFolder(folder.path).node_id() == first
+
+
+def test_a_damaged_id_file_is_replaced_by_a_good_one(folder):
+    (folder.path / "node.json").write_bytes(b'{"id": "not a uu')
+    made = folder.node_id()
+    assert uuid.UUID(made)
+    assert folder.node_id() == made
+
+
+def test_a_second_process_is_refused_with_the_holders_number(folder):
+    with pytest.raises(ConfigError, match=rf"process {os.getpid()}.*--state-dir"):
+        StateFolder(folder.path).open()
+
+
+def test_the_lock_is_free_again_after_close(tmp_path):
+    first = StateFolder(tmp_path)
+    first.open()
+    first.close()
+    second = StateFolder(tmp_path)
+    second.open()
+    second.close()
+
+
+def test_a_folder_that_cannot_be_made_says_what_to_do(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="--state-dir"):
+        StateFolder(tmp_path / "file" / "state").open()
+
+
+def test_a_missing_or_damaged_json_file_reads_as_empty(folder):
+    assert folder.read_json("nothing.json") == {}
+    (folder.path / "bad.json").write_text("{")
+    assert folder.read_json("bad.json") == {}
+
+
+def test_a_full_disk_keeps_the_old_content_and_leaves_no_partial_file(folder, monkeypatch):
+    folder.write_json("x.json", {"old": True})
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(state_folder.os, "fsync", full)
+    with pytest.raises(DiskFull, match="nothing was lost"):
+        folder.write_json("x.json", {"new": True})
+    assert folder.read_json("x.json") == {"old": True}
+
+
+def test_another_write_error_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_atomically(tmp_path / "missing" / "x.json", b"{}")
