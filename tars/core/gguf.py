@@ -63,6 +63,10 @@ class GgufError(ValueError):
     """The bytes are no GGUF file that TARS can serve. The message says what is wrong and what to do, and names no path."""
 
 
+class GgufHeaderLonger(GgufError):
+    """The header does not end within the bytes given, and the file has more: read more of it and try again."""
+
+
 @dataclass(frozen=True, slots=True)
 class GgufArray:
     """An array that was counted and skipped: `count` elements of value type `type` from `offset` on."""

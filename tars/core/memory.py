@@ -32,10 +32,6 @@ KV_PADDING = 256
 """llama.cpp pads the cells of a stream to a multiple of this (`llama_context`: `GGML_PAD(n_ctx_seq, 256)`)."""
 KV_BYTES: dict[KvType, tuple[int, int]] = {KvType.F16: (2, 1), KvType.Q8_0: (34, 32), KvType.Q4_0: (18, 32)}
 """Bytes per so many elements."""
-EMBEDDING_ARCHITECTURES = frozenset(
-    {"bert", "nomic-bert", "xlm-roberta", "roberta", "mpnet", "distilbert", "modernbert"}
-)
-"""Encoders: served by sentence-transformers, no KV cache."""
 
 
 def padded_context(context: int) -> int:
