@@ -1,8 +1,8 @@
 """The one narrow protocol behind which every engine stands.
 
 Law of this file: no engine package is imported here, and an engine knows nothing of pipes, asyncio or JSON-RPC. The child process
-(`process.py`) calls `load` once in the engine thread, then `submit`s work from its event loop; the engine answers through `emit`, from
-its own thread. Many sequences may be in flight: an engine with one slot queues them, one with many batches them.
+(`process.py`) calls `load` and then `run` in the one engine thread, and `submit`s work from its event loop; the engine answers through
+`emit`, from the engine thread. Many sequences may be in flight: an engine with one slot queues them, one with many batches them.
 """
 
 from __future__ import annotations
@@ -76,10 +76,14 @@ class Submission:
 
 
 class Engine(Protocol):
-    """See the module's law. All methods but `load` return at once."""
+    """See the module's law. All methods but `load` and `run` return at once and may be called from any thread."""
 
     def load(self, spec: LoadSpec, progress: Progress, emit: Emit) -> LoadedInfo:
         """Load and warm the model; blocks. Raises `errors.BadModelFile`, `errors.DoesNotFit` or `errors.ReplicaFailed`."""
+        ...
+
+    def run(self) -> None:
+        """Work until `unload` was called, then free everything and return; blocks, in the thread that called `load`."""
         ...
 
     def submit(self, submission: Submission) -> None:
@@ -99,5 +103,5 @@ class Engine(Protocol):
         ...
 
     def unload(self) -> None:
-        """Free everything; after it only the process's end follows."""
+        """Make `run` free everything and return; after it only the process's end follows."""
         ...

@@ -1,0 +1,60 @@
+"""The one place where a worker's event loop hands work to its engine thread.
+
+Law of this file: thread-safe, knows no engine. The engine thread takes everything that came since it last looked, at the top of a step.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+from tars.workers.engine import Submission
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What came since the last `take`, in order."""
+
+    submissions: list[Submission]
+    cancelled: set[int]
+    closed: bool
+
+
+class Inbox:
+    """Submissions, cancellations and the end."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._submissions: list[Submission] = []
+        self._cancelled: set[int] = set()
+        self._closed = False
+
+    def put(self, submission: Submission) -> None:
+        """Hand over one piece of work."""
+        with self._condition:
+            self._submissions.append(submission)
+            self._condition.notify()
+
+    def cancel(self, sequence: int) -> None:
+        """Ask for the end of a sequence, whether it was taken yet or not."""
+        with self._condition:
+            self._cancelled.add(sequence)
+            self._condition.notify()
+
+    def close(self) -> None:
+        """Ask the engine thread to end."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify()
+
+    def take(self, *, wait: bool) -> Taken:
+        """Everything new. With `wait` it blocks until there is something."""
+        with self._condition:
+            if wait:
+                self._condition.wait_for(lambda: self._submissions or self._cancelled or self._closed)
+            taken = Taken(self._submissions, self._cancelled, self._closed)
+            if self._submissions:
+                self._submissions = []
+            if self._cancelled:
+                self._cancelled = set()
+            return taken

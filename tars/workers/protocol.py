@@ -1,0 +1,89 @@
+"""What a node and a worker say to each other over the pipe.
+
+Law of this file: names and shapes only, shared by both ends. Requests go from the node to the worker, notifications both ways:
+
+| method | from | params | answered by |
+|---|---|---|---|
+| `worker.load` | node | a `LoadSpec` | `LoadedInfo`, after `worker.progress`es |
+| `worker.chat` `.complete` `.embed` `.tokenize` | node | `{work, timeout_ms}` | the `Finished`, after `worker.delta`s |
+| `worker.ping` | node | none | `Pong` |
+| `worker.cancel` (notification) | node | `{id}` | the cancelled call's error |
+| `worker.shutdown` (notification) | node | none | the end of the process |
+| `worker.progress` (notification) | worker | a `LoadProgress` | |
+| `worker.delta` (notification) | worker | `{id, delta}` | |
+
+A call's id is its sequence number in the engine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tars.errors import InternalError, TarsError
+from tars.messages.base import Message
+from tars.messages.inference import (
+    ChatParams,
+    CompleteParams,
+    Embedded,
+    EmbedParams,
+    Generated,
+    Tokenized,
+    TokenizeParams,
+)
+from tars.workers.engine import Finished, Work
+
+LOAD = "worker.load"
+PING = "worker.ping"
+CANCEL = "worker.cancel"
+SHUTDOWN = "worker.shutdown"
+PROGRESS = "worker.progress"
+DELTA = "worker.delta"
+
+WORK_OF: dict[str, type[Work]] = {
+    "worker.chat": ChatParams,
+    "worker.complete": CompleteParams,
+    "worker.embed": EmbedParams,
+    "worker.tokenize": TokenizeParams,
+}
+"""The params model of each kind of work."""
+
+METHOD_OF: dict[type[Work], str] = {work: method for method, work in WORK_OF.items()}
+
+RESULT_OF: dict[type[Work], type[Finished]] = {
+    ChatParams: Generated,
+    CompleteParams: Generated,
+    EmbedParams: Embedded,
+    TokenizeParams: Tokenized,
+}
+"""What ends each kind of work well."""
+
+
+class Pong(Message):
+    """A worker's answer to `worker.ping`, made by its event loop while the engine works."""
+
+    mark: int
+    """The engine's progress mark."""
+    in_flight: int
+    memory_bytes: int
+
+
+def request(number: int, method: str, params: dict[str, Any]) -> dict[str, Any]:
+    """A JSON-RPC request."""
+    return {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
+
+
+def notification(method: str, params: dict[str, Any]) -> dict[str, Any]:
+    """A JSON-RPC notification."""
+    return {"jsonrpc": "2.0", "method": method, "params": params}
+
+
+def result(number: int, value: Message) -> dict[str, Any]:
+    """A JSON-RPC success."""
+    return {"jsonrpc": "2.0", "id": number, "result": value.model_dump()}
+
+
+def failure(number: int, error: Exception) -> dict[str, Any]:
+    """A JSON-RPC error; whatever is not a `TarsError` is named a bug, without its text."""
+    if not isinstance(error, TarsError):
+        error = InternalError("The worker failed on this call; the node's log has the details.")
+    return {"jsonrpc": "2.0", "id": number, "error": error.to_json()}

@@ -1,0 +1,433 @@
+"""One replica's worker, as the node uses it: start it, call it, let it be restarted, stop it.
+
+Law of this file: the driver of `lifecycle.py`. It performs that machine's effects on a `child.Child`, keeps the calls in flight, and
+decides nothing about restarts itself. Everything runs in one event loop, without a lock: no method awaits between reading and writing
+the same state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from tars.core.types import Deadline, ReplicaState
+from tars.errors import (
+    DeadlineExceeded,
+    Draining,
+    InvalidParams,
+    Overloaded,
+    ReplicaFailed,
+    StillLoading,
+    TarsError,
+    WorkerCrashed,
+    from_json,
+)
+from tars.messages.inference import Delta
+from tars.messages.node import LoadedInfo, LoadProgress
+from tars.workers import lifecycle, protocol
+from tars.workers.child import Child, child_environment
+from tars.workers.engine import Event, Finished, LoadSpec, Work
+from tars.workers.lifecycle import Lifecycle, Limits
+from tars.workers.stdio import frame
+
+log = logging.getLogger("tars.worker")
+
+ENGINES: Mapping[str, str] = MappingProxyType(
+    {
+        "llama": "tars.workers.llama_engine:LlamaEngine",
+        "sentence-transformers": "tars.workers.embedding_engine:EmbeddingEngine",
+    }
+)
+"""`LoadSpec.engine` -> `module:Class`, imported in the child only."""
+
+LOAD_REQUEST = 0
+"""Id of `worker.load` on every child's pipe; calls count on from `_FIRST_CALL` and are never reused in a supervisor's life."""
+
+PING_REQUEST = 1
+
+_FIRST_CALL = 2
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerOptions:
+    """How workers are watched. Times in seconds; `[worker]` of the configuration, and `queue_per_replica` of `[limits]`."""
+
+    start_timeout_seconds: float = 120.0
+    """A load without any progress for so long is stuck: a 40 GB file from a slow disk still moves every few seconds."""
+    ping_interval_seconds: float = 2.0
+    hang_seconds: float = 20.0
+    """Far above the longest single step (a prefill chunk on a slow CPU), far below a caller's patience. At least three pings."""
+    backoff_initial_seconds: float = 0.5
+    backoff_most_seconds: float = 30.0
+    stop_seconds: float = 5.0
+    """From the request to end until SIGKILL."""
+    stable_seconds: float = 60.0
+    """READY for so long forgives earlier crashes."""
+    crash_limit: int = 6
+    """Quick crashes in a row until FAILED: with the backoff above about 30 s of trying."""
+    cool_down_seconds: float = 300.0
+    """From FAILED by crashes to the next single try."""
+    queue_limit: int = 64
+    """Calls that may wait behind the ones being served; one more is `Overloaded`."""
+    engines: Mapping[str, str] = field(default_factory=lambda: ENGINES)
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Added to every worker's environment."""
+
+    def limits(self) -> Limits:
+        """The times as the lifecycle takes them."""
+        return Limits(
+            start_timeout=self.start_timeout_seconds,
+            ping_interval=self.ping_interval_seconds,
+            hang=max(self.hang_seconds, 3 * self.ping_interval_seconds),
+            backoff_initial=self.backoff_initial_seconds,
+            backoff_most=self.backoff_most_seconds,
+            stop=self.stop_seconds,
+            stable=self.stable_seconds,
+            crash_limit=self.crash_limit,
+            cool_down=self.cool_down_seconds,
+        )
+
+
+class _Call:
+    """One call in flight: its events, until one of them ends it."""
+
+    __slots__ = ("events", "started", "work")
+
+    def __init__(self, work: Work, started: float) -> None:
+        self.work = work
+        self.started = started
+        self.events: asyncio.Queue[Event | TarsError] = asyncio.Queue()
+
+
+class ReplicaWorker:
+    """A replica and the worker that holds it, over all the worker's restarts.
+
+    `on_change` is called (in the event loop, synchronously) when `state`, `progress`, `info` or `last_error` changed.
+    """
+
+    def __init__(self, spec: LoadSpec, options: WorkerOptions, on_change: Callable[[ReplicaWorker], None]) -> None:
+        self.spec = spec
+        self.options = options
+        self.calls_total = 0
+        self._on_change = on_change
+        self._lifecycle = Lifecycle(options.limits())
+        self._child: Child | None = None
+        self._calls: dict[int, _Call] = {}
+        self._next_call = _FIRST_CALL
+        self._timer: asyncio.TimerHandle | None = None
+        self._draining = False
+        self._changed = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._load_started = 0.0
+        self._seconds_per_call = 1.0
+        self._pong: protocol.Pong | None = None
+        self._epitaph: list[str] = []
+
+    # --- what can be read ---
+
+    @property
+    def state(self) -> ReplicaState:
+        """Where the replica stands."""
+        inner = self._lifecycle.state
+        return ReplicaState.STOPPING if self._draining and inner is not ReplicaState.STOPPED else inner
+
+    @property
+    def progress(self) -> LoadProgress | None:
+        """How far the load is; None while none is under way."""
+        return self._lifecycle.progress
+
+    @property
+    def info(self) -> LoadedInfo | None:
+        """What was loaded; None while nothing is."""
+        return self._lifecycle.info
+
+    @property
+    def restarts(self) -> int:
+        """How often the worker was started again."""
+        return self._lifecycle.restarts
+
+    @property
+    def last_error(self) -> TarsError | None:
+        """Why the worker ended last time, or could not load."""
+        return self._lifecycle.last_error
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's process id; None where none runs."""
+        return self._child.pid if self._child is not None else None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Bytes that the worker holds now (its last pong's word); None before the first."""
+        return self._pong.memory_bytes if self._pong is not None else None
+
+    @property
+    def last_lines(self) -> list[str]:
+        """The worker's last printed lines, for the operator's eyes only: they may hold paths."""
+        return list(self._child.last_lines) if self._child is not None else self._epitaph
+
+    @property
+    def active_calls(self) -> int:
+        """Calls that the engine serves now."""
+        return min(len(self._calls), self._slots)
+
+    @property
+    def queued_calls(self) -> int:
+        """Calls that wait for a slot."""
+        return len(self._calls) - self.active_calls
+
+    @property
+    def _slots(self) -> int:
+        return self.info.slots if self.info is not None else 1
+
+    # --- life ---
+
+    async def start(self) -> None:
+        """Start the worker; returns at once, loading goes on."""
+        self._draining = False
+        self._happened(lifecycle.StartAsked())
+
+    async def wait_ready(self, timeout: float) -> LoadedInfo:
+        """Until it is READY, at most `timeout` seconds. Raises the load's error once FAILED, `Draining` once stopped, else
+        `StillLoading` (or `WorkerCrashed` during a backoff).
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                while self.state not in (ReplicaState.READY, ReplicaState.FAILED, ReplicaState.STOPPED):
+                    self._changed.clear()
+                    await self._changed.wait()
+        if self.state is not ReplicaState.READY:
+            raise self._not_ready()
+        assert self.info is not None
+        return self.info
+
+    async def stop(self, grace: float) -> None:
+        """Take no more calls, give the running ones `grace` seconds, then end the worker. Safe to call twice."""
+        self._draining = True
+        self._notify()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace):
+                await self._idle.wait()
+        self._fail_calls(Draining("The replica is being stopped. Send the call to another one, or again later."))
+        self._happened(lifecycle.StopAsked())
+        while (child := self._child) is not None:
+            await child.wait()
+
+    # --- calls ---
+
+    async def run(self, work: Work, deadline: Deadline) -> AsyncIterator[Event]:
+        """Any number of `Delta`, then one finished event. Closing the iterator cancels the work in the engine.
+
+        Raises `StillLoading`, `Overloaded`, `WorkerCrashed`, `Draining`, `ReplicaFailed`, `DeadlineExceeded`, or the engine's error.
+        """
+        number, call = self._begin(work, deadline)
+        finished = False
+        try:
+            while not finished:
+                event = await self._next_event(call, deadline)
+                finished = not isinstance(event, Delta)
+                if isinstance(event, TarsError):
+                    raise event
+                yield event
+        finally:
+            self._end(number, call, cancel=not finished)
+
+    def _begin(self, work: Work, deadline: Deadline) -> tuple[int, _Call]:
+        if self.state is not ReplicaState.READY or self._child is None:
+            raise self._not_ready()
+        if self.queued_calls >= self.options.queue_limit:
+            raise Overloaded(
+                f"{self.queued_calls} calls wait for this replica already, which is its bound. Try again in a moment.",
+                retry_after_ms=int(min(60.0, max(0.2, self._seconds_per_call)) * 1000),
+                details={"limit": self.options.queue_limit, "queued": self.queued_calls},
+            )
+        remaining = deadline.remaining(time.monotonic())
+        if remaining <= 0:
+            raise _too_late()
+        number = self._next_call
+        params = {"work": work.model_dump(exclude_unset=True), "timeout_ms": max(1, int(remaining * 1000))}
+        try:
+            data = frame(protocol.request(number, protocol.METHOD_OF[type(work)], params))
+        except TypeError:
+            raise InvalidParams(
+                "The call holds something that JSON cannot carry: half of a surrogate pair, an integer over 64 bits, "
+                "or more than 250 levels of nesting. Take it out."
+            ) from None
+        self._next_call += 1
+        self.calls_total += 1
+        call = self._calls[number] = _Call(work, time.monotonic())
+        self._idle.clear()
+        self._child.send_bytes(data)
+        return number, call
+
+    async def _next_event(self, call: _Call, deadline: Deadline) -> Event | TarsError:
+        if not call.events.empty():
+            return call.events.get_nowait()
+        try:
+            async with asyncio.timeout(deadline.remaining(time.monotonic())):
+                return await call.events.get()
+        except TimeoutError:
+            raise _too_late() from None
+
+    def _end(self, number: int, call: _Call, *, cancel: bool) -> None:
+        was_known = self._calls.pop(number, None) is not None
+        if cancel and was_known and self._child is not None:
+            self._child.send(protocol.notification(protocol.CANCEL, {"id": number}))
+        # A moving average over about ten calls: what `Overloaded` tells callers to wait.
+        self._seconds_per_call += 0.1 * (time.monotonic() - call.started - self._seconds_per_call)
+        if not self._calls:
+            self._idle.set()
+
+    def _not_ready(self) -> TarsError:
+        """Why no call can be taken now."""
+        now = time.monotonic()
+        retry_after_ms = int(self._lifecycle.retry_after(now) * 1000)
+        match self.state:
+            case ReplicaState.STOPPING | ReplicaState.STOPPED:
+                return Draining(
+                    "The replica is stopped or being stopped. Send the call to another one, or again later."
+                )
+            case ReplicaState.FAILED:
+                return self.last_error or ReplicaFailed("The replica could not be loaded. See `tars status`.")
+            case ReplicaState.RESTARTING:
+                return WorkerCrashed(
+                    "The worker of this model ended and is being restarted. Send the call again.",
+                    retry_after_ms=retry_after_ms,
+                )
+            case _:
+                progress = self.progress or LoadProgress(stage="spawn", percent=0.0)
+                return StillLoading(
+                    f"The model is still loading (stage {progress.stage}, {progress.percent:.0f} %). Send the call again later.",
+                    retry_after_ms=_load_left_ms(progress.percent, now - self._load_started),
+                    details={"stage": progress.stage, "percent": round(progress.percent, 1)},
+                )
+
+    def _fail_calls(self, error: TarsError) -> None:
+        for number, call in list(self._calls.items()):
+            call.events.put_nowait(error)
+            if self._child is not None and self._lifecycle.state is ReplicaState.READY:
+                self._child.send(protocol.notification(protocol.CANCEL, {"id": number}))
+        self._calls.clear()
+        self._idle.set()
+
+    # --- the lifecycle's driver ---
+
+    def _happened(self, event: lifecycle.Happening) -> None:
+        before = self._visible()
+        for effect in self._lifecycle.handle(event, time.monotonic()):
+            self._perform(effect)
+        self._set_timer()
+        if self._visible() != before:
+            self._notify()
+
+    def _visible(self) -> tuple[object, ...]:
+        machine = self._lifecycle
+        return (machine.state, machine.progress, machine.info, machine.last_error, machine.restarts)
+
+    def _notify(self) -> None:
+        self._changed.set()
+        try:
+            self._on_change(self)
+        except Exception:
+            log.exception("%s: the observer of this worker failed", self.spec.replica)
+
+    def _perform(self, effect: lifecycle.Effect) -> None:
+        match effect:
+            case lifecycle.Spawn():
+                self._spawn()
+            case lifecycle.SendPing():
+                self._send(protocol.request(PING_REQUEST, protocol.PING, {}))
+            case lifecycle.SendShutdown():
+                self._send(protocol.notification(protocol.SHUTDOWN, {}))
+            case lifecycle.Kill(cause):
+                log.warning("%s: killing the worker: %s", self.spec.replica, cause)
+                if self._child is not None:
+                    self._child.kill()
+            case lifecycle.FailCalls(error):
+                self._fail_calls(error)
+
+    def _send(self, message: dict[str, Any]) -> None:
+        if self._child is not None:
+            self._child.send(message)
+
+    def _spawn(self) -> None:
+        engine = self.options.engines.get(self.spec.engine)
+        assert engine is not None, f"no engine is called {self.spec.engine}"
+        self._load_started = time.monotonic()
+        environment = child_environment(self.spec, os.environ, self.options.environment)
+        child = Child(
+            self.spec,
+            engine,
+            environment,
+            lambda message: self._receive(child, message),
+            lambda cause: self._ended(child, cause),
+        )
+        self._child = child
+        child.send(protocol.request(LOAD_REQUEST, protocol.LOAD, self.spec.model_dump()))
+
+    def _set_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if (at := self._lifecycle.next_wake()) is not None:
+            delay = max(0.0, at - time.monotonic())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._happened, lifecycle.Tick())
+
+    def _ended(self, child: Child, cause: str) -> None:
+        if child is not self._child:
+            return
+        if self._lifecycle.state in lifecycle.RUNNING:
+            log.warning("%s: the worker ended: %s", self.spec.replica, cause)
+        self._epitaph = list(child.last_lines)
+        self._child = None
+        self._pong = None
+        self._happened(lifecycle.ProcessEnded(cause))
+
+    def _receive(self, child: Child, message: dict[str, Any]) -> None:
+        if child is not self._child:
+            return
+        number, method = message.get("id"), message.get("method")
+        if method == protocol.DELTA:
+            params = message["params"]
+            if (call := self._calls.get(params["id"])) is not None:
+                call.events.put_nowait(Delta.model_validate(params["delta"]))
+        elif method == protocol.PROGRESS:
+            progress = LoadProgress.model_validate(message["params"])
+            self._happened(lifecycle.Progressed(progress.stage, progress.percent))
+        elif number == PING_REQUEST and "result" in message:
+            self._pong = protocol.Pong.model_validate(message["result"])
+            self._happened(lifecycle.PingAnswered(self._pong.mark, self._pong.in_flight))
+        elif number == LOAD_REQUEST:
+            self._load_answered(message)
+        elif isinstance(number, int) and (call := self._calls.get(number)) is not None:
+            call.events.put_nowait(_end_event(call.work, message))
+
+    def _load_answered(self, message: dict[str, Any]) -> None:
+        if "error" in message:
+            self._happened(lifecycle.LoadFailed(from_json(message["error"])))
+        else:
+            self._happened(lifecycle.Loaded(LoadedInfo.model_validate(message["result"])))
+
+
+def _end_event(work: Work, message: dict[str, Any]) -> Finished | TarsError:
+    if "error" in message:
+        return from_json(message["error"])
+    return protocol.RESULT_OF[type(work)].model_validate(message["result"])
+
+
+def _too_late() -> DeadlineExceeded:
+    return DeadlineExceeded("The call's time budget is used up; the work was stopped. Give it a larger `timeout_ms`.")
+
+
+def _load_left_ms(percent: float, elapsed: float) -> int:
+    """Time left by the rule of three, between half a second and half a minute: early percents say little."""
+    left = elapsed * (100.0 - percent) / percent if percent > 0 else 5.0
+    return int(min(30.0, max(0.5, left)) * 1000)

@@ -1,0 +1,130 @@
+"""An engine without a model, driven by its prompts: how the tests make a worker crash, hang, print and dawdle on demand.
+
+`LoadSpec.path` decides the load: `ok`, `slow:<path>` (goes on until that file exists), `bad-file`, `abort`, `raise`, `stuck` (no progress),
+`crash-once:<path>` (aborts the first time; the file remembers).
+A prompt decides the call: `count N` (N deltas), `forever`, `abort`, `hang` (the engine thread sleeps for ever), `print` (native prints),
+`fail`, `bug`; an embedding answers its texts' lengths.
+"""
+
+from __future__ import annotations
+
+import base64
+import ctypes
+import os
+import struct
+import time
+from pathlib import Path
+
+from tars.errors import BadGrammar, BadModelFile, Cancelled, DeadlineExceeded
+from tars.messages.inference import CompleteParams, Delta, Embedded, EmbedParams, Generated, Timings, Tokenized, Usage
+from tars.messages.node import LoadedInfo
+from tars.workers.engine import Emit, LoadSpec, Progress, Submission
+from tars.workers.inbox import Inbox
+
+
+class FakeEngine:
+    def __init__(self) -> None:
+        self._inbox = Inbox()
+        self._mark = 0
+        self._emit: Emit = lambda sequence, event: None
+
+    def load(self, spec: LoadSpec, progress: Progress, emit: Emit) -> LoadedInfo:
+        self._emit = emit
+        progress("import", 5.0)
+        what, _, argument = spec.path.partition(":")
+        if what == "bad-file":
+            raise BadModelFile("The file is not a model.")
+        if what == "raise":
+            raise RuntimeError("secret /path")
+        if what == "abort":
+            os.abort()
+        if what == "stuck":
+            time.sleep(3600)
+        if what == "crash-once" and not Path(argument).exists():
+            Path(argument).touch()
+            os.abort()
+        if what == "slow":
+            percent = 10.0
+            while not Path(argument).exists():
+                progress("load", percent)
+                percent = min(90.0, percent + 1.0)
+                time.sleep(0.01)
+        os.write(1, b"Content-Length: 5\r\n\r\nloud!")
+        return LoadedInfo(model_kind="chat", memory_bytes=1, load_seconds=0.0, slots=spec.slots)
+
+    def submit(self, submission: Submission) -> None:
+        self._inbox.put(submission)
+
+    def cancel(self, sequence: int) -> None:
+        self._inbox.cancel(sequence)
+
+    def memory_bytes(self) -> int:
+        return 4711
+
+    def progress_mark(self) -> int:
+        return self._mark
+
+    def unload(self) -> None:
+        self._inbox.close()
+
+    def run(self) -> None:
+        waiting: list[Submission] = []
+        cancelled: set[int] = set()
+        while True:
+            taken = self._inbox.take(wait=not waiting)
+            if taken.closed:
+                return
+            waiting += taken.submissions
+            cancelled |= taken.cancelled
+            for submission in [one for one in waiting if one.sequence in cancelled]:
+                waiting.remove(submission)
+                self._emit(submission.sequence, Cancelled("cancelled"))
+            if waiting:
+                self._answer(waiting.pop(0), cancelled)
+
+    def _answer(self, submission: Submission, cancelled: set[int]) -> None:
+        self._mark += 1
+        number, work = submission.sequence, submission.work
+        if isinstance(work, EmbedParams):
+            texts = [work.input] if isinstance(work.input, str) else work.input
+            vectors = [base64.b64encode(struct.pack("<f", len(text))).decode() for text in texts]
+            self._emit(number, Embedded(vectors=vectors, dimensions=1, prompt_tokens=len(texts), timings=Timings()))
+            return
+        if not isinstance(work, CompleteParams):
+            self._emit(number, Tokenized(tokens=[1, 2, 3]))
+            return
+        what, _, argument = work.prompt.partition(" ")
+        if what == "abort":
+            os.abort()
+        if what == "hang":
+            time.sleep(3600)
+        if what == "print":
+            os.write(1, b"raw noise\r\n\r\n")
+            libc = ctypes.CDLL(None)
+            libc.printf(b"Content-Length: 3\r\n\r\nC printf %d\n", 1)
+            libc.fflush(None)
+            print("python print")
+        if what == "fail":
+            self._emit(number, BadGrammar("no such grammar"))
+            return
+        if what == "bug":
+            self._emit(number, ValueError("secret /path"))
+            return
+        wanted = int(argument) if what == "count" else 10**9 if what == "forever" else 1
+        for index in range(wanted):
+            self._mark += 1
+            taken = self._inbox.take(wait=False)
+            for late in taken.submissions:
+                self._inbox.put(late)
+            cancelled |= taken.cancelled
+            if number in cancelled:
+                self._emit(number, Cancelled("cancelled"))
+                return
+            if submission.deadline is not None and time.monotonic() > submission.deadline:
+                self._emit(number, DeadlineExceeded("late"))
+                return
+            self._emit(number, Delta(text=f"{index} ", token_ids=[index]))
+            if what == "forever":
+                time.sleep(0.001)
+        usage = Usage(prompt_tokens=1, completion_tokens=wanted, total_tokens=wanted + 1)
+        self._emit(number, Generated(text="done", finish_reason="stop", usage=usage, timings=Timings()))

@@ -1,0 +1,376 @@
+"""The supervisor over real child processes with a fake engine: crash, kill, hang, stop, noise, restart, orphan."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tars.core.types import Deadline, ReplicaState
+from tars.errors import (
+    BadGrammar,
+    BadModelFile,
+    DeadlineExceeded,
+    Draining,
+    InvalidParams,
+    Overloaded,
+    ReplicaFailed,
+    StillLoading,
+    TarsError,
+    WorkerCrashed,
+)
+from tars.messages.inference import CompleteParams, Delta, Embedded, EmbedParams, Generated, Tokenized, TokenizeParams
+from tars.workers.engine import Event, LoadSpec, Work
+from tars.workers.supervisor import ReplicaWorker, WorkerOptions
+
+HERE = Path(__file__).parent
+
+FAST = {
+    "start_timeout_seconds": 10.0,
+    "ping_interval_seconds": 0.05,
+    "hang_seconds": 0.6,
+    "backoff_initial_seconds": 0.02,
+    "backoff_most_seconds": 0.1,
+    "stop_seconds": 2.0,
+    "crash_limit": 3,
+}
+"""Times short enough for tests, still several times what a busy two-core machine needs for a ping."""
+
+
+def spec(path: str = "ok", slots: int = 1) -> LoadSpec:
+    return LoadSpec(replica="fake@cpu#0", model="fake", engine="fake", path=path, slots=slots)
+
+
+def options(**changes: object) -> WorkerOptions:
+    environment = {"PYTHONPATH": str(HERE)}
+    return WorkerOptions(engines={"fake": "fake_engine:FakeEngine"}, environment=environment, **{**FAST, **changes})  # type: ignore[arg-type]  # a test's shorthand
+
+
+def soon(seconds: float = 20.0) -> Deadline:
+    return Deadline(time.monotonic() + seconds)
+
+
+Make = Callable[..., Awaitable[ReplicaWorker]]
+
+
+@pytest.fixture
+async def make() -> AsyncIterator[Make]:
+    """Starts workers; afterwards all of them must stop, leaving no process."""
+    workers: list[ReplicaWorker] = []
+    pids: set[int] = set()
+
+    async def start(path: str = "ok", *, slots: int = 1, ready: bool = True, **changes: object) -> ReplicaWorker:
+        def note(worker: ReplicaWorker) -> None:
+            if worker.pid is not None:
+                pids.add(worker.pid)
+
+        worker = ReplicaWorker(spec(path, slots), options(**changes), note)
+        workers.append(worker)
+        await worker.start()
+        if ready:
+            await worker.wait_ready(20)
+        return worker
+
+    yield start
+    for worker in workers:
+        await worker.stop(0)
+        assert worker.state is ReplicaState.STOPPED
+        assert worker.pid is None
+    assert not [pid for pid in pids if psutil.pid_exists(pid)]
+
+
+async def collect(worker: ReplicaWorker, work: Work, deadline: Deadline | None = None) -> list[Event]:
+    return [event async for event in worker.run(work, deadline or soon())]
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110  # the condition is another process's doing: nothing sets an event
+            await asyncio.sleep(0.005)
+
+
+async def test_events_arrive_in_order_and_end_with_the_result(make: Make) -> None:
+    worker = await make()
+    events = await collect(worker, CompleteParams(prompt="count 200"))
+    assert [event.text for event in events if isinstance(event, Delta)] == [f"{n} " for n in range(200)]
+    assert isinstance(events[-1], Generated)
+    assert worker.calls_total == 1
+    assert (worker.active_calls, worker.queued_calls) == (0, 0)
+
+
+async def test_every_kind_of_work_is_answered_with_its_result(make: Make) -> None:
+    worker = await make()
+    assert isinstance((await collect(worker, TokenizeParams(text="x")))[0], Tokenized)
+    assert isinstance((await collect(worker, EmbedParams(input=["a", "bb"])))[0], Embedded)
+
+
+async def test_native_prints_go_to_the_log_and_never_into_the_stream(make: Make) -> None:
+    worker = await make()
+    for _ in range(3):
+        assert isinstance((await collect(worker, CompleteParams(prompt="print")))[-1], Generated)
+    assert worker.restarts == 0
+    await until(lambda: "C printf 1" in worker.last_lines and "python print" in worker.last_lines)
+
+
+async def test_an_engines_error_reaches_the_caller_and_a_bug_reaches_it_without_its_text(make: Make) -> None:
+    worker = await make()
+    with pytest.raises(BadGrammar, match="no such grammar"):
+        await collect(worker, CompleteParams(prompt="fail"))
+    with pytest.raises(TarsError) as caught:
+        await collect(worker, CompleteParams(prompt="bug"))
+    assert caught.value.kind == "internal"
+    assert "secret" not in str(caught.value)
+    assert worker.state is ReplicaState.READY
+
+
+async def test_a_call_while_loading_is_told_stage_percent_and_when_to_come_back(make: Make, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+    worker = await make(f"slow:{gate}", ready=False)
+    await until(
+        lambda: worker.progress is not None and worker.progress.stage == "load" and worker.progress.percent > 20
+    )
+    with pytest.raises(StillLoading) as caught:
+        await collect(worker, CompleteParams(prompt="count 1"))
+    assert caught.value.details["stage"] == "load"
+    assert caught.value.details["percent"] > 20
+    assert caught.value.retry_after_ms is not None
+    with pytest.raises(StillLoading):
+        await worker.wait_ready(0.01)
+    gate.touch()
+    await worker.wait_ready(20)
+    assert worker.progress is None
+    assert worker.info is not None
+
+
+async def test_a_crash_mid_call_is_a_retryable_error_and_the_worker_comes_back(make: Make) -> None:
+    worker = await make()
+    pid = worker.pid
+    with pytest.raises(WorkerCrashed) as caught:
+        await collect(worker, CompleteParams(prompt="abort"))
+    assert caught.value.retryable
+    assert caught.value.retry_after_ms
+    assert "SIGABRT" in str(worker.last_error)
+    await worker.wait_ready(20)
+    assert worker.restarts == 1
+    assert worker.pid != pid
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+
+
+async def test_a_killed_worker_fails_all_its_calls_at_once(make: Make) -> None:
+    worker = await make(slots=2)
+    calls = [asyncio.create_task(collect(worker, CompleteParams(prompt="forever"))) for _ in range(3)]
+    await until(lambda: (worker.active_calls, worker.queued_calls) == (2, 1))
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGKILL)
+    for outcome in await asyncio.gather(*calls, return_exceptions=True):
+        assert isinstance(outcome, WorkerCrashed)
+    await worker.wait_ready(20)
+
+
+async def test_a_stopped_worker_counts_as_hung_and_is_replaced(make: Make) -> None:
+    worker = await make()
+    pid = worker.pid
+    assert pid
+    call = asyncio.create_task(collect(worker, CompleteParams(prompt="forever")))
+    await until(lambda: worker.active_calls == 1)
+    os.kill(pid, signal.SIGSTOP)
+    with pytest.raises(WorkerCrashed):
+        await call
+    await worker.wait_ready(20)
+    assert worker.pid != pid
+    assert "no answer" in str(worker.last_error)
+
+
+async def test_an_engine_that_hangs_behind_a_live_event_loop_is_replaced(make: Make) -> None:
+    worker = await make()
+    with pytest.raises(WorkerCrashed):
+        await collect(worker, CompleteParams(prompt="hang"))
+    assert "without progress" in str(worker.last_error)
+    await worker.wait_ready(20)
+
+
+async def test_a_long_busy_call_is_not_mistaken_for_a_hang(make: Make) -> None:
+    worker = await make()
+    with pytest.raises(DeadlineExceeded):
+        await collect(worker, CompleteParams(prompt="forever"), soon(1.5))
+    assert worker.restarts == 0
+
+
+async def test_closing_the_iterator_cancels_the_work_in_the_engine(make: Make) -> None:
+    worker = await make()
+    stream = worker.run(CompleteParams(prompt="forever"), soon())
+    assert isinstance(await anext(stream), Delta)
+    await stream.aclose()  # type: ignore[attr-defined]  # an async generator
+    assert worker.active_calls == 0
+    # The engine serves one call at a time: the next answer proves that the first was stopped.
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+
+
+async def test_the_deadline_ends_a_call_and_frees_the_engine(make: Make) -> None:
+    worker = await make()
+    started = time.monotonic()
+    with pytest.raises(DeadlineExceeded):
+        await collect(worker, CompleteParams(prompt="forever"), soon(0.2))
+    assert time.monotonic() - started < 2
+    with pytest.raises(DeadlineExceeded):
+        await collect(worker, CompleteParams(prompt="count 1"), Deadline(time.monotonic() - 1))
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+
+
+async def test_calls_beyond_the_queue_bound_are_refused(make: Make) -> None:
+    worker = await make(queue_limit=1)
+    calls = [asyncio.create_task(collect(worker, CompleteParams(prompt="forever"))) for _ in range(2)]
+    await until(lambda: worker.queued_calls == 1)
+    with pytest.raises(Overloaded) as caught:
+        await collect(worker, CompleteParams(prompt="count 1"))
+    assert caught.value.retry_after_ms
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+
+
+async def test_half_a_surrogate_pair_is_the_callers_error(make: Make) -> None:
+    worker = await make()
+    with pytest.raises(InvalidParams):
+        await collect(worker, CompleteParams(prompt="\ud800"))
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+
+
+async def test_nul_bytes_and_four_mebibytes_pass_through(make: Make) -> None:
+    worker = await make()
+    vectors = (await collect(worker, EmbedParams(input=["\0", "x" * 4 * 2**20])))[0]
+    assert isinstance(vectors, Embedded)
+    assert len(vectors.vectors) == 2
+
+
+async def test_a_bad_file_fails_for_good_without_a_restart_loop(make: Make) -> None:
+    worker = await make("bad-file", ready=False)
+    with pytest.raises(BadModelFile):
+        await worker.wait_ready(20)
+    assert worker.state is ReplicaState.FAILED
+    assert worker.restarts == 0
+    with pytest.raises(BadModelFile):
+        await collect(worker, CompleteParams(prompt="count 1"))
+
+
+@pytest.mark.parametrize("path", ["abort", "raise"])
+async def test_a_load_that_keeps_crashing_is_given_up_with_a_clear_message(make: Make, path: str) -> None:
+    worker = await make(path, ready=False)
+    with pytest.raises(ReplicaFailed, match="3 times in a row") as caught:
+        await worker.wait_ready(20)
+    assert worker.restarts == 2
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_load_that_crashed_once_is_tried_again(make: Make, tmp_path: Path) -> None:
+    worker = await make(f"crash-once:{tmp_path / 'crashed'}")
+    assert worker.restarts == 1
+
+
+async def test_a_load_without_progress_is_killed(make: Make) -> None:
+    worker = await make("stuck", ready=False, start_timeout_seconds=0.3, crash_limit=1)
+    with pytest.raises(ReplicaFailed, match="no progress of the load"):
+        await worker.wait_ready(20)
+
+
+async def test_stop_lets_running_calls_end_within_the_grace_and_refuses_new_ones(make: Make) -> None:
+    worker = await make()
+    stream = worker.run(CompleteParams(prompt="forever"), soon(0.4))
+    await anext(stream)
+    stopping = asyncio.create_task(worker.stop(20))
+    await until(lambda: worker.state is ReplicaState.STOPPING)
+    with pytest.raises(Draining):
+        await collect(worker, CompleteParams(prompt="count 1"))
+    with pytest.raises(DeadlineExceeded):
+        [event async for event in stream]
+    await stopping
+    assert worker.state is ReplicaState.STOPPED
+
+
+async def test_stop_ends_calls_that_outlast_the_grace(make: Make) -> None:
+    worker = await make()
+    call = asyncio.create_task(collect(worker, CompleteParams(prompt="forever")))
+    await until(lambda: worker.active_calls == 1)
+    await worker.stop(0.05)
+    with pytest.raises(Draining):
+        await call
+
+
+async def test_stop_kills_a_worker_that_does_not_end(make: Make) -> None:
+    worker = await make(stop_seconds=0.2, hang_seconds=20.0)
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGSTOP)
+    async with asyncio.timeout(10):
+        await worker.stop(0)
+
+
+async def test_a_stopped_replica_can_be_started_again(make: Make) -> None:
+    worker = await make()
+    await worker.stop(0)
+    with pytest.raises(TarsError):
+        await worker.wait_ready(1)
+    await worker.start()
+    await worker.wait_ready(20)
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+
+
+async def test_ctrl_c_and_termination_signals_leave_the_worker_to_the_node(make: Make) -> None:
+    worker = await make()
+    assert worker.pid
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(worker.pid, number)
+    assert await collect(worker, CompleteParams(prompt="count 5"))
+    assert worker.restarts == 0
+
+
+async def test_the_worker_sees_no_secret_and_only_its_device(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TARS_API_KEY", "hunter2")
+    monkeypatch.setenv("OPENAI_API_KEY", "hunter2")
+    worker = await make()
+    environment = psutil.Process(worker.pid).environ()
+    assert "hunter2" not in environment.values()
+    assert environment["CUDA_VISIBLE_DEVICES"] == ""
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["TOKENIZERS_PARALLELISM"] == "false"
+
+
+PARENT = """
+import asyncio, sys
+sys.path.insert(0, sys.argv[1])
+from tars.workers.engine import LoadSpec
+from tars.workers.supervisor import ReplicaWorker, WorkerOptions
+
+async def main():
+    options = WorkerOptions(engines={"fake": "fake_engine:FakeEngine"}, environment={"PYTHONPATH": sys.argv[1]})
+    worker = ReplicaWorker(LoadSpec(replica="r", model="m", engine="fake", path="ok"), options, lambda worker: None)
+    await worker.start()
+    await worker.wait_ready(20)
+    print(worker.pid, flush=True)
+    await asyncio.sleep(3600)
+
+asyncio.run(main())
+"""
+
+
+def test_a_node_killed_by_sigkill_leaves_no_orphan() -> None:
+    root = str(HERE.parents[1])
+    with subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(HERE)], stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": root}
+    ) as node:
+        assert node.stdout is not None
+        worker = psutil.Process(int(node.stdout.readline()))
+        node.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        worker.wait(10)
+    assert not worker.is_running()
