@@ -98,11 +98,19 @@ class Unauthorized(CallerError):
 
 
 class Forbidden(CallerError):
-    """A Host or Origin that this node does not serve (DNS rebinding), or a wrong content type."""
+    """A Host or Origin that this node does not serve (DNS rebinding)."""
 
     code = -32018
     kind = "forbidden"
     http_status = 403
+
+
+class UnsupportedMediaType(CallerError):
+    """A body that is not declared as JSON, which a web page could send without asking, or an unknown Content-Encoding."""
+
+    code = -32019
+    kind = "unsupported_media_type"
+    http_status = 415
 
 
 # --- not now --------------------------------------------------------------------------------------------------------
@@ -138,6 +146,15 @@ class PeerUnreachable(ServerStateError):
 
     code = -32012
     kind = "peer_unreachable"
+
+
+class BadPeerAnswer(ServerStateError):
+    """What answered is no JSON-RPC answer to the call: another program on that port, or a proxy's page. Not retried there."""
+
+    code = -32020
+    kind = "bad_peer_answer"
+    http_status = 502
+    retryable = False
 
 
 class Draining(ServerStateError):

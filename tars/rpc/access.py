@@ -1,0 +1,158 @@
+"""Who may call: Host, Origin, API key and content type of every request, on every route of the node's web application.
+
+Law of this file: exact comparisons only, made before a body is read; a refusal says what to configure and never what would have
+been right (no key, no list of keys). A name in DNS can be made to point at 127.0.0.1, so a browser's page could reach a node on
+loopback: it cannot forge Host, Origin or a JSON content type, and those three are what is checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import ipaddress
+from collections.abc import Awaitable, Callable
+
+import psutil
+from aiohttp import hdrs, web
+from multidict import CIMultiDictProxy
+
+from tars.errors import Forbidden, TarsError, Unauthorized, UnsupportedMediaType
+from tars.rpc.options import AccessOptions
+
+CALLER: web.RequestKey[str] = web.RequestKey("caller", str)
+"""Where the middleware leaves the caller's name (the API key's, or `local`) on the request."""
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+RenderError = Callable[[web.Request, TarsError], web.StreamResponse]
+"""How a face says an error in its own shape."""
+
+_WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
+"""Methods that may change something: a browser sends these across sites without asking, unless the content type is JSON."""
+_DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
+class Access:
+    """The checks. One per node; `allow_address` is told where the server really listens (a port of 0 is known only then)."""
+
+    def __init__(self, options: AccessOptions) -> None:
+        self._options = options
+        self._keys = tuple((name, _digest(key)) for name, key in options.api_keys.items())
+        self._hosts = frozenset(host.lower() for host in options.allowed_hosts)
+        self._origins = frozenset(origin.lower().rstrip("/") for origin in options.allowed_origins)
+
+    def allow_address(self, host: str, port: int) -> None:
+        """Accept `Host: host:port` and pages of this node itself; on loopback also its other names, on a wildcard each address."""
+        names = _names_of(host)
+        hosts = {f"{name}:{port}" for name in names}
+        for allowed in self._options.allowed_hosts:
+            if not _has_port(allowed):
+                hosts.add(f"{allowed.lower()}:{port}")
+        if port == _DEFAULT_PORTS["http"]:
+            hosts |= names
+        self._hosts |= hosts
+        self._origins |= {f"http://{one}" for one in hosts}
+
+    def check(self, method: str, headers: CIMultiDictProxy[str], *, needs_key: bool = True) -> str:
+        """The caller's name. Raises `Forbidden`, `Unauthorized` or `UnsupportedMediaType`."""
+        host = headers.getall(hdrs.HOST, ())
+        # The exact spelling first: lowering every header of every call costs more than the look-up.
+        if len(host) != 1 or (host[0] not in self._hosts and host[0].lower() not in self._hosts):
+            raise Forbidden(
+                "This node does not serve the name in the Host header (or there is not exactly one), so nothing was run. Use "
+                "the address that the node printed, or add the name to security.allowed_hosts in its configuration."
+            )
+        if hdrs.ORIGIN in headers:
+            origin = headers.getall(hdrs.ORIGIN)
+            if len(origin) != 1 or origin[0].lower() not in self._origins:
+                raise Forbidden(
+                    "This node does not answer web pages of that origin, so nothing was run. Add it to "
+                    "security.allowed_origins in the node's configuration if you trust the page."
+                )
+        if method in _WITH_BODY:
+            content_type = headers.get(hdrs.CONTENT_TYPE, "")
+            if content_type != "application/json" and not _is_json(content_type):
+                raise UnsupportedMediaType(
+                    "The body must be JSON and say so, so nothing was run. Send the header Content-Type: application/json."
+                )
+        if self._keys and needs_key:
+            return self._key_holder(headers)
+        return "local"
+
+    def _key_holder(self, headers: CIMultiDictProxy[str]) -> str:
+        scheme, _, key = headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+        given = _digest(key.strip())
+        holder = ""
+        # Every key is compared, whichever fits: the time tells nothing.
+        for name, digest in self._keys:
+            if hmac.compare_digest(digest, given):
+                holder = name
+        if not holder or scheme.lower() != "bearer":
+            raise Unauthorized(
+                "This node asks for an API key, and got none or a wrong one; nothing was run. Send the header "
+                "Authorization: Bearer KEY with a key of security.api_key in its configuration."
+            )
+        return holder
+
+
+def access_middleware(access: Access, render: RenderError, public: frozenset[str] = frozenset()) -> Handler:
+    """The checks for a whole application: put it first. `public` paths (a page without data, `/health`) need no key, and all the rest."""
+
+    @web.middleware
+    async def checked(request: web.Request, handler: Handler) -> web.StreamResponse:
+        try:
+            request[CALLER] = access.check(request.method, request.headers, needs_key=request.path not in public)
+        except TarsError as refusal:
+            response = render(request, refusal)
+            if isinstance(refusal, Unauthorized):
+                response.headers[hdrs.WWW_AUTHENTICATE] = "Bearer"
+            # The body was not read: what is left of it must not be taken for the next request.
+            response.force_close()
+            return response
+        return await handler(request)
+
+    return checked  # type: ignore[return-value]  # aiohttp calls a middleware with (request, handler); its own type says Handler here
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _is_json(content_type: str) -> bool:
+    kind, _, parameters = content_type.partition(";")
+    if kind.strip().lower() != "application/json":
+        return False
+    charset = parameters.strip().lower().replace(" ", "").replace('"', "")
+    return charset in ("", "charset=utf-8")
+
+
+def _has_port(host: str) -> bool:
+    return host.rpartition(":")[2].isdigit() and not (host.count(":") > 1 and not host.startswith("["))
+
+
+def _names_of(host: str) -> set[str]:
+    """How a Host header may write the address that was bound, without the port."""
+    if host.lower() == "localhost":
+        return {"localhost", "127.0.0.1", "[::1]"}
+    try:
+        address = ipaddress.ip_address(host.partition("%")[0])
+    except ValueError:
+        return {host.lower()}
+    if address.is_unspecified:
+        loopback = {"localhost", "127.0.0.1", "[::1]"}
+        found = (entry.address.partition("%")[0] for entries in psutil.net_if_addrs().values() for entry in entries)
+        return loopback | {_bracketed(one) for one in found if _is_ip(one)}
+    if address.is_loopback:
+        return {"localhost", "127.0.0.1", "[::1]", _bracketed(str(address))}
+    return {_bracketed(str(address))}
+
+
+def _is_ip(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _bracketed(address: str) -> str:
+    return f"[{address.lower()}]" if ":" in address else address

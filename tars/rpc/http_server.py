@@ -1,0 +1,202 @@
+"""`POST /rpc`: JSON-RPC over HTTP, and its streams as server-sent events.
+
+Law of this file: HTTP only; what a call means is the dispatcher's. What was dispatched is answered with 200 whatever came of it,
+and notifications with 204; a body of which nothing was run with its error's own status, and the same JSON error object in it.
+
+A stream (`Accept: text/event-stream` on a single call whose method streams, or where JSON is not accepted) is one event per
+JSON-RPC message: notifications, then the response with the call's id; an error after the stream began is that response. A batch is
+never streamed: where only `text/event-stream` is accepted, it is refused. Closing the connection cancels the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from time import monotonic
+
+from aiohttp import ClientPayloadError, hdrs, web
+from aiohttp.http_exceptions import HttpProcessingError
+from multidict import CIMultiDict
+
+from tars.errors import Cancelled, InvalidRequest, ParseError, TarsError
+from tars.messages.base import Message
+from tars.rpc.access import CALLER
+from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
+from tars.rpc.envelope import Call, Element, decode, encode_notification, too_large
+from tars.rpc.method_table import METHODS, MethodSpec
+from tars.rpc.methods import handlers_of
+from tars.rpc.options import RpcOptions
+from tars.serving.service import NodeService
+
+RPC_PATH = "/rpc"
+
+_JSON_HEADERS = CIMultiDict({hdrs.CONTENT_TYPE: "application/json"})
+_STREAM_HEADERS = {
+    hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
+    hdrs.CACHE_CONTROL: "no-store",
+    "X-Accel-Buffering": "no",  # nginx would hold the deltas back otherwise
+}
+_TIMEOUT_HEADER = "X-Request-Timeout-Ms"
+_TRACE_HEADER = "traceparent"
+_EVENT_STREAM = "text/event-stream"
+_MAX_TIMEOUT_MS = 86_400_000
+"""A day, as `_meta.timeout_ms` is bounded: more is a mistake."""
+
+
+def add_rpc_routes(app: web.Application, service: NodeService, options: RpcOptions) -> Dispatcher:
+    """Serve the whole method table at `/rpc`. The application's first middleware must be `access.access_middleware`."""
+    dispatcher = Dispatcher(handlers_of(service), service, options)
+    add_dispatcher(app, dispatcher, options)
+    return dispatcher
+
+
+def add_dispatcher(app: web.Application, dispatcher: Dispatcher, options: RpcOptions) -> None:
+    """Serve a dispatcher at `/rpc`; every other HTTP method there is told what to do."""
+    app.router.add_post(RPC_PATH, rpc_handler(dispatcher, options))
+    app.router.add_route(hdrs.METH_ANY, RPC_PATH, _only_post(dispatcher))
+
+
+def error_response(dispatcher: Dispatcher, error: TarsError, *, status: int | None = None) -> web.Response:
+    """The JSON-RPC answer to a body of which nothing could be run."""
+    return web.Response(body=dispatcher.refusal(error), status=status or error.http_status, headers=_JSON_HEADERS)
+
+
+def rpc_handler(dispatcher: Dispatcher, options: RpcOptions) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
+    """The handler of `POST /rpc`."""
+    limits = options.envelope
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        headers = request.headers
+        try:
+            body = await _read_body(request, limits.max_body_bytes)
+            decoded = decode(body, limits)
+            arrival = _arrival(request)
+        except TarsError as error:
+            response = error_response(dispatcher, error)
+            if not request.content.at_eof():
+                # What was not read must not be taken for the next request.
+                response.force_close()
+            return response
+        accept = headers.get(hdrs.ACCEPT)
+        if accept is not None and _EVENT_STREAM in accept:
+            json_too = "application/json" in accept or "*/*" in accept
+            if isinstance(decoded, list):
+                if not json_too:
+                    refused = InvalidRequest(
+                        "Invalid Request: a batch is not streamed, so nothing was run. Send each call that you want streamed in a "
+                        "request of its own, or accept application/json."
+                    )
+                    return error_response(dispatcher, refused, status=406)
+            elif not decoded.notification and (not json_too or _streams(decoded)):
+                return await _stream(request, dispatcher, decoded, arrival, options.heartbeat_seconds)
+        if isinstance(decoded, list):
+            answer = await dispatcher.answer_batch(decoded, arrival)
+        else:
+            answer = await dispatcher.answer(decoded, arrival)
+        if answer is None:
+            return web.Response(status=204)
+        return web.Response(body=answer, headers=_JSON_HEADERS)
+
+    return handle
+
+
+def _streams(element: Element) -> bool:
+    return isinstance(element, Call) and element.method in METHODS and METHODS[element.method].streams
+
+
+def _only_post(dispatcher: Dispatcher) -> Callable[[web.Request], Awaitable[web.Response]]:
+    async def refuse(request: web.Request) -> web.Response:
+        error = InvalidRequest(
+            'Invalid Request: /rpc takes POST with a JSON-RPC 2.0 call, such as {"jsonrpc": "2.0", "method": "node.ping", "id": 1}.'
+        )
+        response = error_response(dispatcher, error, status=405)
+        response.headers[hdrs.ALLOW] = "POST"
+        return response
+
+    return refuse
+
+
+async def _read_body(request: web.Request, limit: int) -> bytes:
+    """The body, decompressed, at most `limit` bytes: reading stops there, whatever Content-Length promised. Raises `TarsError`."""
+    content = request.content
+    read = bytearray()
+    try:
+        if content.is_eof():
+            # It came whole with the headers, as small ones do: nothing to wait for.
+            return content.read_nowait()
+        length = request.content_length
+        if length is not None and length > limit:
+            raise too_large(limit, length)
+        while chunk := await content.readany():
+            read += chunk
+            if len(read) > limit:
+                raise too_large(limit, None)
+    except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
+        raise ParseError(
+            "Parse error: the body does not follow its Transfer-Encoding or Content-Encoding, so nothing was run. Send it again."
+        ) from None
+    return bytes(read)
+
+
+def _arrival(request: web.Request) -> Arrival:
+    headers = request.headers
+    caller = request.get(CALLER, "local")
+    timeout = headers.get(_TIMEOUT_HEADER)
+    trace = headers.get(_TRACE_HEADER)
+    if timeout is None and trace is None and caller == "local":
+        return LOCAL
+    timeout_ms = None
+    if timeout is not None:
+        if not (
+            timeout.isascii() and timeout.isdigit() and 1 <= int(timeout[:9]) <= _MAX_TIMEOUT_MS and len(timeout) < 9
+        ):
+            raise InvalidRequest(
+                f"Invalid Request: {_TIMEOUT_HEADER} must be a whole number of milliseconds from 1 to {_MAX_TIMEOUT_MS}, so nothing "
+                "was run."
+            )
+        timeout_ms = int(timeout)
+    return Arrival(caller, timeout_ms, trace)
+
+
+async def _stream(
+    request: web.Request, dispatcher: Dispatcher, element: Element, arrival: Arrival, heartbeat_seconds: float
+) -> web.StreamResponse:
+    """Answer one call as an event stream."""
+    response = web.StreamResponse(headers=_STREAM_HEADERS)
+    await response.prepare(request)
+    last_write = monotonic()
+
+    async def send(frame: bytes) -> None:
+        nonlocal last_write
+        last_write = monotonic()
+        try:
+            await response.write(frame)
+        except ConnectionError:
+            raise Cancelled("The caller closed the stream; the work was stopped.") from None
+
+    async def emit(spec: MethodSpec, delta: Message) -> None:
+        name = spec.delta_notification or spec.name
+        await send(b"data: " + encode_notification(name, element.id, delta) + b"\n\n")
+
+    async def beat() -> None:
+        # A comment: event-stream readers skip it, and writing to a connection that is gone fails.
+        with suppress(Cancelled):
+            while True:
+                silent = monotonic() - last_write
+                if silent >= heartbeat_seconds:
+                    await send(b": still here\n\n")
+                    silent = 0.0
+                await asyncio.sleep(heartbeat_seconds - silent)
+
+    heart = asyncio.create_task(beat())
+    try:
+        answer = await dispatcher.answer(element, arrival, emit)
+        if answer is not None:
+            await send(b"data: " + answer + b"\n\n")
+            await response.write_eof()
+    except (Cancelled, ConnectionError):
+        pass  # the reader went away between the last delta and the response: there is nobody to tell
+    finally:
+        heart.cancel()
+    return response

@@ -1,0 +1,103 @@
+"""Binds an address and serves an application there: the aiohttp settings that TARS relies on, in one place.
+
+Law of this file: `handler_cancellation=True` always (without it aiohttp lets the work of a caller who left run on, on the GPU
+too), no access log (the call log counts, and a line per call costs more than `node.ping`), and no socket outlives `close`.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from tars.errors import ConfigError
+from tars.rpc.access import Access
+
+_KEEPALIVE_SECONDS = 75.0
+"""Longer than the 60 s after which common proxies drop an idle connection, so that they close first and no call meets a closing one."""
+_BACKLOG = 1024
+"""Connections that wait to be accepted: a burst of 256 callers must not be refused by the kernel."""
+_SHUTDOWN_SECONDS = 5.0
+"""How long running answers may still take after `close`; the node has drained before it calls that."""
+
+
+@dataclass(slots=True)
+class Listener:
+    """A server under way. `host` and `port` are what was really bound."""
+
+    host: str
+    port: int
+    _runner: web.AppRunner
+
+    @property
+    def url(self) -> str:
+        """Where the node answers: `http://127.0.0.1:8000`."""
+        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+
+    async def close(self) -> None:
+        """Stop accepting, let answers end for a moment, close everything."""
+        await self._runner.cleanup()
+
+
+async def listen(
+    app: web.Application, host: str, port: int, access: Access, *, shutdown_seconds: float = _SHUTDOWN_SECONDS
+) -> Listener:
+    """Serve `app` at `host:port` (0: a free port) and let `access` accept that address. Raises `ConfigError` where it cannot be bound."""
+    server_socket = bind(host, port)
+    bound_host, bound_port = server_socket.getsockname()[:2]
+    access.allow_address(host, bound_port)
+    access.allow_address(bound_host, bound_port)
+    runner = web.AppRunner(
+        app,
+        handler_cancellation=True,
+        access_log=None,
+        keepalive_timeout=_KEEPALIVE_SECONDS,
+        shutdown_timeout=shutdown_seconds,
+        handle_signals=False,
+    )
+    try:
+        await runner.setup()
+        await web.SockSite(runner, server_socket, backlog=_BACKLOG).start()
+    except BaseException:
+        server_socket.close()
+        await runner.cleanup()
+        raise
+    return Listener(bound_host, bound_port, runner)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket, not yet listening. Raises `ConfigError` that says who to ask: a busy port, a foreign address, a low port."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except socket.gaierror:
+        raise ConfigError(
+            f"Cannot listen on {host}: this machine knows no such name. Set node.listen (or --listen) to one of its own addresses, "
+            "such as 127.0.0.1:8000."
+        ) from None
+    server_socket = socket.socket(family, kind, protocol)
+    try:
+        # A node that restarts must not wait a minute for its own old connections to be forgotten.
+        server_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        server_socket.bind(address)
+        server_socket.setblocking(False)
+    except OSError as fault:
+        server_socket.close()
+        raise ConfigError(_why_not(fault.errno, host, port)) from None
+    return server_socket
+
+
+def _why_not(number: int | None, host: str, port: int) -> str:
+    if number == errno.EADDRINUSE:
+        return (
+            f"Cannot listen on {host}:{port}: another program already does. Stop it, or choose another port, such as "
+            f"--listen {host}:{port + 1 if port < 65535 else port - 1} (or --listen {host}:0 for any free one)."
+        )
+    if number == errno.EACCES:
+        return f"Cannot listen on {host}:{port}: ports below 1024 need privileges. Choose a higher one, such as --listen {host}:8000."
+    if number == errno.EADDRNOTAVAIL:
+        return f"Cannot listen on {host}:{port}: this machine has no such address. Set --listen to one that it has, or to 127.0.0.1:8000."
+    return f"Cannot listen on {host}:{port}: the system refused it ({errno.errorcode.get(number or 0, 'unknown')}). Choose another address."

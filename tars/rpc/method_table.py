@@ -1,0 +1,201 @@
+"""The one place where a method of the JSON-RPC surface is declared.
+
+Law of this file: a method is a row; a row is data. Validation (`validation.py`), OpenRPC (`openrpc.py`), README's list (below), the
+dispatcher and the Python client are made from the rows, so that none of them can disagree. Nothing here runs a method.
+`python -m tars.rpc.method_table` prints the list that stands in README between the `<!-- methods -->` markers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tars.errors import (
+    BadGrammar,
+    Cancelled,
+    DeadlineExceeded,
+    DiskFull,
+    DoesNotFit,
+    Draining,
+    IdempotencyConflict,
+    InternalError,
+    InvalidParams,
+    InvalidRequest,
+    LimitExceeded,
+    MethodNotFound,
+    Overloaded,
+    ParseError,
+    PeerUnreachable,
+    PromptTooLong,
+    ReplicaFailed,
+    StillLoading,
+    TarsError,
+    Unauthorized,
+    UnknownModel,
+    WorkerCrashed,
+    WrongModelKind,
+)
+from tars.errors import Forbidden as ForbiddenError
+from tars.messages.base import Message, NoParams
+from tars.messages.inference import (
+    ChatParams,
+    ChatResult,
+    CompleteParams,
+    CompleteResult,
+    Delta,
+    EmbedParams,
+    EmbedResult,
+    TokenizeParams,
+    TokenizeResult,
+)
+from tars.messages.node import (
+    DeployParams,
+    DeployResult,
+    DrainResult,
+    ExplainResult,
+    ModelParams,
+    ModelsResult,
+    NodeDescription,
+    PeersResult,
+    PingResult,
+    PlanResult,
+    RemoveResult,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class MethodSpec:
+    """One method: its name, what it takes and gives, how it fails, and whether it may be repeated or streamed.
+
+    `result` None is "any JSON" (the OpenRPC document). A method with a `delta` streams: each delta travels as a notification
+    named `delta_notification`, with the call's id beside the delta's own fields. `positional` names the params in order where
+    a method also takes them by position (`"*rest"` collects what is left); TARS's own methods take named params only, the
+    specification's examples need both.
+    """
+
+    name: str
+    summary: str
+    params: type[Message] = NoParams
+    result: type[Message] | None = None
+    errors: tuple[type[TarsError], ...] = ()
+    idempotent: bool = True
+    """True where a repetition changes nothing more: a client may retry it without an idempotency key."""
+    delta: type[Message] | None = None
+    delta_notification: str | None = None
+    positional: tuple[str, ...] = ()
+
+    @property
+    def streams(self) -> bool:
+        """True where `Accept: text/event-stream` is answered by deltas and then the response."""
+        return self.delta is not None
+
+    @property
+    def is_inference(self) -> bool:
+        """True where a call occupies a replica: such calls are counted against `max_concurrent_calls`."""
+        return self.name.startswith("inference.")
+
+
+EVERY_CALL: tuple[type[TarsError], ...] = (
+    ParseError,
+    InvalidRequest,
+    MethodNotFound,
+    InvalidParams,
+    InternalError,
+    LimitExceeded,
+    Unauthorized,
+    ForbiddenError,
+    Overloaded,
+    DeadlineExceeded,
+    Cancelled,
+)
+"""What any call can meet before, or whatever, its method does; not repeated in the rows."""
+
+_ON_A_REPLICA: tuple[type[TarsError], ...] = (
+    UnknownModel,
+    WrongModelKind,
+    StillLoading,
+    ReplicaFailed,
+    WorkerCrashed,
+    PeerUnreachable,
+    Draining,
+)
+_GENERATING: tuple[type[TarsError], ...] = (*_ON_A_REPLICA, PromptTooLong, BadGrammar, IdempotencyConflict)
+
+_ROWS = (
+    MethodSpec("rpc.discover", "The OpenRPC 1.3 document of this node, made from the method table."),
+    MethodSpec("node.ping", "Is the node there, and ready? Costs nothing.", result=PingResult),
+    MethodSpec("node.describe", "Devices, replicas, measured speeds, counters.", result=NodeDescription),
+    MethodSpec("node.drain", "Take no new inference calls; running ones go on.", result=DrainResult),
+    MethodSpec("node.resume", "Undo `node.drain`.", result=DrainResult),
+    MethodSpec("mesh.peers", "The nodes that this node sees, itself included.", result=PeersResult),
+    MethodSpec("mesh.plan", "Which replica goes on which device and why; what was refused.", result=PlanResult),
+    MethodSpec(
+        "mesh.explain",
+        "One model: why there, why not elsewhere, what would make it fit.",
+        ModelParams,
+        ExplainResult,
+        (UnknownModel,),
+    ),
+    MethodSpec("models.list", "Deployed models first, then what the catalogue knows.", result=ModelsResult),
+    MethodSpec(
+        "models.deploy",
+        "Want a model loaded; loading goes on after the answer.",
+        DeployParams,
+        DeployResult,
+        (UnknownModel, DoesNotFit, DiskFull),
+    ),
+    MethodSpec(
+        "models.remove", "Want a model no longer; frees its memory.", ModelParams, RemoveResult, (UnknownModel,)
+    ),
+    MethodSpec(
+        "inference.chat",
+        "Answer a chat.",
+        ChatParams,
+        ChatResult,
+        _GENERATING,
+        idempotent=False,
+        delta=Delta,
+        delta_notification="inference.delta",
+    ),
+    MethodSpec(
+        "inference.complete",
+        "Continue a text.",
+        CompleteParams,
+        CompleteResult,
+        _GENERATING,
+        idempotent=False,
+        delta=Delta,
+        delta_notification="inference.delta",
+    ),
+    MethodSpec(
+        "inference.embed",
+        "Unit-length vectors of texts.",
+        EmbedParams,
+        EmbedResult,
+        (*_ON_A_REPLICA, PromptTooLong, IdempotencyConflict),
+    ),
+    MethodSpec("inference.tokenize", "Token ids of a text.", TokenizeParams, TokenizeResult, _ON_A_REPLICA),
+)
+
+METHODS: Mapping[str, MethodSpec] = {row.name: row for row in _ROWS}
+"""The table, in the order in which people read it."""
+
+
+def method_list_markdown(methods: Mapping[str, MethodSpec] = METHODS) -> str:
+    """README's table of methods: name, params (optional ones in brackets), whether it streams, what it does. Ends with a newline."""
+    lines = ["| method | params | streams | what it does |", "| --- | --- | --- | --- |"]
+    for spec in methods.values():
+        fields = spec.params.model_fields.items()
+        needed = [f"`{name}`" for name, field in fields if field.is_required()]
+        # Twenty optional sampling parameters would bury the one that matters; `rpc.discover` lists them all.
+        optional = [name for name, field in fields if not field.is_required()]
+        listed = [f"[{len(optional)} optional]"] if len(optional) > 6 else [f"[`{name}`]" for name in optional]
+        shown = [*needed, *listed]
+        lines.append(
+            f"| `{spec.name}` | {', '.join(shown) or 'none'} | {'yes' if spec.streams else ''} | {spec.summary} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(method_list_markdown(), end="")

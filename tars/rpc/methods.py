@@ -1,0 +1,87 @@
+"""Which part of the node answers which row of the method table.
+
+Law of this file: one line a method, no logic. A plain function is for what never waits; what streams is an async iterator.
+"""
+
+from __future__ import annotations
+
+from tars.messages.base import CallContext, NoParams
+from tars.messages.inference import EmbedParams, EmbedResult, TokenizeParams, TokenizeResult
+from tars.messages.node import (
+    DeployParams,
+    DeployResult,
+    DrainResult,
+    ExplainResult,
+    ModelParams,
+    ModelsResult,
+    NodeDescription,
+    PeersResult,
+    PingResult,
+    PlanResult,
+    RemoveResult,
+)
+from tars.rpc.dispatcher import Handler
+from tars.rpc.openrpc import openrpc_document
+from tars.serving.service import NodeService
+
+
+def handlers_of(service: NodeService) -> dict[str, Handler]:
+    """The table's handlers, bound to one node."""
+    document = openrpc_document()
+
+    def discover(params: NoParams) -> dict[str, object]:
+        return document
+
+    def ping(params: NoParams) -> PingResult:
+        return service.ping()
+
+    async def describe(params: NoParams, context: CallContext) -> NodeDescription:
+        return await service.describe()
+
+    async def drain(params: NoParams, context: CallContext) -> DrainResult:
+        return await service.drain()
+
+    async def resume(params: NoParams, context: CallContext) -> DrainResult:
+        return await service.resume()
+
+    def peers(params: NoParams) -> PeersResult:
+        return service.peers()
+
+    async def plan(params: NoParams, context: CallContext) -> PlanResult:
+        return await service.plan()
+
+    async def explain(params: ModelParams, context: CallContext) -> ExplainResult:
+        return await service.explain(params.model)
+
+    def models(params: NoParams) -> ModelsResult:
+        return service.models()
+
+    async def deploy(params: DeployParams, context: CallContext) -> DeployResult:
+        return await service.deploy(params)
+
+    async def remove(params: ModelParams, context: CallContext) -> RemoveResult:
+        return await service.remove(params.model)
+
+    async def embed(params: EmbedParams, context: CallContext) -> EmbedResult:
+        return await service.embed(params, context)
+
+    async def tokenize(params: TokenizeParams, context: CallContext) -> TokenizeResult:
+        return await service.tokenize(params, context)
+
+    return {
+        "rpc.discover": discover,
+        "node.ping": ping,
+        "node.describe": describe,
+        "node.drain": drain,
+        "node.resume": resume,
+        "mesh.peers": peers,
+        "mesh.plan": plan,
+        "mesh.explain": explain,
+        "models.list": models,
+        "models.deploy": deploy,
+        "models.remove": remove,
+        "inference.chat": service.chat,
+        "inference.complete": service.complete,
+        "inference.embed": embed,
+        "inference.tokenize": tokenize,
+    }
