@@ -1,0 +1,49 @@
+"""A plan's reasons for one model as a few readable lines: `tars plan --explain`, `mesh.explain`.
+
+Law of this file: pure text of what the plan says; it adds no judgement of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tars.core.types import DeviceId, DeviceVerdict, NodeSnapshot, Plan
+
+
+def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot]) -> str:
+    """Where the model's replicas are and why, why not elsewhere, and what would make missing ones fit."""
+    names = {node.id: node.name for node in nodes}
+    homes = {device.id: (device.name, names[node.id]) for node in nodes for device in node.devices}
+    lines: list[str] = []
+    for assignment in (each for each in plan.assignments if each.model == model):
+        device, node = homes.get(assignment.device, (assignment.device, assignment.node))
+        lines.append(f"{model} ({assignment.variant}) is on {device} of {node}: {assignment.reason}.")
+        memory = assignment.memory
+        if memory.measured is None:
+            lines.append(
+                f"  weights {memory.weights}, KV cache {memory.kv_cache}, compute {memory.compute}, "
+                f"context and process {memory.overhead}; {assignment.settings.context} tokens x {assignment.settings.slots} slots"
+            )
+    refusal = next((each for each in plan.refusals if each.model == model), None)
+    if refusal is not None:
+        count = "1 replica fits" if refusal.replicas_missing == 1 else f"{refusal.replicas_missing} replicas fit"
+        lines.append(f"{model}: {count} nowhere{' else' if lines else ''}.")
+    others = [verdict for verdict in plan.verdicts.get(model, ()) if not verdict.accepted]
+    if others:
+        lines.append("Not elsewhere, because:" if lines else f"{model} is not placed:")
+        lines += [f"  {_where(verdict, homes)}: {verdict.reason}{_numbers(verdict)}" for verdict in others]
+    if refusal is not None and refusal.remedy:
+        lines.append(f"What would help: {refusal.remedy}")
+    return "\n".join(lines) if lines else f"{model} is not deployed: no plan has been asked about it."
+
+
+def _where(verdict: DeviceVerdict, homes: dict[DeviceId, tuple[str, str]]) -> str:
+    device, node = homes.get(verdict.device, (verdict.device_name, ""))
+    return f"{device} of {node}" if node else device
+
+
+def _numbers(verdict: DeviceVerdict) -> str:
+    """Bytes needed against bytes free, where the reason does not say them already."""
+    if str(verdict.needed) in verdict.reason:
+        return ""
+    return f" ({verdict.variant} needs {verdict.needed}, {verdict.free} free)"

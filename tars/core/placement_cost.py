@@ -1,0 +1,137 @@
+"""What one replica costs on one device, and whether it may go there at all.
+
+Law of this file: pure; one replica and one device at a time, without regard to what else is there. Bytes come from `core.memory`, or from
+a measurement once a load was measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from tars.core.memory import estimate_replica
+from tars.core.tuning import settings_for
+from tars.core.types import (
+    Assignment,
+    Bytes,
+    Deployment,
+    DeviceId,
+    DeviceKind,
+    DeviceSnapshot,
+    KvType,
+    MemoryEstimate,
+    ModelEntry,
+    ModelKind,
+    NodeSnapshot,
+    RuntimeSettings,
+    Variant,
+)
+
+CPU_CHAT_MOST = Bytes.gib(5)
+"""Weights of a chat model that a CPU may hold unless pinned there. Every token reads all weights once; two channels of DDR4 give about
+40 GB/s, so 5 GiB is 7 tokens a second: a person's reading speed. A 7B in 4 bits (4.1 GiB) passes, one in 8 bits does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class MeasuredKey:
+    """What a measured load is kept under (design, Placement).
+
+    `file` is `<model>:<variant>:<bytes of weights>`: a replaced file is told by its tensors' bytes, which is what memory depends on, and
+    no 40 GB have to be hashed before the first plan.
+    """
+
+    device: DeviceId
+    file: str
+    context: int
+    slots: int
+    kv_type: KvType
+
+
+Measured = Mapping[MeasuredKey, Bytes]
+"""Bytes that loads really took."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """One replica of `variant` on one device."""
+
+    variant: Variant
+    memory: MemoryEstimate
+    settings: RuntimeSettings
+
+    @property
+    def need(self) -> Bytes:
+        """Bytes that the planner counts."""
+        return self.memory.total
+
+
+def measured_key(assignment: Assignment, device: DeviceSnapshot) -> MeasuredKey:
+    """The key under which what `assignment` really took on `device` is kept."""
+    return _key(device.id, assignment.model, assignment.variant, assignment.memory, assignment.settings)
+
+
+def _key(device: DeviceId, model: str, variant: str, memory: MemoryEstimate, settings: RuntimeSettings) -> MeasuredKey:
+    return MeasuredKey(
+        device=device,
+        file=f"{model}:{variant}:{int(memory.weights)}",
+        context=settings.context,
+        slots=settings.slots,
+        kv_type=settings.kv_type,
+    )
+
+
+def cost_on(
+    device: DeviceSnapshot, entry: ModelEntry, variant: Variant, deployment: Deployment, measured: Measured
+) -> Cost:
+    """Bytes and settings of one replica; whether they fit is not asked here."""
+    settings = settings_for(
+        device,
+        entry.kind,
+        variant.shape,
+        context=deployment.context,
+        slots=deployment.slots,
+        kv_type=deployment.kv_type,
+    )
+    memory = estimate_replica(device, entry.kind, variant.shape, settings)
+    taken = measured.get(_key(device.id, entry.name, variant.name, memory, settings))
+    if taken is not None:
+        memory = replace(memory, measured=taken)
+    return Cost(variant=variant, memory=memory, settings=settings)
+
+
+def wanted_variants(entry: ModelEntry, deployment: Deployment) -> tuple[Variant, ...]:
+    """The variants that the deployment allows, best quality first; empty where it pins one that does not exist."""
+    allowed = (
+        variant
+        for variant in entry.variants
+        if deployment.variant is None or variant.name.lower() == deployment.variant.lower()
+    )
+    return tuple(sorted(allowed, key=lambda variant: (-variant.quality, variant.name)))
+
+
+def pinned_to(device: DeviceSnapshot, pin: str) -> bool:
+    """Whether `Deployment.device` means this device: its id, its name, or `cpu`."""
+    return (
+        device.id == pin
+        or device.name.lower() == pin.lower()
+        or (pin.lower() == "cpu" and device.kind is DeviceKind.CPU)
+    )
+
+
+def barred(node: NodeSnapshot, device: DeviceSnapshot, deployment: Deployment) -> str | None:
+    """Why nothing of this deployment may go to this device, whatever its size; None where it may."""
+    if node.draining:
+        return f"{node.name} is draining"
+    if deployment.device is not None and not pinned_to(device, deployment.device):
+        return f"pinned to {deployment.device}"
+    return None
+
+
+def too_slow(device: DeviceSnapshot, entry: ModelEntry, variant: Variant, deployment: Deployment) -> bool:
+    """Whether this is a chat model that a CPU would answer slower than a person reads, and nobody insisted."""
+    return (
+        device.kind is DeviceKind.CPU
+        and entry.kind is ModelKind.CHAT
+        and variant.shape.tensor_bytes > CPU_CHAT_MOST
+        and deployment.device is None
+    )

@@ -1,0 +1,357 @@
+"""Why a replica is where it is, why not elsewhere, and what would make a refused one fit.
+
+Law of this file: pure; it words what `placement` decided and decides nothing. Every sentence is checked against the same costs that the
+planner counts: a remedy that is named fits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from tars.core.placement_cost import CPU_CHAT_MOST, Cost, barred, cost_on, pinned_to, too_slow, wanted_variants
+from tars.core.types import (
+    Assignment,
+    Bytes,
+    Deployment,
+    DeviceKind,
+    DeviceSnapshot,
+    DeviceVerdict,
+    KvType,
+    ModelEntry,
+    ModelKind,
+    NodeSnapshot,
+    Refusal,
+)
+
+REMEDIES_MOST = 3
+"""More than three ways out are a list, not advice."""
+CONTEXT_LEAST = 512
+"""A shorter context holds hardly a question and its answer; it is not worth proposing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One device as one model sees it, after everything is placed."""
+
+    node: NodeSnapshot
+    device: DeviceSnapshot
+    here: tuple[Assignment, ...]
+    """The model's own replicas there."""
+    left: Bytes
+    """Free beside everything that is placed there."""
+    costs: tuple[Cost, ...]
+    """What the deployment allows there and fits the empty device, smallest first."""
+    smallest: Cost
+    """The least it would take there, allowed or not."""
+    others: tuple[str, ...]
+    """Other models there."""
+
+    @property
+    def taken(self) -> Bytes:
+        """Bytes of the model's own replicas there."""
+        return Bytes(sum(assignment.memory.total for assignment in self.here))
+
+    @property
+    def place(self) -> str:
+        """`RTX 3060 of pc1`."""
+        return f"{self.device.name} of {self.node.name}"
+
+
+# --- verdicts -------------------------------------------------------------------------------------------------------
+
+
+def verdict_on(
+    standing: Standing, standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment
+) -> DeviceVerdict:
+    """The verdict of one device. `needed` is of one replica of the variant named, or of all that are there; `free` without them."""
+    if standing.here:
+        count = "" if len(standing.here) == 1 else f"{len(standing.here)} replicas "
+        reason = f"{count}placed here".strip()
+        return _verdict(standing, standing.here[0].variant, True, standing.taken, reason)
+    fitting = [cost for cost in standing.costs if cost.need <= standing.left]
+    if fitting:
+        best = max(fitting, key=lambda cost: (cost.variant.quality, -cost.need))
+        return _verdict(standing, best.variant.name, False, best.need, _outdone(standing, standings, entry, deployment))
+    cost = standing.costs[0] if standing.costs else standing.smallest
+    return _verdict(standing, cost.variant.name, False, cost.need, _no_room(standing, cost, entry, deployment))
+
+
+def _verdict(standing: Standing, variant: str, accepted: bool, needed: Bytes, reason: str) -> DeviceVerdict:
+    return DeviceVerdict(
+        device=standing.device.id,
+        device_name=standing.device.name,
+        variant=variant,
+        accepted=accepted,
+        needed=needed,
+        free=Bytes(standing.left + standing.taken),
+        reason=reason,
+    )
+
+
+def _no_room(standing: Standing, cost: Cost, entry: ModelEntry, deployment: Deployment) -> str:
+    bar = barred(standing.node, standing.device, deployment)
+    if bar is not None:
+        return bar
+    if not wanted_variants(entry, deployment):
+        return f"there is no variant {deployment.variant}"
+    capacity = standing.device.capacity
+    if cost.need > capacity:
+        return f"too large: needs {cost.need}, {capacity} can be had here{_what_holds_back(standing.device)}"
+    if too_slow(standing.device, entry, cost.variant, deployment):
+        return (
+            f"too slow: a CPU reads {cost.variant.shape.tensor_bytes} of weights for every token; "
+            f"chat models above {CPU_CHAT_MOST} go there only when pinned"
+        )
+    beside = f" beside {', '.join(standing.others)}" if standing.others else ""
+    return f"no room: needs {cost.need}, {standing.left} free{beside}"
+
+
+def _what_holds_back(device: DeviceSnapshot) -> str:
+    """Which of the three limits of a capacity bites, where it is not simply the card's size."""
+    if device.cap is not None and device.capacity == device.cap:
+        return " (the operator's cap)"
+    if device.capacity == device.memory_free + device.memory_held < device.memory_total - device.reserve:
+        return f" (other programs hold {Bytes(device.memory_total - device.memory_free - device.memory_held)})"
+    return ""
+
+
+def _outdone(standing: Standing, standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment) -> str:
+    """Why a device that has room was not taken."""
+    winners = [each for each in standings if each.here]
+    if not winners:
+        return "would fit"
+    names = ", ".join(each.place for each in winners)
+    if standing.device.kind is DeviceKind.CPU and any(each.device.kind is not DeviceKind.CPU for each in winners):
+        return f"would fit; a GPU answers faster: {names}"
+    if all(each.node.id == standing.node.id for each in winners) and len(winners) < deployment.replicas:
+        return f"would fit; {names} is the better place"
+    if entry.kind is not ModelKind.CHAT and all(
+        each.device.memory_total < standing.device.memory_total for each in winners
+    ):
+        return f"would fit; a smaller card does, and leaves this one to chat models: {names}"
+    if all(each.device.memory_total > standing.device.memory_total for each in winners):
+        return f"would fit; a larger card is faster: {names}"
+    return f"would fit; the load is spread better with it on {names}"
+
+
+# --- reasons of an assignment ---------------------------------------------------------------------------------------
+
+
+def reason_for(
+    assignment: Assignment,
+    standing: Standing,
+    standings: Sequence[Standing],
+    entry: ModelEntry,
+    deployment: Deployment,
+    *,
+    stays: bool,
+) -> str:
+    """One sentence: bytes, why this device, why this variant."""
+    free = Bytes(standing.left + assignment.memory.total)
+    told = "measured" if assignment.memory.measured is not None else "estimated"
+    parts = [f"needs {assignment.memory.total} ({told}) of {free} free"]
+    parts.append("stays where it is loaded" if stays else _why_here(standing, standings, entry, deployment))
+    variant = _why_variant(assignment, standing, entry, deployment)
+    if variant:
+        parts.append(variant)
+    shape = next((each.shape for each in entry.variants if each.name == assignment.variant), None)
+    if shape is not None and assignment.settings.context > shape.context_trained:
+        parts.append(
+            f"its context of {assignment.settings.context} is beyond the {shape.context_trained} it was trained for"
+        )
+    return "; ".join(parts)
+
+
+def _why_here(standing: Standing, standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment) -> str:
+    if deployment.device is not None:
+        return f"pinned to {deployment.device}"
+    rivals = [
+        each
+        for each in standings
+        if each is not standing and not each.here and each.costs and each.costs[0].need <= each.left
+    ]
+    on_cpu = standing.device.kind is DeviceKind.CPU
+    if not rivals:
+        if on_cpu and any(each.device.kind is not DeviceKind.CPU for each in standings):
+            return "no GPU has room; small enough to be useful on a CPU"
+        return "the only device with room" if len(standings) > 1 else "the only device"
+    if not on_cpu and all(each.device.kind is DeviceKind.CPU for each in rivals):
+        return "a GPU answers faster than a CPU"
+    if entry.kind is not ModelKind.CHAT and all(
+        each.device.memory_total >= standing.device.memory_total
+        for each in rivals
+        if each.device.kind is not DeviceKind.CPU
+    ):
+        return "the smallest card that has room, which leaves larger ones to chat models"
+    if all(
+        each.device.memory_total <= standing.device.memory_total
+        for each in rivals
+        if each.device.kind is standing.device.kind
+    ):
+        return "the largest device with room"
+    return "spreads the load over the devices"
+
+
+def _why_variant(assignment: Assignment, standing: Standing, entry: ModelEntry, deployment: Deployment) -> str:
+    if deployment.variant is not None:
+        return f"{assignment.variant} as asked"
+    if len(entry.variants) < 2:
+        return ""
+    quality = {each.name: each.quality for each in entry.variants}
+    better = [cost for cost in standing.costs if cost.variant.quality > quality.get(assignment.variant, 0)]
+    if not better:
+        best = max(quality.values())
+        fits = (
+            "the best quality" if quality.get(assignment.variant) == best else "the best quality that fits this device"
+        )
+        return f"{assignment.variant} is {fits}"
+    least = min(better, key=lambda cost: cost.need)
+    free = Bytes(standing.left + assignment.memory.total)
+    if least.need > free:
+        return f"{assignment.variant} because {least.variant.name} needs {least.need}"
+    return f"{least.variant.name} would fit now; a loaded replica is not changed"
+
+
+# --- refusals -------------------------------------------------------------------------------------------------------
+
+
+def refusal_of(
+    missing: int,
+    standings: Sequence[Standing],
+    verdicts: tuple[DeviceVerdict, ...],
+    entry: ModelEntry,
+    deployment: Deployment,
+    *,
+    would_fit_fresh: bool,
+) -> Refusal:
+    """The refusal of `missing` replicas, with what would make (at least one more of) them fit."""
+    return Refusal(entry.name, missing, verdicts, _remedy(standings, entry, deployment, would_fit_fresh))
+
+
+def _remedy(standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment, would_fit_fresh: bool) -> str:
+    if not wanted_variants(entry, deployment):
+        known = ", ".join(variant.name for variant in entry.variants)
+        return f"{entry.name} has no variant {deployment.variant}; it has: {known}."
+    if not standings:
+        return "There is no device: start tars-node on a PC with a GPU, or allow the CPU ([devices] cpu = true)."
+    if deployment.device is not None and not any(pinned_to(each.device, deployment.device) for each in standings):
+        known = ", ".join(sorted({each.device.name for each in standings}))
+        return f"No device is called {deployment.device}; there are: {known}."
+    usable = [each for each in standings if barred(each.node, each.device, deployment) is None]
+    if not usable:
+        return "Every device it may use is on a node that drains: resume one (node.resume) or add a PC."
+    found = list(_smaller_wishes(usable, entry, deployment))[:REMEDIES_MOST]
+    if would_fit_fresh:
+        found.append(
+            "if everything were placed anew it would fit: remove a model that is in the way and deploy it again"
+        )
+    if len(found) < REMEDIES_MOST:
+        found += _more_memory(usable, entry, deployment)
+    if found:
+        text = "; or ".join(found)
+        return f"{text[:1].upper()}{text[1:]}."
+    least = min(usable, key=lambda each: each.smallest.need)
+    largest = max(usable, key=lambda each: each.device.capacity)
+    return (
+        f"No device here is large enough: it needs {least.smallest.need} ({least.smallest.variant.name}) and {largest.place} "
+        f"offers {largest.device.capacity}, the most. Add a larger card, or choose a smaller model."
+    )
+
+
+def _smaller_wishes(usable: Sequence[Standing], entry: ModelEntry, deployment: Deployment) -> Iterator[str]:
+    """Changes of the deployment, the mildest first, each of which fits somewhere; combinations only where nothing single does."""
+    found = False
+    for text, changed, replaces_all in _changes(usable, entry, deployment):
+        spot = _fits_where(usable, entry, changed, replaces_all=replaces_all)
+        if spot is not None:
+            found = True
+            yield f"{text} would fit on {spot[0].place} ({spot[1].need} of {spot[2]} free)"
+    if found or entry.kind is not ModelKind.CHAT:
+        return
+    for context in _contexts(usable, deployment):
+        for kv_type in (KvType.Q8_0, KvType.Q4_0):
+            changed = replace(deployment, context=context, kv_type=kv_type, variant=None, slots=1)
+            spot = _fits_where(usable, entry, changed, replaces_all=False)
+            if spot is not None:
+                slots = " and slots = 1" if deployment.slots > 1 else ""
+                yield (
+                    f'context = {context} with kv_type = "{kv_type}"{slots} would fit on {spot[0].place} '
+                    f"as {spot[1].variant.name} ({spot[1].need} of {spot[2]} free)"
+                )
+                return
+
+
+def _changes(
+    usable: Sequence[Standing], entry: ModelEntry, deployment: Deployment
+) -> Iterator[tuple[str, Deployment, bool]]:
+    """(what to write, the changed deployment, whether it takes the place of all the model's replicas)."""
+    if entry.kind is ModelKind.CHAT and deployment.replicas > 1:
+        slots = deployment.replicas * deployment.slots
+        yield f"replicas = 1 with slots = {slots}", replace(deployment, replicas=1, slots=slots), True
+    if deployment.variant is not None:
+        pinned = wanted_variants(entry, deployment)[0]
+        for variant in sorted(entry.variants, key=lambda each: -each.quality):
+            if variant.shape.tensor_bytes < pinned.shape.tensor_bytes:
+                yield f"variant {variant.name}", replace(deployment, variant=variant.name), False
+    if entry.kind is not ModelKind.CHAT:
+        return
+    if deployment.kv_type is KvType.F16:
+        yield 'kv_type = "q8_0"', replace(deployment, kv_type=KvType.Q8_0), False
+    now = usable[0].smallest.settings.context
+    for context in _contexts(usable, deployment):
+        changed = replace(deployment, context=context)
+        if _fits_where(usable, entry, changed, replaces_all=False) is not None:
+            yield f"context = {context} instead of {now}", changed, False
+            break
+    slots = deployment.slots // 2
+    while slots >= 1:
+        changed = replace(deployment, slots=slots)
+        if _fits_where(usable, entry, changed, replaces_all=False) is not None:
+            yield f"slots = {slots} instead of {deployment.slots}", changed, False
+            break
+        slots //= 2
+
+
+def _contexts(usable: Sequence[Standing], deployment: Deployment) -> Iterator[int]:
+    context = usable[0].smallest.settings.context // 2
+    while context >= CONTEXT_LEAST:
+        yield context
+        context //= 2
+
+
+def _fits_where(
+    usable: Sequence[Standing], entry: ModelEntry, changed: Deployment, *, replaces_all: bool
+) -> tuple[Standing, Cost, Bytes] | None:
+    """The device with the most room left where the changed deployment fits, its cost there, and what is free."""
+    spots = []
+    for standing in usable:
+        free = Bytes(standing.left + (standing.taken if replaces_all else 0))
+        for variant in wanted_variants(entry, changed):
+            cost = cost_on(standing.device, entry, variant, changed, {})
+            if cost.need <= free and not too_slow(standing.device, entry, variant, changed):
+                spots.append((standing, cost, free))
+                break
+    gpu_first = sorted(
+        spots, key=lambda spot: (spot[0].device.kind is DeviceKind.CPU, spot[1].need - spot[2], spot[0].device.id)
+    )
+    return gpu_first[0] if gpu_first else None
+
+
+def _more_memory(usable: Sequence[Standing], entry: ModelEntry, deployment: Deployment) -> list[str]:
+    """What to free, where that can help: the card itself, without reserve and cap, is large enough."""
+    found = []
+    short = []
+    for each in usable:
+        device = each.device
+        hard = min(device.memory_total - device.reserve, device.memory_total if device.cap is None else device.cap)
+        slow = too_slow(device, entry, each.smallest.variant, deployment)
+        if each.smallest.need <= hard and not slow and each.smallest.need > each.left:
+            short.append((each.smallest.need - each.left, device.id, each))
+        elif slow and each.smallest.need <= each.left:
+            found.append(f'device = "cpu" would take it to {each.place}, slowly')
+    if short:
+        missing, _, each = min(short, key=lambda entry: entry[:2])
+        held_by = f"{', '.join(each.others)} and other programs hold" if each.others else "other programs hold"
+        found.insert(0, f"free {Bytes(missing)} more on {each.place}, where {held_by} memory")
+    return found[:1]
