@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tars.core.types import DeviceId, DeviceVerdict, NodeSnapshot, Plan
+from tars.core.types import Assignment, DeviceId, DeviceVerdict, NodeSnapshot, Plan
 
 
 def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot]) -> str:
@@ -15,15 +15,16 @@ def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot]) -> str:
     names = {node.id: node.name for node in nodes}
     homes = {device.id: (device.name, names[node.id]) for node in nodes for device in node.devices}
     lines: list[str] = []
-    for assignment in (each for each in plan.assignments if each.model == model):
+    alike: dict[tuple[str, str, str], list[Assignment]] = {}
+    for assignment in plan.assignments:
+        if assignment.model == model:
+            alike.setdefault((assignment.device, assignment.variant, assignment.reason), []).append(assignment)
+    for same in alike.values():
+        assignment = same[0]
         device, node = homes.get(assignment.device, (assignment.device, assignment.node))
-        lines.append(f"{model} ({assignment.variant}) is on {device} of {node}: {assignment.reason}.")
-        memory = assignment.memory
-        if memory.measured is None:
-            lines.append(
-                f"  weights {memory.weights}, KV cache {memory.kv_cache}, compute {memory.compute}, "
-                f"context and process {memory.overhead}; {assignment.settings.context} tokens x {assignment.settings.slots} slots"
-            )
+        copies = "is" if len(same) == 1 else f"has {len(same)} replicas"
+        lines.append(f"{model} ({assignment.variant}) {copies} on {device} of {node}: {assignment.reason}.")
+        lines.append(f"  {_parts(assignment)}")
     refusal = next((each for each in plan.refusals if each.model == model), None)
     if refusal is not None:
         count = "1 replica fits" if refusal.replicas_missing == 1 else f"{refusal.replicas_missing} replicas fit"
@@ -35,6 +36,17 @@ def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot]) -> str:
     if refusal is not None and refusal.remedy:
         lines.append(f"What would help: {refusal.remedy}")
     return "\n".join(lines) if lines else f"{model} is not deployed: no plan has been asked about it."
+
+
+def _parts(assignment: Assignment) -> str:
+    """What the bytes of one replica are made of."""
+    memory, settings = assignment.memory, assignment.settings
+    slots = f" in each of {settings.slots} slots" if settings.slots > 1 else ""
+    context = f"{settings.context} tokens{slots}"
+    if memory.measured is not None:
+        return f"{memory.measured} measured at its last load; {context}"
+    cache = f", KV cache {memory.kv_cache}" if memory.kv_cache else ""
+    return f"weights {memory.weights}{cache}, buffers {memory.compute}, process {memory.overhead}; {context}"
 
 
 def _where(verdict: DeviceVerdict, homes: dict[DeviceId, tuple[str, str]]) -> str:

@@ -166,8 +166,8 @@ def _keep(
         ]
         kept += _most_useful(valid, want.deployment.replicas, places, indices)
     priority = {want.entry.name: want.deployment.priority for want in wants}
-    for pool in _pools(places):
-        kept = _within(kept, [places[index].device for index in pool], priority)
+    for place in places:
+        kept = _within(kept, place.device, priority)
     return sorted(kept, key=lambda assignment: assignment.replica)
 
 
@@ -204,39 +204,23 @@ def _most_useful(
     return chosen
 
 
-def _within(kept: list[Assignment], devices: list[DeviceSnapshot], priority: Mapping[str, int]) -> list[Assignment]:
-    """Drop replicas (lowest priority first, then the last by id) until what is left fits the device, or the memory that devices share."""
-    ids = {device.id for device in devices}
+def _within(kept: list[Assignment], device: DeviceSnapshot, priority: Mapping[str, int]) -> list[Assignment]:
+    """Drop replicas (lowest priority first, then the last by id) until what is left fits the device."""
     here = sorted(
-        (assignment for assignment in kept if assignment.device in ids),
+        (assignment for assignment in kept if assignment.device == device.id),
         key=lambda assignment: (-priority[assignment.model], assignment.replica),
     )
-    while here and not _fits(sum(assignment.memory.total for assignment in here), devices):
+    while here and not _fits(sum(assignment.memory.total for assignment in here), device):
         here.pop()
     stays = {assignment.replica for assignment in here}
-    return [assignment for assignment in kept if assignment.device not in ids or assignment.replica in stays]
+    return [assignment for assignment in kept if assignment.device != device.id or assignment.replica in stays]
 
 
-def _fits(promised: int, devices: list[DeviceSnapshot]) -> bool:
+def _fits(promised: int, device: DeviceSnapshot) -> bool:
     """Within capacity; or resident already, and then only the reserve and the operator's cap can drive it out."""
-    if promised <= max(device.capacity for device in devices):
-        return True
-    held = sum(device.memory_held for device in devices)
-    hard = max(
-        min(device.memory_total - device.reserve, device.memory_total if device.cap is None else device.cap)
-        for device in devices
-    )
-    return promised <= hard and held >= RESIDENT * promised
-
-
-def _pools(places: list[_Place]) -> list[list[int]]:
-    """Groups of device indices to be counted together: each device alone, and those of a node that share the host's RAM."""
-    alone = [[index] for index in range(len(places))]
-    shared: dict[str, list[int]] = {}
-    for index, place in enumerate(places):
-        if place.device.unified_memory or (place.device.kind is DeviceKind.CPU and not place.device.simulated):
-            shared.setdefault(place.node.id, []).append(index)
-    return alone + [group for group in shared.values() if len(group) > 1]
+    hard = min(device.memory_total - device.reserve, device.memory_total if device.cap is None else device.cap)
+    resident = device.memory_held >= RESIDENT * promised
+    return promised <= (hard if resident else device.capacity)
 
 
 # --- what is new ----------------------------------------------------------------------------------------------------
@@ -272,20 +256,12 @@ def _ground(places: list[_Place], kept: list[Assignment]) -> Ground:
     load = [0] * len(places)
     for assignment in kept:
         load[index[assignment.device]] += assignment.memory.total
-    pool = [-1] * len(places)
-    pool_free: list[int] = []
-    for group in _pools(places)[len(places) :]:
-        for member in group:
-            pool[member] = len(pool_free)
-        pool_free.append(max(places[member].device.capacity for member in group) - sum(load[m] for m in group))
     return Ground(
         free=tuple(place.device.capacity - load[number] for number, place in enumerate(places)),
         load=tuple(load),
         node=tuple(node_index[place.node.id] for place in places),
         gpu=tuple(place.device.kind is not DeviceKind.CPU for place in places),
         strength=tuple(_strength(place.device) for place in places),
-        pool=tuple(pool),
-        pool_free=tuple(pool_free),
     )
 
 
@@ -359,14 +335,12 @@ def _with_reasons(
         standings = []
         for number, place in enumerate(places):
             here = tuple(each for each in own if each.device == place.device.id)
-            pool = free.pool[number]
-            left = free.free[number] if pool < 0 else min(free.free[number], free.pool_free[pool])
             standings.append(
                 Standing(
                     node=place.node,
                     device=place.device,
                     here=here,
-                    left=Bytes(max(0, left)),
+                    left=Bytes(max(0, free.free[number])),
                     costs=want.costs[number],
                     smallest=want.smallest[number],
                     others=tuple(

@@ -110,12 +110,11 @@ def wanted_variants(entry: ModelEntry, deployment: Deployment) -> tuple[Variant,
 
 
 def pinned_to(device: DeviceSnapshot, pin: str) -> bool:
-    """Whether `Deployment.device` means this device: its id, its name, or `cpu`."""
-    return (
-        device.id == pin
-        or device.name.lower() == pin.lower()
-        or (pin.lower() == "cpu" and device.kind is DeviceKind.CPU)
-    )
+    """Whether an operator's words mean this device: its id, the id's last part (`cpu`), or its name with or without the maker."""
+    words = pin.strip().casefold()
+    name = device.name.casefold()
+    short = name.removeprefix("nvidia ").removeprefix("geforce ")
+    return words in (device.id.casefold(), device.id.rpartition("/")[2].casefold(), name, short, f"geforce {short}")
 
 
 def barred(node: NodeSnapshot, device: DeviceSnapshot, deployment: Deployment) -> str | None:

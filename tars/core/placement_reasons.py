@@ -97,7 +97,7 @@ def _no_room(standing: Standing, cost: Cost, entry: ModelEntry, deployment: Depl
         return f"there is no variant {deployment.variant}"
     capacity = standing.device.capacity
     if cost.need > capacity:
-        return f"too large: needs {cost.need}, {capacity} can be had here{_what_holds_back(standing.device)}"
+        return f"too large: needs {cost.need}, {capacity} can be had here{_what_holds_back(standing.device, cost.need)}"
     if too_slow(standing.device, entry, cost.variant, deployment):
         return (
             f"too slow: a CPU reads {cost.variant.shape.tensor_bytes} of weights for every token; "
@@ -107,13 +107,18 @@ def _no_room(standing: Standing, cost: Cost, entry: ModelEntry, deployment: Depl
     return f"no room: needs {cost.need}, {standing.left} free{beside}"
 
 
-def _what_holds_back(device: DeviceSnapshot) -> str:
-    """Which of the three limits of a capacity bites, where it is not simply the card's size."""
+def _what_holds_back(device: DeviceSnapshot, need: Bytes) -> str:
+    """Which limit bites, where it is not the card's size."""
+    if need > device.memory_total - device.reserve:
+        return ""
     if device.cap is not None and device.capacity == device.cap:
         return " (the operator's cap)"
-    if device.capacity == device.memory_free + device.memory_held < device.memory_total - device.reserve:
-        return f" (other programs hold {Bytes(device.memory_total - device.memory_free - device.memory_held)})"
-    return ""
+    return f" (other programs hold {_foreign(device)})"
+
+
+def _foreign(device: DeviceSnapshot) -> Bytes:
+    """Bytes that programs beside TARS hold there."""
+    return Bytes(max(0, device.memory_total - device.memory_free - device.memory_held))
 
 
 def _outdone(standing: Standing, standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment) -> str:
@@ -351,7 +356,12 @@ def _more_memory(usable: Sequence[Standing], entry: ModelEntry, deployment: Depl
         elif slow and each.smallest.need <= each.left:
             found.append(f'device = "cpu" would take it to {each.place}, slowly')
     if short:
-        missing, _, each = min(short, key=lambda entry: entry[:2])
-        held_by = f"{', '.join(each.others)} and other programs hold" if each.others else "other programs hold"
-        found.insert(0, f"free {Bytes(missing)} more on {each.place}, where {held_by} memory")
+        missing, _, each = min(short, key=lambda one: one[:2])
+        holders = [*([entry.name] if each.here else []), *each.others]
+        if _foreign(each.device):
+            holders.append("other programs" if holders else "programs beside TARS")
+        if each.device.cap is not None and each.device.capacity == each.device.cap:
+            holders.append("the operator's cap")
+        among = f", where {' and '.join(holders)} hold memory" if holders else ""
+        found.insert(0, f"free {Bytes(missing)} more on {each.place}{among}")
     return found[:1]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 Score = tuple[tuple[int, ...], int, int, int, float, int, int]
 """Compared in this order, larger is better: replicas placed by priority (highest first); replicas of a model that do not share a
@@ -27,15 +27,13 @@ class Option:
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    """The devices, by index. `free` and `load` are bytes; `pool` groups devices that share one memory (-1: none)."""
+    """The devices, by index. `free` and `load` are bytes, `strength` is how much load each should carry beside the others."""
 
     free: tuple[int, ...]
     load: tuple[int, ...]
     node: tuple[int, ...]
     gpu: tuple[bool, ...]
     strength: tuple[int, ...]
-    pool: tuple[int, ...]
-    pool_free: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,25 +65,16 @@ class Placed:
 class _Filling:
     """Memory while an order is filled."""
 
-    ground: Ground
-    free: list[int] = field(init=False)
-    load: list[int] = field(init=False)
-    pool_free: list[int] = field(init=False)
+    free: list[int]
+    load: list[int]
 
-    def __post_init__(self) -> None:
-        self.free = list(self.ground.free)
-        self.load = list(self.ground.load)
-        self.pool_free = list(self.ground.pool_free)
-
-    def room(self, device: int) -> int:
-        pool = self.ground.pool[device]
-        return self.free[device] if pool < 0 else min(self.free[device], self.pool_free[pool])
+    @classmethod
+    def empty(cls, ground: Ground) -> _Filling:
+        return cls(list(ground.free), list(ground.load))
 
     def take(self, device: int, need: int) -> None:
         self.free[device] -= need
         self.load[device] += need
-        if self.ground.pool[device] >= 0:
-            self.pool_free[self.ground.pool[device]] -= need
 
 
 def hash_fraction(*parts: object) -> int:
@@ -130,7 +119,7 @@ def _order(wishes: Sequence[Wish], items: list[tuple[int, int]], seed: int) -> l
 
 def _fill(ground: Ground, wishes: Sequence[Wish], order: list[int], *, tightest: bool) -> tuple[list[Placed], _Filling]:
     """Place each replica by its smallest variant: what is left over is for better variants afterwards (`_upgrade`)."""
-    filling = _Filling(ground)
+    filling = _Filling.empty(ground)
     beside = [list(wish.beside) for wish in wishes]
     placed: list[Placed] = []
     for index in order:
@@ -141,7 +130,7 @@ def _fill(ground: Ground, wishes: Sequence[Wish], order: list[int], *, tightest:
             if not options:
                 continue
             need = options[0].need
-            left = filling.room(device) - need
+            left = filling.free[device] - need
             if left < 0:
                 continue
             if tightest:
@@ -169,7 +158,7 @@ def _upgrade(wishes: Sequence[Wish], placed: list[Placed], filling: _Filling) ->
     for one in placed:
         for option in wishes[one.wish].options[one.device]:
             more = option.need - one.option.need
-            if option.quality > one.option.quality and more <= filling.room(one.device):
+            if option.quality > one.option.quality and more <= filling.free[one.device]:
                 filling.take(one.device, more)
                 one.option = option
 
@@ -209,7 +198,7 @@ def _improve(ground: Ground, wishes: Sequence[Wish], placed: list[Placed]) -> li
     best = _score(ground, wishes, placed)
     for _ in range(4):
         before = best
-        filling = _Filling(ground)
+        filling = _Filling.empty(ground)
         for one in placed:
             filling.take(one.device, one.option.need)
         for one in placed:
@@ -218,7 +207,7 @@ def _improve(ground: Ground, wishes: Sequence[Wish], placed: list[Placed]) -> li
             choice = (home, kept)
             for device, options in enumerate(wishes[one.wish].options):
                 for option in options:
-                    if option.need <= filling.room(device):
+                    if option.need <= filling.free[device]:
                         one.device, one.option = device, option
                         score = _score(ground, wishes, placed)
                         if score > best:

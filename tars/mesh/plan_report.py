@@ -1,0 +1,158 @@
+"""A plan and its devices as messages, and a fleet made from configuration files for `tars plan --node FILE`.
+
+Law of this file: translation only; nothing is planned or worded here.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from tars.catalogue import Catalogue
+from tars.config import Config, load_config
+from tars.core.placement_cost import pinned_to
+from tars.core.types import (
+    Assignment,
+    Bytes,
+    Deployment,
+    DeviceSnapshot,
+    DeviceVerdict,
+    NodeId,
+    NodeSnapshot,
+    Plan,
+    Refusal,
+)
+from tars.devices.simulated import expected_devices, simulated_devices
+from tars.errors import ConfigError
+from tars.messages.node import (
+    AssignmentDescription,
+    DeviceDescription,
+    PlanResult,
+    RefusalDescription,
+    VerdictDescription,
+)
+
+NODE_NAMESPACE = uuid.UUID("6a0f0a52-7d0c-5f0e-9d9c-1f4c2f6f3b11")
+"""For the ids of nodes that exist only as a file: the same name, the same id, hence the same plan."""
+
+
+def describe_device(snapshot: DeviceSnapshot) -> DeviceDescription:
+    """One device as `node.describe` and `mesh.plan` show it."""
+    capability = snapshot.compute_capability
+    return DeviceDescription(
+        id=snapshot.id,
+        kind=snapshot.kind.value,
+        name=snapshot.name,
+        simulated=snapshot.simulated,
+        memory_total_bytes=int(snapshot.memory_total),
+        memory_free_bytes=int(snapshot.memory_free),
+        memory_held_bytes=int(snapshot.memory_held),
+        memory_capacity_bytes=int(snapshot.capacity),
+        unified_memory=snapshot.unified_memory,
+        compute_capability=None if capability is None else f"{capability[0]}.{capability[1]}",
+        precision=snapshot.precision.value,
+        temperature_celsius=snapshot.temperature_celsius,
+        utilisation_percent=snapshot.utilisation_percent,
+        power_watts=snapshot.power_watts,
+        driver=snapshot.driver,
+        notes=list(snapshot.notes),
+    )
+
+
+def describe_assignment(assignment: Assignment, nodes: Sequence[NodeSnapshot]) -> AssignmentDescription:
+    """One planned replica; a node or device that has gone since is named by its id."""
+    memory = assignment.memory
+    devices = {device.id: device.name for node in nodes for device in node.devices}
+    return AssignmentDescription(
+        replica=assignment.replica,
+        model=assignment.model,
+        variant=assignment.variant,
+        node=assignment.node,
+        node_name=next((node.name for node in nodes if node.id == assignment.node), ""),
+        device=assignment.device,
+        device_name=devices.get(assignment.device, assignment.device),
+        needed_bytes=int(memory.total),
+        weights_bytes=int(memory.weights),
+        kv_cache_bytes=int(memory.kv_cache),
+        compute_bytes=int(memory.compute),
+        overhead_bytes=int(memory.overhead),
+        measured=memory.measured is not None,
+        context=assignment.settings.context,
+        slots=assignment.settings.slots,
+        gpu_layers=assignment.settings.gpu_layers,
+        reason=assignment.reason,
+    )
+
+
+def describe_verdict(verdict: DeviceVerdict) -> VerdictDescription:
+    """Why a model went, or did not go, to one device."""
+    return VerdictDescription(
+        device=verdict.device,
+        device_name=verdict.device_name,
+        variant=verdict.variant,
+        accepted=verdict.accepted,
+        needed_bytes=int(verdict.needed),
+        free_bytes=int(verdict.free),
+        reason=verdict.reason,
+    )
+
+
+def describe_refusal(refusal: Refusal) -> RefusalDescription:
+    """A model that fits nowhere, and what would help."""
+    return RefusalDescription(
+        model=refusal.model,
+        replicas_missing=refusal.replicas_missing,
+        remedy=refusal.remedy,
+        verdicts=[describe_verdict(verdict) for verdict in refusal.verdicts],
+    )
+
+
+def plan_result(plan: Plan, nodes: Sequence[NodeSnapshot]) -> PlanResult:
+    """`mesh.plan`'s answer."""
+    return PlanResult(
+        assignments=[describe_assignment(assignment, nodes) for assignment in plan.assignments],
+        refusals=[describe_refusal(refusal) for refusal in plan.refusals],
+        devices=[describe_device(device) for node in nodes for device in node.devices],
+    )
+
+
+# --- a fleet that is not there --------------------------------------------------------------------------------------
+
+
+def fleet_from_configs(
+    paths: Sequence[Path], *, environment: Mapping[str, str] | None = None
+) -> tuple[list[NodeSnapshot], list[Deployment], Catalogue]:
+    """Nodes, deployments and catalogue of configuration files: their expected and simulated devices, their [[deploy]] and [[model]].
+
+    Raises `ConfigError` for a file that cannot be used, that declares no device, and for two files of one node name. Of two
+    deployments of one model the planner takes the larger: they are wishes of one fleet, not of one PC.
+    """
+    configs = [(path, load_config(path, environment=environment)) for path in paths]
+    nodes = [_node_of(path, config) for path, config in configs]
+    names = [node.name for node in nodes]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigError(f"Two files describe a node called {name}: give each its own name under [node].")
+    models = {source.name: source for _, config in configs for source in config.model}
+    catalogue = Catalogue.load(extra=list(models.values()))
+    return nodes, [deployment for _, config in configs for deployment in config.deployments], catalogue
+
+
+def _node_of(path: Path, config: Config) -> NodeSnapshot:
+    node = NodeId(str(uuid.uuid5(NODE_NAMESPACE, config.node.name)))
+    declared = (*expected_devices(node, config.devices), *simulated_devices(node, config.devices, {}))
+    devices = tuple(_capped(device, config) for device in declared)
+    if not devices:
+        raise ConfigError(
+            f"{path} does not say what the PC has, so nothing can be planned for it. Add for each GPU, for example:\n\n"
+            '    [[devices.expected]]\n    name = "NVIDIA GeForce RTX 3060"\n    memory_mib = 11909\n'
+            '    compute_capability = "8.6"'
+        )
+    return NodeSnapshot(id=node, name=config.node.name, devices=devices, priority=config.node.priority)
+
+
+def _capped(device: DeviceSnapshot, config: Config) -> DeviceSnapshot:
+    caps: list[Bytes] = [cap.memory for cap in config.devices.cap if pinned_to(device, cap.device)]
+    return replace(device, cap=min(caps)) if caps else device
