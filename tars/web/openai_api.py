@@ -1,0 +1,205 @@
+"""The OpenAI API: /v1/models, /v1/chat/completions, /v1/completions, /v1/embeddings.
+
+Law of this file: HTTP to service and back; requests are `openai_messages.py`'s, the shapes of answers `openai_answers.py`'s.
+A stream commits to 200 with its first byte, which waits for the model's first: everything that goes wrong before has its real status.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import replace
+
+from aiohttp import web
+
+from tars.core.types import ModelKind
+from tars.errors import InternalError, MethodNotFound, TarsError, UnknownModel
+from tars.messages.base import CallContext
+from tars.messages.inference import ChatResult, CompleteParams, CompleteResult, Delta, Usage
+from tars.messages.node import ModelDescription
+from tars.rpc.options import RpcOptions
+from tars.serving.service import NodeService
+from tars.web.exchange import Exchange, Face, closing, event, json_response, translated, validated
+from tars.web.openai_answers import (
+    ChatChunks,
+    CompletionChunks,
+    chat_answer,
+    completion_answer,
+    embeddings_answer,
+    error_body,
+    model_body,
+)
+from tars.web.openai_messages import ChatRequest, CompletionRequest, EmbeddingRequest, refusal
+
+DONE = b"data: [DONE]\n\n"
+
+PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+
+
+def openai_face(service: NodeService, options: RpcOptions) -> Face:
+    """The face that answers in OpenAI's shapes."""
+    return Face("openai", service, options, lambda error, node, trace_id: error_body(error, trace_id))
+
+
+def add_openai_routes(app: web.Application, service: NodeService, options: RpcOptions) -> None:
+    """Serve the API under /v1."""
+    face = openai_face(service, options)
+    api = OpenAIApi(service)
+    app.add_routes(
+        [
+            web.get("/v1/models", face.look(api.models)),
+            web.get("/v1/models/{id:.+}", face.look(api.model)),
+            web.post("/v1/chat/completions", face.call("inference.chat", api.chat)),
+            web.post("/v1/completions", face.call("inference.complete", api.complete)),
+            web.post("/v1/embeddings", face.call("inference.embed", api.embed)),
+            web.route("*", "/v1/{rest:.*}", face.look(_nothing_here)),
+        ]
+    )
+
+
+class OpenAIApi:
+    """The handlers."""
+
+    def __init__(self, service: NodeService):
+        self._service = service
+        # The API wants a time of creation for each model, and TARS keeps none: the time from which this node serves it.
+        self._created = int(time.time())
+
+    async def models(self, exchange: Exchange) -> web.Response:
+        """GET /v1/models: what is deployed here; the catalogue's other models cannot be called."""
+        return json_response(
+            {"object": "list", "data": [model_body(model, self._created) for model in self._deployed()]}
+        )
+
+    async def model(self, exchange: Exchange) -> web.Response:
+        """GET /v1/models/{id}, by name or alias."""
+        asked = exchange.request.match_info["id"]
+        for model in self._deployed():
+            if asked == model.name or asked in model.aliases:
+                return json_response(model_body(model, self._created))
+        known = [model.name for model in self._deployed()]
+        raise UnknownModel(
+            f"This node serves no model of that name. It serves: {', '.join(known) or 'none'}.",
+            details={"known": known},
+        )
+
+    async def chat(self, exchange: Exchange) -> web.StreamResponse:
+        """POST /v1/chat/completions."""
+        body = await exchange.json()
+        request = validated(ChatRequest, body)
+        params = translated(request.to_params, body)
+        answer_id, created = _answer_id("chatcmpl"), int(time.time())
+        if not request.stream:
+
+            async def run(call: CallContext) -> ChatResult:
+                async for item in closing(self._service.chat(params, call)):
+                    if isinstance(item, ChatResult):
+                        return item
+                raise _no_result()
+
+            return json_response(chat_answer(answer_id, created, await exchange.whole(run)))
+
+        chunks = ChatChunks(answer_id, created, self._name(params.model, ModelKind.CHAT), usage=request.wants_usage)
+
+        async def frames(call: CallContext) -> AsyncGenerator[bytes, None]:
+            opening = event(chunks.role())
+            async for item in closing(self._service.chat(params, call)):
+                if isinstance(item, Delta):
+                    yield opening + event(chunks.text(item))
+                else:
+                    usage = event(chunks.usage(item.usage)) if request.wants_usage else b""
+                    yield opening + event(chunks.end(item)) + usage + DONE
+                    return
+                opening = b""
+            raise _no_result()
+
+        return await exchange.stream(frames, _error_frame(exchange))
+
+    async def complete(self, exchange: Exchange) -> web.StreamResponse:
+        """POST /v1/completions. Prompts run one after the other: one call never takes more than one place in a replica's queue."""
+        body = await exchange.json()
+        request = validated(CompletionRequest, body)
+        runs: list[CompleteParams] = translated(request.to_params, body)
+        echoed = [params.prompt if request.echo else "" for params in runs]
+        answer_id, created = _answer_id("cmpl"), int(time.time())
+        if not request.stream:
+
+            async def run(call: CallContext) -> list[CompleteResult]:
+                return [await self._completed(params, _numbered(call, at, runs)) for at, params in enumerate(runs)]
+
+            return json_response(completion_answer(answer_id, created, await exchange.whole(run), echoed))
+
+        name = self._name(request.model, ModelKind.CHAT)
+        chunks = CompletionChunks(answer_id, created, name, usage=request.wants_usage)
+
+        async def frames(call: CallContext) -> AsyncGenerator[bytes, None]:
+            usages: list[Usage] = []
+            for index, params in enumerate(runs):
+                opening = event(chunks.echo(index, params.prompt)) if request.echo else b""
+                async for item in closing(self._service.complete(params, _numbered(call, index, runs))):
+                    if isinstance(item, Delta):
+                        yield opening + event(chunks.text(index, item))
+                        opening = b""
+                    else:
+                        usages.append(item.usage)
+                        yield opening + event(chunks.end(index, item))
+                        break
+                else:
+                    raise _no_result()
+            yield (event(chunks.usage(usages)) if request.wants_usage else b"") + DONE
+
+        return await exchange.stream(frames, _error_frame(exchange))
+
+    async def embed(self, exchange: Exchange) -> web.StreamResponse:
+        """POST /v1/embeddings."""
+        body = await exchange.json()
+        request = validated(EmbeddingRequest, body)
+        params = translated(request.to_params, body)
+        result = await exchange.whole(lambda call: self._service.embed(params, call))
+        if request.dimensions is not None and request.dimensions != result.dimensions:
+            raise refusal(
+                "dimensions",
+                f"this model's vectors have {result.dimensions} dimensions, and TARS does not cut them; leave dimensions out",
+            )
+        return json_response(embeddings_answer(result))
+
+    async def _completed(self, params: CompleteParams, call: CallContext) -> CompleteResult:
+        async for item in closing(self._service.complete(params, call)):
+            if isinstance(item, CompleteResult):
+                return item
+        raise _no_result()
+
+    def _deployed(self) -> list[ModelDescription]:
+        return [model for model in self._service.models().models if model.deployed]
+
+    def _name(self, asked: str | None, kind: ModelKind) -> str:
+        """What a stream's chunks call the model before its result says so: what the caller asked for, or the only one of the kind."""
+        if asked is not None:
+            return asked
+        return next((model.name for model in self._deployed() if model.model_kind == kind), "")
+
+
+async def _nothing_here(exchange: Exchange) -> web.Response:
+    raise MethodNotFound(
+        f"This node does not serve {exchange.request.method} at this address. Of the OpenAI API it has {', '.join(PATHS)}."
+    )
+
+
+def _numbered(call: CallContext, index: int, runs: list[CompleteParams]) -> CallContext:
+    """Each prompt is a call of its own for whoever keeps idempotent answers."""
+    if call.idempotency_key is None or len(runs) == 1:
+        return call
+    return replace(call, idempotency_key=f"{call.idempotency_key}#{index}")
+
+
+def _answer_id(prefix: str) -> str:
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def _error_frame(exchange: Exchange) -> Callable[[TarsError], bytes]:
+    return lambda error: event(exchange.face.error_json(error, exchange.trace_id))
+
+
+def _no_result() -> InternalError:
+    return InternalError("The model's answer ended without its result; report it with the trace id.")

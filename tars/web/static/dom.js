@@ -1,0 +1,83 @@
+// Small tools for building the page. Law of this file: text reaches the page through textContent only, never as HTML.
+
+/** An element: `h("p", {class: "muted"}, "text", child)`. `text` children become text nodes; null children are left out. */
+export function h(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value !== null && value !== undefined && value !== false) element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.filter((child) => child !== null && child !== undefined));
+  return element;
+}
+
+/** Set an element's text only where it changed, so that a selection on the page survives the next second. */
+export function setText(element, text) {
+  if (element.textContent !== text) element.textContent = text;
+}
+
+/**
+ * Make `container` show `items`, one element each, in order. Elements are kept by key and updated in place.
+ * `make()` returns {element, update(item)}; `empty` is what stands there when there are no items.
+ */
+export function keyed(container, items, keyOf, make, empty = "") {
+  const known = (container.views ??= new Map());
+  const seen = new Set();
+  let place = 0;
+  for (const item of items) {
+    let key = keyOf(item);
+    while (seen.has(key)) key += "+";
+    seen.add(key);
+    let view = known.get(key);
+    if (!view) known.set(key, (view = make(item)));
+    view.update(item);
+    if (container.children[place] !== view.element) container.insertBefore(view.element, container.children[place] ?? null);
+    place += 1;
+  }
+  for (const [key, view] of known) {
+    if (!seen.has(key)) {
+      view.element.remove();
+      known.delete(key);
+    }
+  }
+  while (container.children.length > place) container.lastElementChild.remove();
+  if (place === 0 && empty) container.append(h("p", { class: "empty" }, empty));
+}
+
+/** Fill a <dl> with [term, text, class?] rows in place; rows whose text is null are left out. */
+export function facts(list, rows) {
+  keyed(list, rows.filter(([, text]) => text !== null && text !== undefined), ([term]) => term, ([term]) => {
+    const value = h("dd");
+    const element = h("div", {}, h("dt", {}, term), value);
+    return {
+      element,
+      update: ([, text, kind]) => {
+        setText(value, text);
+        element.className = kind ?? "";
+      },
+    };
+  });
+}
+
+/** Bytes for people, as TARS writes them everywhere: 5.1 GiB, 374 MiB. */
+export function bytes(count) {
+  if (count >= 2 ** 30) return `${(count / 2 ** 30).toFixed(1)} GiB`;
+  if (count >= 2 ** 20) return `${Math.round(count / 2 ** 20)} MiB`;
+  return `${Math.round(count / 2 ** 10)} KiB`;
+}
+
+/** Seconds for people: 45 s, 3 min, 2 h 5 min, 4 d 2 h. */
+export function duration(seconds) {
+  const whole = Math.floor(seconds);
+  if (whole < 60) return `${whole} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min`;
+  if (whole < 86400) return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
+  return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
+}
+
+/** A moment of the day in the viewer's own notation. */
+export function clock(date) {
+  return date.toLocaleTimeString([], { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+}
+
+/** Counts with thin separators: 12,431. */
+export const count = (number) => number.toLocaleString("en");

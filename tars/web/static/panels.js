@@ -1,0 +1,241 @@
+// What the page shows of a node's description. Law of this file: description in, elements out; it asks the node for nothing.
+import { bytes, clock, count, duration, facts, h, keyed, setText } from "./dom.js";
+
+const byId = (id) => document.getElementById(id);
+
+const STATE_KINDS = {
+  ready: "good", loading: "busy", starting: "busy", restarting: "busy", draining: "busy", stopping: "busy", failed: "bad",
+};
+
+function showState(pill, state) {
+  setText(pill, state);
+  pill.className = `pill ${STATE_KINDS[state] ?? ""}`;
+  pill.hidden = false;
+}
+
+export function showNode(node) {
+  document.title = `${node.name} · TARS`;
+  setText(byId("node-name"), node.name);
+  showState(byId("node-state"), node.state);
+  facts(byId("node-facts"), [
+    ["up", duration(node.uptime_seconds)],
+    ["version", node.version],
+    ["on", node.platform + (node.wsl2 ? " (WSL2)" : "")],
+  ]);
+}
+
+/* ---- numbers ---- */
+
+const RATE_SECONDS = 60;
+const history = []; // [time in ms, total calls], newest last
+
+function remember(node) {
+  const now = Date.now();
+  // A smaller total is a restarted node: its history starts anew.
+  if (history.length && history[history.length - 1][1] > node.calls.total) history.length = 0;
+  history.push([now, node.calls.total]);
+  while (history.length > 2 && now - history[0][0] > (RATE_SECONDS + 1) * 1000) history.shift();
+}
+
+function callsInLastMinute() {
+  return history[history.length - 1][1] - history[0][1];
+}
+
+function sparkline() {
+  const deltas = history.slice(1).map(([, total], index) => total - history[index][1]);
+  const most = Math.max(1, ...deltas);
+  return deltas.map((delta, index) => {
+    const x = 100 - ((deltas.length - 1 - index) * 100) / RATE_SECONDS;
+    return `${index ? "L" : "M"}${x.toFixed(1)} ${(23 - (delta / most) * 20).toFixed(1)}`;
+  }).join("");
+}
+
+function tile(label, extra = null) {
+  const value = document.createTextNode("");
+  const unit = h("span", { class: "unit" });
+  const element = h("div", { class: "tile" }, h("div", { class: "label" }, label), h("div", { class: "value" }, value, unit), extra);
+  return {
+    element,
+    set(number, unitText = "", alarm = false) {
+      if (value.data !== number) value.data = number;
+      setText(unit, unitText);
+      element.classList.toggle("alarm", alarm);
+    },
+  };
+}
+
+let tiles = null;
+
+export function showNumbers(node) {
+  remember(node);
+  if (!tiles) {
+    const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
+    const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    for (const [name, value] of [["class", "spark"], ["viewBox", "0 0 100 26"], ["preserveAspectRatio", "none"], ["aria-hidden", "true"]]) svg.setAttribute(name, value);
+    svg.append(path);
+    tiles = { ready: tile("Models ready"), active: tile("Calls now"), total: tile("Calls in all"), failed: tile("Failed"), rate: tile("Last minute", svg), path };
+    byId("tiles").append(...["ready", "active", "total", "failed", "rate"].map((name) => tiles[name].element));
+  }
+  const ready = node.replicas.filter((replica) => replica.state === "ready").length;
+  tiles.ready.set(`${ready}`, `of ${node.replicas.length}`, node.replicas.some((replica) => replica.state === "failed"));
+  tiles.active.set(count(node.calls.active));
+  tiles.total.set(count(node.calls.total));
+  const share = node.calls.total ? (node.calls.failed / node.calls.total) * 100 : 0;
+  tiles.failed.set(count(node.calls.failed), node.calls.failed ? `${share < 1 ? share.toFixed(1) : Math.round(share)} %` : "");
+  tiles.rate.set(count(callsInLastMinute()), "calls");
+  tiles.path.setAttribute("d", sparkline());
+}
+
+/* ---- devices ---- */
+
+const HOT_CELSIUS = 85; // consumer cards throttle from about 83-90 °C
+
+function deviceCard() {
+  const name = h("h3");
+  const tags = h("div", { class: "tags" });
+  const held = h("span", { class: "held" });
+  const other = h("span", { class: "used-other" });
+  const limit = h("span", { class: "limit" });
+  const bar = h("div", { class: "memory-bar", role: "img" }, held, other, limit);
+  const legend = h("dl", { class: "legend" });
+  const readings = h("dl", { class: "readings" });
+  const notes = h("p", { class: "muted small" });
+  const element = h("article", { class: "card device" }, h("div", { class: "device-head" }, name, tags), h("div", { class: "memory" }, bar, legend), readings, notes);
+  return {
+    element,
+    update(device) {
+      setText(name, device.name);
+      const labels = [
+        device.simulated ? ["simulated", "simulated"] : null,
+        device.simulated && device.kind === "cpu" ? null : [device.kind === "cpu" ? "CPU" : device.kind.toUpperCase(), ""],
+        device.compute_capability ? [`cc ${device.compute_capability}`, ""] : null,
+        [device.precision, ""],
+        device.unified_memory && device.kind !== "cpu" ? ["unified memory", ""] : null,
+      ].filter(Boolean);
+      keyed(tags, labels, ([text]) => text, ([text, kind]) => ({ element: h("span", { class: `tag ${kind}` }, text), update() {} }));
+
+      const total = Math.max(device.memory_total_bytes, 1);
+      const heldBytes = Math.min(device.memory_held_bytes, total);
+      const otherBytes = Math.max(0, total - device.memory_free_bytes - heldBytes);
+      const percent = (part) => `${((part / total) * 100).toFixed(2)}%`;
+      held.style.width = percent(heldBytes);
+      other.style.width = percent(otherBytes);
+      const bound = Math.min(device.memory_capacity_bytes, total);
+      limit.style.left = `calc(${percent(bound)} - 2px)`;
+      limit.hidden = bound >= total * 0.985;
+      bar.setAttribute("aria-label", `memory: ${bytes(heldBytes)} held by TARS, ${bytes(otherBytes)} by others, ${bytes(device.memory_free_bytes)} free of ${bytes(total)}`);
+      facts(legend, [
+        ["TARS", bytes(heldBytes), "held"],
+        ["other", bytes(otherBytes), "used-other"],
+        ["free", `${bytes(device.memory_free_bytes)} of ${bytes(total)}`],
+        ["TARS may hold", bytes(bound), "limit"],
+      ]);
+      facts(readings, [
+        ["utilisation", device.utilisation_percent === null ? null : `${device.utilisation_percent} %`],
+        ["temperature", device.temperature_celsius === null ? null : `${device.temperature_celsius} °C`, device.temperature_celsius >= HOT_CELSIUS ? "hot" : ""],
+        ["power", device.power_watts === null ? null : `${Math.round(device.power_watts)} W`],
+        ["driver", device.driver],
+      ]);
+      readings.hidden = !readings.children.length;
+      setText(notes, device.notes.join(" "));
+      notes.hidden = !device.notes.length;
+    },
+  };
+}
+
+export function showDevices(node) {
+  keyed(byId("devices"), node.devices, (device) => device.id, deviceCard, "No device found.");
+}
+
+/* ---- models ---- */
+
+const KINDS = { chat: "chat", embedding: "embeddings", rerank: "rerank" };
+
+function speed(info) {
+  const speeds = info?.speeds;
+  if (!speeds) return null;
+  if (speeds.decode_tokens_per_second) return `${Math.round(speeds.decode_tokens_per_second)} tokens/s`;
+  if (speeds.texts_per_second) return `${Math.round(speeds.texts_per_second)} texts/s`;
+  return null;
+}
+
+function replicaRow() {
+  const model = h("h3");
+  const tags = h("div", { class: "tags" });
+  const state = h("span", { class: "pill" });
+  const stage = h("span", { class: "muted" });
+  const progress = h("progress", { max: 100 });
+  const load = h("div", { class: "load" }, progress, stage);
+  const readings = h("dl", { class: "readings" });
+  const problem = h("p", { class: "error-text" });
+  const element = h("article", { class: "replica" }, h("div", { class: "replica-head" }, model, tags, state), load, readings, problem);
+  return {
+    element,
+    update(replica) {
+      setText(model, replica.model);
+      const labels = [KINDS[replica.model_kind] ?? replica.model_kind, replica.variant, replica.simulated ? "simulated" : null].filter(Boolean);
+      keyed(tags, labels, (text) => text, (text) => ({ element: h("span", { class: text === "simulated" ? "tag simulated" : "tag" }, text), update() {} }));
+      showState(state, replica.state);
+      load.hidden = replica.progress === null || replica.state === "ready";
+      if (replica.progress !== null) {
+        progress.value = replica.progress.percent;
+        progress.setAttribute("aria-label", `loading ${replica.model}`);
+        setText(stage, `${replica.progress.stage}, ${Math.round(replica.progress.percent)} %`);
+      }
+      const { info } = replica;
+      const context = info?.context ? `${count(info.context)} tokens${info.slots > 1 ? ` × ${info.slots}` : ""}` : null;
+      facts(readings, [
+        ["on", replica.device_name],
+        ["memory", info ? bytes(info.memory_bytes) : `about ${bytes(replica.estimated_bytes)}`],
+        ["context", context],
+        ["dimensions", info?.dimensions ? `${info.dimensions}` : null],
+        ["speed", speed(info)],
+        ["calls", `${count(replica.calls_total)}${replica.active_calls ? `, ${replica.active_calls} now` : ""}${replica.queued_calls ? `, ${replica.queued_calls} waiting` : ""}`],
+        ["restarts", replica.restarts ? count(replica.restarts) : null],
+        ["engine", info?.backend || null],
+      ]);
+      setText(problem, replica.last_error ?? "");
+      problem.hidden = !replica.last_error || replica.state === "ready";
+    },
+  };
+}
+
+export function showReplicas(node) {
+  keyed(byId("replicas"), node.replicas, (replica) => replica.id, replicaRow, "No model is deployed. Start with: tars models deploy NAME");
+}
+
+/* ---- calls and errors ---- */
+
+function methodRow() {
+  const name = h("span", { class: "mono" });
+  const number = h("span");
+  const fill = h("span");
+  const element = h("div", { class: "method" }, name, number, h("div", { class: "meter" }, fill));
+  return {
+    element,
+    update([method, calls, most]) {
+      setText(name, method);
+      setText(number, count(calls));
+      fill.style.width = `${((calls / most) * 100).toFixed(1)}%`;
+    },
+  };
+}
+
+export function showMethods(node) {
+  const rows = Object.entries(node.calls.by_method).sort(([a, x], [b, y]) => y - x || a.localeCompare(b));
+  const most = Math.max(1, ...rows.map(([, calls]) => calls));
+  keyed(byId("methods"), rows.map(([method, calls]) => [method, calls, most]), ([method]) => method, methodRow, "No call yet.");
+}
+
+function failureRow(error) {
+  const at = new Date(error.at * 1000);
+  const element = h("article", { class: "failure" },
+    h("div", { class: "failure-head" }, h("b", {}, error.error_kind), h("span", { class: "mono muted" }, error.method), h("time", { datetime: at.toISOString() }, clock(at))),
+    h("p", {}, error.message),
+    h("p", { class: "mono muted" }, `trace ${error.trace_id}`));
+  return { element, update() {} };
+}
+
+export function showErrors(node) {
+  keyed(byId("errors"), node.recent_errors, (error) => `${error.at} ${error.trace_id}`, failureRow, "None since the node started.");
+}

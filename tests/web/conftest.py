@@ -1,0 +1,354 @@
+"""A node's service that does what a test says, and a real server on loopback in front of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+import aiohttp
+import pytest
+from aiohttp import web
+
+from tars.errors import TarsError, UnknownModel
+from tars.messages.base import CallContext
+from tars.messages.inference import (
+    ChatMessage,
+    ChatParams,
+    ChatResult,
+    CompleteParams,
+    CompleteResult,
+    Delta,
+    EmbedParams,
+    EmbedResult,
+    ServedBy,
+    Timings,
+    TokenLogprob,
+    Usage,
+)
+from tars.messages.node import (
+    CallCounters,
+    DeviceDescription,
+    LoadedInfo,
+    LoadProgress,
+    MeasuredSpeeds,
+    ModelDescription,
+    ModelsResult,
+    NodeDescription,
+    PingResult,
+    RecentError,
+    ReplicaDescription,
+)
+from tars.rpc.access import Access, access_middleware
+from tars.rpc.listener import Listener, listen
+from tars.rpc.options import AccessOptions, RpcOptions
+from tars.web.routes import PUBLIC_PATHS, add_web_routes, render_refusal
+from tars.web.status_feed import StatusFeed
+
+GIB = 2**30
+
+
+class FakeService:
+    """Part of `NodeService`: what the faces use. Texts to say, errors to raise and a gate to wait at are set by the test."""
+
+    node_id = "node-1"
+
+    def __init__(self) -> None:
+        self.pieces = ["Hello", ", ", "wörld"]
+        self.logprobs = False
+        self.finish_reason = "stop"
+        self.error: TarsError | Exception | None = None
+        """Raised before the first piece."""
+        self.late_error: TarsError | Exception | None = None
+        """Raised after the last piece, instead of the result."""
+        self.gate: asyncio.Event | None = None
+        """Waited for after the first piece."""
+        self.waiting = asyncio.Event()
+        """Set while a stream waits at the gate, or in `embed`."""
+        self.closed = asyncio.Event()
+        """Set when a stream was closed before its end."""
+        self.params: list[ChatParams | CompleteParams | EmbedParams] = []
+        self.calls: list[CallContext] = []
+        self.started: list[str] = []
+        self.ended: list[tuple[str, TarsError | None, str]] = []
+        self.description = describe_node()
+        self.state = "ready"
+        self.described = 0
+
+    def ping(self) -> PingResult:
+        return PingResult(node=self.node_id, version="0.1", state=self.state)
+
+    async def describe(self) -> NodeDescription:
+        self.described += 1
+        return self.description
+
+    def config(self) -> dict[str, object]:
+        return {"security": {"api_key": "***"}}
+
+    def models(self) -> ModelsResult:
+        return ModelsResult(
+            models=[
+                model_entry("help-desk", "chat", aliases=["demo"]),
+                model_entry("all-MiniLM-L6-v2", "embedding"),
+                model_entry("mistral-7b", "chat", deployed=False),
+            ]
+        )
+
+    def call_started(self, method: str) -> None:
+        self.started.append(method)
+
+    def call_ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
+        self.ended.append((method, error, trace_id))
+
+    async def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
+        async for item in self._generate(params, call):
+            if isinstance(item, Delta):
+                yield item
+            else:
+                yield ChatResult(
+                    model="help-desk", message=ChatMessage(role="assistant", content="".join(self.pieces)), **item
+                )
+
+    async def complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | CompleteResult]:
+        async for item in self._generate(params, call):
+            yield (
+                item
+                if isinstance(item, Delta)
+                else CompleteResult(model="help-desk", text="".join(self.pieces), **item)
+            )
+
+    async def _generate(self, params, call):
+        self.params.append(params)
+        self.calls.append(call)
+        if self.error is not None:
+            raise self.error
+        if params.model not in (None, "help-desk", "demo"):
+            raise UnknownModel("no such model", details={"known": ["help-desk"]})
+        try:
+            for index, piece in enumerate(self.pieces):
+                yield Delta(text=piece, token_ids=[index], logprobs=[logprob(piece)] if self.logprobs else None)
+                if self.gate is not None:
+                    self.waiting.set()
+                    await self.gate.wait()
+        except (GeneratorExit, asyncio.CancelledError):
+            self.closed.set()
+            raise
+        if self.late_error is not None:
+            raise self.late_error
+        yield {
+            "finish_reason": self.finish_reason,
+            "usage": Usage(prompt_tokens=7, completion_tokens=len(self.pieces), total_tokens=7 + len(self.pieces)),
+            "timings": Timings(),
+            "served_by": ServedBy(node=self.node_id, replica="help-desk@cpu#0", device="cpu"),
+            "logprobs": [logprob(piece) for piece in self.pieces] if self.logprobs else None,
+        }
+
+    async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
+        self.params.append(params)
+        self.calls.append(call)
+        if self.error is not None:
+            raise self.error
+        if self.gate is not None:
+            self.waiting.set()
+            try:
+                await self.gate.wait()
+            except asyncio.CancelledError:
+                self.closed.set()
+                raise
+        count = 1 if isinstance(params.input, str) else len(params.input)
+        vectors = [[0.6, 0.8, float(index)] for index in range(count)]
+        packed = [base64.b64encode(struct.pack("<3f", *vector)).decode() for vector in vectors]
+        return EmbedResult(
+            model="all-MiniLM-L6-v2",
+            embeddings=packed if params.encoding_format == "base64" else vectors,
+            dimensions=3,
+            truncated=[],
+            usage=Usage(prompt_tokens=4, total_tokens=4),
+            timings=Timings(),
+            served_by=ServedBy(node=self.node_id, replica="all-MiniLM-L6-v2@cpu#0", device="cpu"),
+        )
+
+
+def logprob(token: str) -> TokenLogprob:
+    return TokenLogprob(token=token, token_id=1, logprob=-0.25, top=[(token, -0.25), ("other", -1.5)])
+
+
+def model_entry(name: str, kind: str, *, aliases: list[str] | None = None, deployed: bool = True) -> ModelDescription:
+    return ModelDescription(
+        name=name,
+        aliases=aliases or [],
+        model_kind=kind,
+        variants=["Q4_K_M"],
+        description="",
+        licence="",
+        deployed=deployed,
+        replicas_wanted=int(deployed),
+        replicas_ready=int(deployed),
+        state="ready" if deployed else "available",
+        local=True,
+    )
+
+
+def describe_device(**changes: object) -> DeviceDescription:
+    said: dict[str, object] = {
+        "id": "node-1/gpu-1",
+        "kind": "cuda",
+        "name": "NVIDIA GeForce RTX 3060",
+        "simulated": False,
+        "memory_total_bytes": 12 * GIB,
+        "memory_free_bytes": 6 * GIB,
+        "memory_held_bytes": 5 * GIB,
+        "memory_capacity_bytes": 11 * GIB,
+        "unified_memory": False,
+        "compute_capability": "8.6",
+        "precision": "bf16",
+        "temperature_celsius": 61,
+        "utilisation_percent": 87,
+        "power_watts": 142.5,
+        "driver": "550.54",
+        "notes": [],
+    }
+    return DeviceDescription.model_validate(said | changes)
+
+
+def describe_replica(**changes: object) -> ReplicaDescription:
+    info = LoadedInfo(
+        model_kind="chat",
+        memory_bytes=4_900_000_000,
+        load_seconds=3.2,
+        context=4096,
+        slots=4,
+        backend="llama.cpp cuda",
+        speeds=MeasuredSpeeds(decode_tokens_per_second=52.6),
+    )
+    said: dict[str, object] = {
+        "id": "help-desk@gpu-1#0",
+        "model": "help-desk",
+        "model_kind": "chat",
+        "variant": "Q4_K_M",
+        "device": "node-1/gpu-1",
+        "device_name": "NVIDIA GeForce RTX 3060",
+        "simulated": False,
+        "state": "ready",
+        "progress": None,
+        "estimated_bytes": 5 * GIB,
+        "info": info,
+        "restarts": 0,
+        "active_calls": 1,
+        "queued_calls": 0,
+        "calls_total": 311,
+        "last_error": None,
+        "reason": "best fit",
+    }
+    return ReplicaDescription.model_validate(said | changes)
+
+
+def describe_node(**changes: object) -> NodeDescription:
+    loading = describe_replica(
+        id="all-MiniLM-L6-v2@sim-0#0",
+        model="all-MiniLM-L6-v2",
+        model_kind="embedding",
+        variant="fp32",
+        device="node-1/sim-0",
+        device_name="GTX 1660 Super",
+        simulated=True,
+        state="loading",
+        progress=LoadProgress(stage="read", percent=40),
+        info=None,
+        estimated_bytes=91_000_000,
+        active_calls=0,
+        calls_total=0,
+    )
+    simulated = describe_device(
+        id="node-1/sim-0",
+        kind="cpu",
+        name="GTX 1660 Super",
+        simulated=True,
+        memory_total_bytes=6 * GIB,
+        memory_free_bytes=6 * GIB,
+        memory_held_bytes=0,
+        memory_capacity_bytes=5 * GIB,
+        compute_capability="7.5",
+        precision="fp32",
+        temperature_celsius=None,
+        utilisation_percent=None,
+        power_watts=None,
+        driver=None,
+        notes=["Declared in the configuration; it computes on this node's CPU."],
+    )
+    said: dict[str, object] = {
+        "node": "node-1",
+        "name": "living-room",
+        "version": "0.1.0",
+        "state": "ready",
+        "started_at": 1_760_000_000.0,
+        "uptime_seconds": 8_100.0,
+        "platform": "Linux x86_64",
+        "wsl2": False,
+        "devices": [describe_device(), simulated],
+        "replicas": [describe_replica(), loading],
+        "calls": CallCounters(total=312, failed=3, active=1, by_method={"inference.chat": 300, "inference.embed": 12}),
+        "recent_errors": [
+            RecentError(
+                at=1_760_008_000.0,
+                method="inference.embed",
+                error_kind="still_loading",
+                message="all-MiniLM-L6-v2 is loading (read, 40 %); try again in 2 s",
+                trace_id="4bf92f3577b34da6a3ce929d0e0e4736",
+            )
+        ],
+    }
+    return NodeDescription.model_validate(said | changes)
+
+
+@dataclass
+class Node:
+    """A server under way, and an HTTP client for it."""
+
+    url: str
+    http: aiohttp.ClientSession
+    listener: Listener
+    feed: StatusFeed
+    access: Access = field(repr=False)
+
+
+Serve = Callable[..., Awaitable[Node]]
+
+
+@pytest.fixture
+def service() -> FakeService:
+    return FakeService()
+
+
+@pytest.fixture
+async def serve(service: FakeService) -> AsyncIterator[Serve]:
+    """`await serve(options)`: the web faces behind the real access checks and the real listener."""
+    async with aiohttp.ClientSession() as http:
+        listeners: list[Listener] = []
+
+        async def start(options: RpcOptions | None = None, *, watchers: int = 32) -> Node:
+            options = options or RpcOptions()
+            access = Access(options.access)
+            feed = StatusFeed(service, interval_seconds=0.05, watchers=watchers)
+            app = web.Application(middlewares=[access_middleware(access, render_refusal, PUBLIC_PATHS)])
+            add_web_routes(app, service, options, feed=feed)
+            listener = await listen(app, "127.0.0.1", 0, access)
+            listeners.append(listener)
+            return Node(listener.url, http, listener, feed, access)
+
+        yield start
+        for listener in listeners:
+            await listener.close()
+
+
+@pytest.fixture
+async def node(serve: Serve) -> Node:
+    return await serve()
+
+
+@pytest.fixture
+def keyed_options() -> RpcOptions:
+    """A node that asks for the key `sesame`."""
+    return RpcOptions(access=AccessOptions(api_keys={"laptop": "sesame"}))
