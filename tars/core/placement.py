@@ -106,15 +106,18 @@ def _resolve(
     deployments: Sequence[Deployment], models: Mapping[str, ModelEntry]
 ) -> tuple[list[tuple[Deployment, ModelEntry]], list[Refusal]]:
     """Deployments by canonical model name, one each, in the order of names; refusals for those that nobody knows."""
-    aliases = {alias: entry for entry in models.values() for alias in entry.aliases}
+    names = {alias.casefold(): entry for entry in models.values() for alias in (*entry.aliases, entry.name)}
     found: dict[str, tuple[Deployment, ModelEntry]] = {}
     unknown: dict[str, Refusal] = {}
     for deployment in sorted(deployments, key=_size):
-        entry = models.get(deployment.model) or aliases.get(deployment.model)
+        entry = models.get(deployment.model) or names.get(deployment.model.casefold())
         if deployment.replicas < 1:
             continue
-        if entry is not None:
+        if entry is not None and entry.variants:
             found[entry.name] = (deployment, entry)
+        elif entry is not None:
+            remedy = "Nothing is known of its size: name its file in a [[model]] table (name, path)."
+            unknown[entry.name] = Refusal(entry.name, deployment.replicas, (), remedy)
         else:
             remedy = "The catalogue has no such model; add it with a [[model]] table or choose one from `tars models`."
             unknown[deployment.model] = Refusal(deployment.model, deployment.replicas, (), remedy)
@@ -301,8 +304,9 @@ def _rendezvous(model: str, devices: list[DeviceId]) -> tuple[int, ...]:
 
 
 def _replica_id(model: str, place: _Place, taken: Iterable[str]) -> ReplicaId:
-    """`<model>@<node>-<device>#<n>`: the node's first 8 characters keep `cpu` of two nodes apart in the mesh."""
-    suffix = f"{place.node.id[:8]}-{place.device.id.rpartition('/')[2][:12]}"
+    """`<model>@<node>-<device>#<n>`: the node's first 8 characters keep `cpu` of two nodes apart in the mesh, 8 of a GPU's uuid cards."""
+    device = place.device.id.rpartition("/")[2]
+    suffix = f"{place.node.id[:8]}-{device if len(device) <= 16 else device[:12]}"
     number = 0
     while (replica := ReplicaId(f"{model}@{suffix}#{number}")) in taken:
         number += 1
