@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 
 import psutil
 from aiohttp import hdrs, web
+from aiohttp.typedefs import Middleware
 from multidict import CIMultiDictProxy
 
 from tars.errors import Forbidden, TarsError, Unauthorized, UnsupportedMediaType
@@ -94,7 +95,7 @@ class Access:
         return holder
 
 
-def access_middleware(access: Access, render: RenderError, public: frozenset[str] = frozenset()) -> Handler:
+def access_middleware(access: Access, render: RenderError, public: frozenset[str] = frozenset()) -> Middleware:
     """The checks for a whole application: put it first. `public` paths (a page without data, `/health`) need no key, and all the rest."""
 
     @web.middleware
@@ -110,7 +111,7 @@ def access_middleware(access: Access, render: RenderError, public: frozenset[str
             return response
         return await handler(request)
 
-    return checked  # type: ignore[return-value]  # aiohttp calls a middleware with (request, handler); its own type says Handler here
+    return checked
 
 
 def _digest(key: str) -> bytes:

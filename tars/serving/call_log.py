@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 
@@ -20,6 +21,8 @@ class CallLog:
         self._by_method: Counter[str] = Counter()
         self._active = 0
         self._failed = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._errors: deque[RecentError] = deque(maxlen=KEEP_ERRORS)
 
     @property
@@ -31,10 +34,13 @@ class CallLog:
         """Count a call."""
         self._by_method[method] += 1
         self._active += 1
+        self._idle.clear()
 
     def ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
         """Count its end, and keep its error."""
         self._active -= 1
+        if not self._active:
+            self._idle.set()
         if error is None:
             return
         self._failed += 1
@@ -43,6 +49,10 @@ class CallLog:
                 at=self._wall_clock(), method=method, error_kind=error.kind, message=error.message, trace_id=trace_id
             )
         )
+
+    async def idle(self) -> None:
+        """Wait until no call runs."""
+        await self._idle.wait()
 
     def counters(self) -> CallCounters:
         """Since the node started."""

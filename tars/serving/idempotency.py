@@ -45,7 +45,8 @@ class Claim:
         if self._entry is None or self._entry.answer.done():
             return
         self._entry.answer.set_result(None)
-        assert self._answers is not None and self._key is not None
+        assert self._answers is not None
+        assert self._key is not None
         self._answers.forget(self._key, self._entry)
 
 

@@ -1,0 +1,322 @@
+"""Carries the plan out on this node: snapshot + deployments -> plan -> load, wait, unload; again whenever something changed.
+
+Law of this file: it decides nothing that `core.placement` decides. It is level-triggered: every round starts from what is, so a lost
+wake-up or a crash costs at most one round. Loads on one device happen one at a time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from tars.catalogue import Catalogue
+from tars.core.placement import plan
+from tars.core.types import (
+    Assignment,
+    Bytes,
+    Deployment,
+    DeviceId,
+    DeviceSnapshot,
+    ModelEntry,
+    ModelKind,
+    NodeId,
+    NodeSnapshot,
+    Plan,
+    Refusal,
+    ReplicaId,
+    ReplicaState,
+)
+from tars.errors import DoesNotFit, ModelFileMissing, TarsError
+from tars.mesh.deployments import Deployments
+from tars.mesh.measured_memory import MeasuredMemory
+from tars.workers.engine import LoadSpec
+from tars.workers.supervisor import ReplicaWorker
+
+log = logging.getLogger(__name__)
+
+ROUND_SECONDS = 10.0
+"""A round at least so often, so that memory freed by a foreign program is noticed; a round costs a few ms."""
+STOP_GRACE_SECONDS = 10.0
+"""What a replica that is moved or removed gets to finish its calls."""
+
+BUSY = (ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING)
+
+
+@dataclass(slots=True)
+class LiveReplica:
+    """One assignment that is being carried out, and the worker that does it."""
+
+    assignment: Assignment
+    device: DeviceSnapshot
+    kind: ModelKind
+    worker: ReplicaWorker
+
+
+StartWorker = Callable[[LoadSpec, Callable[[ReplicaWorker], None]], ReplicaWorker]
+"""Makes (does not start) a worker; tests give a fake."""
+
+
+class Coordinator:
+    """See the module's law. `probe(held)` reads the devices and may block; it runs in a thread."""
+
+    def __init__(
+        self,
+        node: NodeSnapshot,
+        *,
+        probe: Callable[[Mapping[DeviceId, Bytes]], tuple[DeviceSnapshot, ...]],
+        catalogue: Catalogue,
+        deployments: Deployments,
+        measured: MeasuredMemory,
+        make_worker: StartWorker,
+    ):
+        self._node = node
+        self._probe = probe
+        self.catalogue = catalogue
+        self.deployments = deployments
+        self._measured = measured
+        self._make_worker = make_worker
+        self.replicas: dict[ReplicaId, LiveReplica] = {}
+        self.plan = Plan()
+        self.problems: dict[str, TarsError] = {}
+        self._quiet: dict[DeviceId, DeviceSnapshot] = {}
+        self._wake = asyncio.Event()
+        self._round = asyncio.Lock()
+        self._changed = asyncio.Event()
+        self._stopping = False
+        self._stops: dict[asyncio.Task[None], DeviceId] = {}
+        self.rounds = 0
+
+    @property
+    def node_id(self) -> NodeId:
+        """This node's id."""
+        return self._node.id
+
+    # --- what others ask ---------------------------------------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Ask for a round soon."""
+        self._wake.set()
+
+    async def changed(self) -> None:
+        """Wait until a replica's state, a load's progress or the plan changes."""
+        await self._changed.wait()
+
+    async def snapshot(self) -> NodeSnapshot:
+        """This node and its devices now. While a device loads, its memory is in motion: for planning see `_settled`."""
+        devices = await asyncio.to_thread(self._probe, self._held())
+        return replace(self._node, devices=devices)
+
+    def settled(self) -> bool:
+        """True when every wanted replica is ready or has failed, and nothing is left to start."""
+        if self.rounds == 0:
+            return False
+        planned = {assignment.replica for assignment in self.plan.assignments}
+        return planned == set(self.replicas) and not any(live.worker.state in BUSY for live in self.replicas.values())
+
+    async def preview(self, deployment: Deployment) -> Plan:
+        """The plan as it would be with `deployment`. Raises the reason why its model cannot be planned here at all."""
+        entry = self.catalogue.resolve(deployment.model)
+        models = {**self._plannable()[0], entry.name: self._local(entry)}
+        others = [each for each in self.deployments.wanted() if each.model != entry.name and each.model in models]
+        return self._plan(await self._planning_nodes(), models, [*others, replace(deployment, model=entry.name)])
+
+    def retry_failed(self, model: str) -> None:
+        """Forget a model's failed replicas, so that the next round loads them again."""
+        for replica, live in list(self.replicas.items()):
+            if live.assignment.model == model and live.worker.state is ReplicaState.FAILED:
+                self._retire(replica)
+        self.wake()
+
+    # --- the rounds --------------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Round after round until cancelled; an unexpected error is logged and the next round tries again."""
+        while True:
+            self._wake.clear()
+            try:
+                await self.reconcile()
+            except Exception:
+                log.exception("a placement round failed; the next one tries again")
+            try:
+                async with asyncio.timeout(ROUND_SECONDS):
+                    await self._wake.wait()
+            except TimeoutError:
+                pass
+
+    async def reconcile(self) -> None:
+        """One round: plan, retire what the plan no longer has, start what it has and nobody runs."""
+        async with self._round:
+            if self._stopping:
+                return
+            models, problems = self._plannable()
+            wanted = [deployment for deployment in self.deployments.wanted() if deployment.model in models]
+            nodes = await self._planning_nodes()
+            self.plan = self._plan(nodes, models, wanted)
+            self.problems = {**problems, **{r.model: refusal_error(r) for r in self.plan.refusals}}
+            planned = {assignment.replica: assignment for assignment in self.plan.assignments}
+            for replica, live in list(self.replicas.items()):
+                target = planned.get(replica)
+                if target is None or not _same_load(target, live.assignment):
+                    self._retire(replica)
+            loading = self._moving()
+            devices = {device.id: device for node in nodes for device in node.devices}
+            for assignment in self.plan.assignments:
+                if assignment.replica in self.replicas or assignment.device in loading:
+                    continue
+                loading.add(assignment.device)
+                await self._load(assignment, devices[assignment.device], models[assignment.model])
+            self.rounds += 1
+            self._pulse()
+
+    async def stop(self, grace: float) -> None:
+        """Stop every worker, each within `grace` seconds; no worker outlives this call."""
+        self._stopping = True
+        async with self._round:
+            for replica in list(self.replicas):
+                self._retire(replica, grace)
+        if self._stops:
+            await asyncio.gather(*self._stops, return_exceptions=True)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _plan(
+        self, nodes: Sequence[NodeSnapshot], models: Mapping[str, ModelEntry], wanted: Sequence[Deployment]
+    ) -> Plan:
+        current = [live.assignment for live in self.replicas.values()]
+        return plan(nodes, models, wanted, current, self._measured.by_key())
+
+    async def _planning_nodes(self) -> list[NodeSnapshot]:
+        """The snapshot to plan from: a device whose memory is in motion counts as it was before that began."""
+        now = await self.snapshot()
+        loading = self._moving()
+        devices = []
+        for device in now.devices:
+            if device.id in loading and device.id in self._quiet:
+                devices.append(self._quiet[device.id])
+            else:
+                self._quiet[device.id] = device
+                devices.append(device)
+        return [replace(now, devices=tuple(devices))]
+
+    def _moving(self) -> set[DeviceId]:
+        """Devices whose memory is in motion: something loads there, or is being unloaded."""
+        busy = {live.assignment.device for live in self.replicas.values() if live.worker.state in BUSY}
+        return busy | set(self._stops.values())
+
+    def _plannable(self) -> tuple[dict[str, ModelEntry], dict[str, TarsError]]:
+        models: dict[str, ModelEntry] = {}
+        problems: dict[str, TarsError] = {}
+        for deployment in self.deployments.wanted():
+            try:
+                models[deployment.model] = self._local(self.catalogue.resolve(deployment.model))
+            except TarsError as error:
+                problems[deployment.model] = error
+        return models, problems
+
+    def _local(self, entry: ModelEntry) -> ModelEntry:
+        """The entry with only the variants whose files this node has."""
+        local = tuple(variant for variant in entry.variants if self.catalogue.path_of(entry, variant) is not None)
+        if not local:
+            sources = "; ".join(f"{v.file} of {v.repo} on Hugging Face" for v in entry.variants if v.repo and v.file)
+            raise ModelFileMissing(
+                f"the catalogue knows {entry.name}, but its file is not on this PC. "
+                + (f"Download {sources or 'it'}, then name it in a [[model]] table (name, path) of the node's ")
+                + "configuration, or start with `tars-node --model FILE`",
+                details={"model": entry.name},
+            )
+        return replace(entry, variants=local)
+
+    def _held(self) -> dict[DeviceId, Bytes]:
+        """What this node's replicas hold on each device: measured where it can be, declared on a simulated device."""
+        held: dict[DeviceId, Bytes] = {}
+        for live in self.replicas.values():
+            info = live.worker.info
+            if live.device.simulated:
+                taken = live.assignment.memory.total
+            elif info is not None and live.worker.state is ReplicaState.READY:
+                taken = Bytes(info.memory_bytes)
+            else:
+                continue
+            held[live.assignment.device] = Bytes(held.get(live.assignment.device, 0) + taken)
+        return held
+
+    async def _load(self, assignment: Assignment, device: DeviceSnapshot, entry: ModelEntry) -> None:
+        variant = next(each for each in entry.variants if each.name == assignment.variant)
+        path = self.catalogue.path_of(entry, variant)
+        assert path is not None  # `_local` left only these
+        settings = assignment.settings
+        spec = LoadSpec(
+            replica=assignment.replica,
+            model=assignment.model,
+            engine="llama" if path.is_file() else "sentence-transformers",
+            path=str(path),
+            sha256=variant.sha256,
+            cuda_device=None if device.simulated or device.index is None else str(device.index),
+            context=settings.context,
+            slots=settings.slots,
+            gpu_layers=settings.gpu_layers,
+            threads=settings.threads,
+            batch=settings.batch,
+            micro_batch=settings.micro_batch,
+            flash_attention=settings.flash_attention,
+            kv_type=settings.kv_type.value,
+            mmap=settings.mmap,
+            precision=settings.precision.value,
+            batch_tokens=settings.batch_tokens,
+        )
+        worker = self._make_worker(spec, lambda worker: self._on_change(assignment.replica, worker))
+        self.replicas[assignment.replica] = LiveReplica(assignment, device, entry.kind, worker)
+        log.info("loading %s on %s: %s", assignment.replica, device.name, assignment.reason)
+        await worker.start()
+
+    def _on_change(self, replica: ReplicaId, worker: ReplicaWorker) -> None:
+        live = self.replicas.get(replica)
+        if live is not None and live.worker is worker:
+            if worker.state is ReplicaState.READY and worker.info is not None:
+                self._measured.learn(live.assignment, live.device, worker.info)
+            if worker.state not in (ReplicaState.STARTING, ReplicaState.LOADING):
+                self.wake()
+        self._pulse()
+
+    def _retire(self, replica: ReplicaId, grace: float = STOP_GRACE_SECONDS) -> None:
+        live = self.replicas.pop(replica)
+        log.info("unloading %s", replica)
+        task = asyncio.create_task(live.worker.stop(grace), name=f"stop {replica}")
+        self._stops[task] = live.assignment.device
+
+        def stopped(task: asyncio.Task[None]) -> None:
+            del self._stops[task]
+            if not task.cancelled() and task.exception() is not None:
+                log.error("stopping %s failed", replica, exc_info=task.exception())
+            self.wake()
+
+        task.add_done_callback(stopped)
+
+    def _pulse(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+def _same_load(planned: Assignment, live: Assignment) -> bool:
+    return (planned.variant, planned.device, planned.settings) == (live.variant, live.device, live.settings)
+
+
+def refusal_error(refusal: Refusal) -> DoesNotFit:
+    """What a caller of a refused model gets: bytes needed against bytes free for each device, and what would make it fit."""
+    return DoesNotFit(
+        f"{refusal.model} fits on no device here. {refusal.remedy}".strip(),
+        details={
+            "devices": [
+                {
+                    "device": verdict.device_name,
+                    "variant": verdict.variant,
+                    "needed_bytes": int(verdict.needed),
+                    "free_bytes": int(verdict.free),
+                    "reason": verdict.reason,
+                }
+                for verdict in refusal.verdicts
+            ]
+        },
+    )

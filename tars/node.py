@@ -1,0 +1,284 @@
+"""`tars-node`: the composition root. It reads the configuration, builds every part, serves, and takes all of it down again.
+
+Law of this file: wiring only. It and `tars.cli` are the only ones that know everything; nobody imports them.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import click
+from aiohttp import web
+
+from tars import __version__
+from tars.catalogue import Catalogue
+from tars.config import Config, load_config
+from tars.core.types import Deployment, NodeSnapshot
+from tars.devices.inventory import Inventory
+from tars.errors import TarsError
+from tars.mesh.coordinator import Coordinator
+from tars.mesh.deployments import Deployments
+from tars.mesh.measured_memory import MeasuredMemory
+from tars.node_report import NodeReport, set_up_logging
+from tars.rpc.access import Access, access_middleware
+from tars.rpc.http_server import RPC_PATH, add_rpc_routes, error_response
+from tars.rpc.listener import Listener, listen
+from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
+from tars.serving.local_service import LocalNodeService
+from tars.state_folder import StateFolder
+from tars.web.routes import PUBLIC_PATHS, add_web_routes, render_refusal
+from tars.workers.supervisor import ReplicaWorker, WorkerOptions
+
+log = logging.getLogger(__name__)
+
+DEMO_MODELS = ("tars-help-desk", "all-minilm-l6-v2")
+"""What a node without any configuration serves: both come with the packages, so they need no network."""
+CLOSE_SECONDS = 1.0
+"""For connections that are still open after the grace time: status pages, idle clients."""
+EXIT_USAGE = 2
+"""The configuration, the port or the state folder cannot be used; nothing was started."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A configuration whose models are all known, before anything is opened or started."""
+
+    config: Config
+    catalogue: Catalogue
+    declared: tuple[Deployment, ...]
+
+
+def prepare(config: Config, config_file: Path | None, model_files: tuple[Path, ...]) -> Prepared:
+    """Check everything that can be checked without starting anything. Raises `ConfigError`, `UnknownModel` or `BadModelFile`."""
+    config.check_exposure(config_file)
+    catalogue = Catalogue.load(extra=list(config.model))
+    declared = [replace(each, model=catalogue.resolve(each.model).name) for each in config.deployments]
+    for file in model_files:
+        declared.append(Deployment(catalogue.add_file(file).name))
+    if config.demo.models or (config.demo_models and not model_files):
+        declared += [Deployment(name) for name in DEMO_MODELS if name not in {each.model for each in declared}]
+    return Prepared(config, catalogue, tuple(declared))
+
+
+def rpc_options(config: Config) -> RpcOptions:
+    """The configuration in the words of `rpc/`."""
+    limits, security = config.limits, config.security
+    return RpcOptions(
+        envelope=EnvelopeLimits(
+            max_body_bytes=limits.max_body_bytes,
+            max_batch=limits.max_batch,
+            max_depth=limits.max_depth,
+            max_string_bytes=limits.max_string_bytes,
+        ),
+        access=AccessOptions(
+            api_keys={key.name: key.key.get_secret_value() for key in security.api_key},
+            allowed_hosts=security.allowed_hosts,
+            allowed_origins=security.allowed_origins,
+        ),
+        max_concurrent_calls=limits.max_concurrent_calls,
+        default_timeout_ms=limits.default_timeout_ms,
+    )
+
+
+def worker_options(config: Config) -> WorkerOptions:
+    """The configuration in the words of `workers/`."""
+    worker = config.worker
+    return WorkerOptions(
+        start_timeout_seconds=worker.start_timeout_seconds,
+        ping_interval_seconds=worker.ping_interval_seconds,
+        hang_seconds=worker.hang_seconds,
+        backoff_initial_seconds=worker.backoff_initial_seconds,
+        backoff_most_seconds=worker.backoff_most_seconds,
+        stop_seconds=worker.stop_seconds,
+        queue_limit=config.limits.queue_per_replica,
+    )
+
+
+class Node:
+    """One running node: `start`, `wait`, `stop`."""
+
+    def __init__(self, prepared: Prepared, report: NodeReport):
+        self._config = prepared.config
+        self._prepared = prepared
+        self._report = report
+        self._folder = StateFolder(prepared.config.node.state_dir)
+        self._inventory: Inventory | None = None
+        self._listener: Listener | None = None
+        self._rounds: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Take the state folder, find the devices, open the port, begin to load; returns before the models are loaded."""
+        config = self._config
+        self._folder.open()
+        node_id = self._folder.node_id()
+        self._inventory = inventory = await asyncio.to_thread(Inventory, node_id, config.devices)
+        options = worker_options(config)
+        self.coordinator = Coordinator(
+            NodeSnapshot(node_id, config.node.name, priority=config.node.priority),
+            probe=inventory.snapshot,
+            catalogue=self._prepared.catalogue,
+            deployments=Deployments(self._folder, self._prepared.declared),
+            measured=MeasuredMemory(self._folder),
+            make_worker=lambda spec, on_change: ReplicaWorker(spec, options, on_change),
+        )
+        self.service = LocalNodeService(
+            self.coordinator,
+            name=config.node.name,
+            redacted_config=config.redacted(),
+            wsl2=inventory.wsl2 is not None,
+            addresses=lambda: [self.url],
+        )
+        self._listener = await self._listen()
+        self._report.started(
+            self.url,
+            config.node.name,
+            node_id,
+            await self.coordinator.snapshot(),
+            [*inventory.warnings, *filter(None, [inventory.no_gpu_reason])],
+        )
+        self._rounds = asyncio.create_task(self.coordinator.run(), name="placement rounds")
+
+    @property
+    def url(self) -> str:
+        """Where this node answers."""
+        assert self._listener is not None
+        return self._listener.url
+
+    async def _listen(self) -> Listener:
+        options = rpc_options(self._config)
+        access = Access(options.access)
+
+        def refuse(request: web.Request, error: TarsError) -> web.Response:
+            if request.path == RPC_PATH:
+                return error_response(dispatcher, error)
+            return render_refusal(request, error, node=self.service.node_id)
+
+        application = web.Application(
+            client_max_size=self._config.limits.max_body_bytes,
+            middlewares=[access_middleware(access, refuse, PUBLIC_PATHS)],
+        )
+        dispatcher = add_rpc_routes(application, self.service, options)
+        add_web_routes(application, self.service, options)
+        address = self._config.node.address
+        return await listen(application, address.host, address.port, access, shutdown_seconds=CLOSE_SECONDS)
+
+    async def report_until_settled(self) -> None:
+        """Say what is loaded where, as it happens; returns when nothing is left to load."""
+        while True:
+            changed = asyncio.ensure_future(self.coordinator.changed())
+            self._report.progress(self.coordinator)
+            if self.coordinator.settled():
+                changed.cancel()
+                self._report.ready(self.url, self.coordinator)
+                return
+            await changed
+
+    async def stop(self, grace: float) -> None:
+        """Take no more calls, let the running ones end within `grace` seconds, then end every worker and close everything."""
+        loop = asyncio.get_running_loop()
+        ends_at = loop.time() + grace
+        if self._listener is not None:
+            await self.service.drain()
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(ends_at):
+                    await self.service.idle()
+        if self._rounds is not None:
+            self._rounds.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._rounds
+            await self.coordinator.stop(max(0.0, ends_at - loop.time()))
+        if self._listener is not None:
+            await self._listener.close()
+        if self._inventory is not None:
+            self._inventory.close()
+        self._folder.close()
+
+
+async def serve(prepared: Prepared, report: NodeReport) -> None:
+    """Run a node until SIGTERM or SIGINT; a second signal ends the grace time at once."""
+    loop = asyncio.get_running_loop()
+    asked = asyncio.Event()
+    asked_again = asyncio.Event()
+
+    def on_signal() -> None:
+        (asked_again if asked.is_set() else asked).set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal)
+    node = Node(prepared, report)
+    try:
+        await node.start()
+        reporting = asyncio.create_task(node.report_until_settled(), name="report")
+        await asked.wait()
+        reporting.cancel()
+        report.stopping(node.service.active_calls, prepared.config.node.grace_seconds)
+    finally:
+        stopping = asyncio.ensure_future(node.stop(prepared.config.node.grace_seconds))
+        hurry = asyncio.ensure_future(asked_again.wait())
+        await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        if not stopping.done():
+            stopping.cancel()
+            with suppress(asyncio.CancelledError):
+                await stopping
+            await node.stop(0.0)
+        hurry.cancel()
+    report.stopped()
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.option("--config", "config_file", type=click.Path(path_type=Path), help="TOML configuration; see node_configs/.")
+@click.option("--listen", metavar="HOST:PORT", help="Where to listen. Default: 127.0.0.1:8000.")
+@click.option(
+    "--model",
+    "model_files",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Serve this GGUF file (or sentence-transformers folder) instead of the demo models. May be repeated.",
+)
+@click.option("--state-dir", type=click.Path(path_type=Path), help="State folder. Default: ~/.local/state/tars.")
+@click.option("--log-format", type=click.Choice(["text", "json"]), help="json: one object a line.")
+@click.option("--check", is_flag=True, help="Check the configuration and end.")
+@click.version_option(__version__, prog_name="tars-node")
+def main(
+    config_file: Path | None,
+    listen: str | None,
+    model_files: tuple[Path, ...],
+    state_dir: Path | None,
+    log_format: str | None,
+    check: bool,
+) -> None:
+    """Serve the models of this PC: JSON-RPC at /rpc, the OpenAI API at /v1, a status page at /.
+
+    Without arguments: this PC's devices, the two demo models, http://127.0.0.1:8000.
+    """
+    overrides: Mapping[str, object] = {
+        "node.listen": listen,
+        "node.state_dir": state_dir,
+        "node.log_format": log_format,
+    }
+    try:
+        config = load_config(config_file, environment=os.environ, overrides=overrides)
+        prepared = prepare(config, config_file, model_files)
+        if check:
+            models = ", ".join(each.model for each in prepared.declared) or "none"
+            click.echo(
+                f"The configuration is right: {config.node.name} would listen on {config.node.address}; models: {models}."
+            )
+            return
+        set_up_logging(config.node.log_format)
+        asyncio.run(serve(prepared, NodeReport(config.node.log_format)))
+    except TarsError as error:
+        click.echo(f"tars-node: {error.message}", err=True)
+        sys.exit(EXIT_USAGE)
+
+
+if __name__ == "__main__":
+    main()

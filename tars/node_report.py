@@ -1,0 +1,147 @@
+"""What a person at the terminal reads of a node: what it found, what it loaded where, how much that took, what to try next.
+
+Law of this file: words only. With `log_format = json` the same events are log records, so that a collector's lines stay JSON.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Sequence
+
+import orjson
+
+from tars import __version__
+from tars.core.types import Bytes, DeviceKind, DeviceSnapshot, ModelKind, NodeSnapshot, ReplicaState
+from tars.mesh.coordinator import Coordinator, LiveReplica
+
+log = logging.getLogger("tars.node")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: time (Unix seconds), level, logger, message, and the traceback where there is one."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """See the class."""
+        line = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            line["traceback"] = self.formatException(record.exc_info)
+        return orjson.dumps(line).decode()
+
+
+def set_up_logging(log_format: str) -> None:
+    """Log to stderr: people get warnings (the report tells the rest), a collector gets everything from `info` on."""
+    handler = logging.StreamHandler(sys.stderr)
+    if log_format == "json":
+        handler.setFormatter(JsonLines())
+        logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
+    else:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s", "%H:%M:%S"))
+        logging.basicConfig(level=logging.WARNING, handlers=[handler], force=True)
+
+
+class NodeReport:
+    """Lines for a person on stdout, or log records."""
+
+    def __init__(self, log_format: str):
+        self._json = log_format == "json"
+        self._said: set[tuple[str, str]] = set()
+        self._began = time.monotonic()
+
+    def started(self, url: str, name: str, node_id: str, snapshot: NodeSnapshot, warnings: Sequence[str]) -> None:
+        """The port is open; nothing is loaded yet."""
+        self._say(f"TARS {__version__}  node {name}  {url}  (id {node_id})")
+        for device in snapshot.devices:
+            self._say(f"  device   {describe_device_line(device)}")
+        for warning in warnings:
+            self._say(f"  note     {warning}")
+
+    def progress(self, coordinator: Coordinator) -> None:
+        """Say each replica's beginning and end once."""
+        for live in coordinator.replicas.values():
+            state = live.worker.state
+            if state in (ReplicaState.STARTING, ReplicaState.LOADING):
+                self._once(
+                    live.assignment.replica, "loading", f"  loading  {live.assignment.model} on {_where(live)} ..."
+                )
+            elif state is ReplicaState.READY:
+                self._once(live.assignment.replica, f"ready {live.worker.restarts}", f"  ready    {_loaded(live)}")
+            elif state is ReplicaState.FAILED and live.worker.last_error is not None:
+                self._once(
+                    live.assignment.replica,
+                    "failed",
+                    f"  FAILED   {live.assignment.model}: {live.worker.last_error.message}",
+                )
+        for model, problem in coordinator.problems.items():
+            self._once(model, problem.kind, f"  refused  {model}: {problem.message}")
+
+    def ready(self, url: str, coordinator: Coordinator) -> None:
+        """Everything that could be loaded is."""
+        live = [each for each in coordinator.replicas.values() if each.worker.state is ReplicaState.READY]
+        seconds = time.monotonic() - self._began
+        self._say(f"  {len(live)} model{'s' * (len(live) != 1)} ready after {seconds:.1f} s. Try:")
+        if any(each.kind is ModelKind.CHAT for each in live):
+            self._say('    tars chat "How do I add a second PC?"')
+        if any(each.kind is ModelKind.EMBEDDING for each in live):
+            self._say('    tars embed "a sentence" "another one"')
+        self._say(f"    {url}/  in a browser     {url}/v1  for OpenAI clients     Ctrl-C to stop")
+
+    def stopping(self, active_calls: int, grace: float) -> None:
+        """A signal came."""
+        running = (
+            f"; up to {grace:.0f} s for {active_calls} running call{'s' * (active_calls != 1)}" if active_calls else ""
+        )
+        self._say(f"  stopping: no new calls{running} (again to end at once)")
+
+    def stopped(self) -> None:
+        """Everything is closed."""
+        self._say("  stopped")
+
+    def _once(self, subject: str, event: str, line: str) -> None:
+        if (subject, event) not in self._said:
+            self._said.add((subject, event))
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        if self._json:
+            log.info("%s", line.strip())
+        else:
+            print(line, flush=True)
+
+
+def describe_device_line(device: DeviceSnapshot) -> str:
+    """`NVIDIA GeForce RTX 3060 (simulated)  11.6 GiB, 11.1 GiB for models  cc 8.6, bf16, driver 550`."""
+    facts = [f"cc {device.compute_capability[0]}.{device.compute_capability[1]}"] if device.compute_capability else []
+    if device.kind is DeviceKind.CPU and device.cpu_threads:
+        facts.append(f"{device.cpu_threads} threads")
+    facts.append(device.precision.value)
+    if device.driver:
+        facts.append(f"driver {device.driver}")
+    label = f"{device.name} (simulated)" if device.simulated else device.name
+    return f"{label}  {device.memory_total}, {device.capacity} for models  {', '.join(facts)}"
+
+
+def _where(live: LiveReplica) -> str:
+    return f"{live.device.name} (simulated)" if live.device.simulated else live.device.name
+
+
+def _loaded(live: LiveReplica) -> str:
+    info = live.worker.info
+    assert info is not None
+    speeds = info.speeds
+    facts = [f"{Bytes(info.memory_bytes)} in {info.load_seconds:.1f} s", info.backend]
+    if info.context:
+        facts.append(f"context {info.context}")
+    if info.dimensions:
+        facts.append(f"{info.dimensions} dimensions")
+    if speeds.decode_tokens_per_second:
+        facts.append(f"{speeds.decode_tokens_per_second:.0f} tokens/s")
+    if speeds.texts_per_second:
+        facts.append(f"{speeds.texts_per_second:.0f} texts/s")
+    return f"{live.assignment.model} {live.assignment.variant} on {_where(live)}: {', '.join(fact for fact in facts if fact)}"

@@ -1,0 +1,360 @@
+"""The node itself behind `service.NodeService`: what the faces call, answered from the coordinator, the router and the devices.
+
+Law of this file: it only gathers and phrases; every decision is made elsewhere.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import Any
+
+from tars import __version__
+from tars.core.explanation import explain
+from tars.core.routing import Candidate
+from tars.core.types import Deployment, KvType, NodeSnapshot, ReplicaId, ReplicaState
+from tars.errors import StillLoading, TarsError
+from tars.mesh.coordinator import Coordinator, LiveReplica, refusal_error
+from tars.mesh.plan_report import describe_assignment, describe_device, describe_verdict, plan_result
+from tars.messages.base import CallContext
+from tars.messages.inference import (
+    ChatParams,
+    ChatResult,
+    CompleteParams,
+    CompleteResult,
+    Delta,
+    EmbedParams,
+    EmbedResult,
+    TokenizeParams,
+    TokenizeResult,
+)
+from tars.messages.node import (
+    DeployParams,
+    DeployResult,
+    DrainResult,
+    ExplainResult,
+    ModelDescription,
+    ModelsResult,
+    NodeDescription,
+    PeerDescription,
+    PeersResult,
+    PingResult,
+    PlanResult,
+    RemoveResult,
+    ReplicaDescription,
+)
+from tars.serving.call_log import CallLog
+from tars.serving.inference import Inference
+from tars.serving.local_target import LocalTarget
+from tars.serving.router import Router, ServedModel, no_replica_error
+
+SNAPSHOT_SECONDS = 1.0
+"""Devices are read at most so often for `node.describe`: watchers of the status page share one reading."""
+
+
+class LocalFleet:
+    """This node's replicas as the router sees them; see `router.Fleet`."""
+
+    def __init__(self, coordinator: Coordinator):
+        self._coordinator = coordinator
+
+    def models(self) -> list[ServedModel]:
+        """Every deployed model that the catalogue knows."""
+        served = []
+        for deployment in self._coordinator.deployments.wanted():
+            entry = self._coordinator.catalogue.find(deployment.model)
+            if entry is None:
+                continue
+            problem = self._coordinator.problems.get(deployment.model)
+            has_replica = any(each.assignment.model == entry.name for each in self._coordinator.replicas.values())
+            served.append(ServedModel(entry.name, entry.kind, entry.aliases, None if has_replica else problem))
+        return served
+
+    def candidates(self, model: str) -> Sequence[Candidate]:
+        """The model's replicas on this node."""
+        return [
+            Candidate(
+                replica=replica,
+                model=model,
+                kind=live.kind,
+                state=live.worker.state,
+                active=live.worker.active_calls,
+                queued=live.worker.queued_calls,
+                slots=live.assignment.settings.slots,
+            )
+            for replica, live in self._coordinator.replicas.items()
+            if live.assignment.model == model
+        ]
+
+    def target(self, replica: ReplicaId) -> LocalTarget:
+        """The worker behind a replica."""
+        live = self._coordinator.replicas[replica]
+        return LocalTarget(live.assignment, live.device.name, live.device.simulated, live.worker)
+
+    def not_ready(self, model: str) -> TarsError:
+        """Still loading, with stage and percent; failed, with the load's own error; or no replica."""
+        live = [each for each in self._coordinator.replicas.values() if each.assignment.model == model]
+        for each in live:
+            if each.worker.state is ReplicaState.FAILED and each.worker.last_error is not None:
+                return each.worker.last_error
+        error = no_replica_error([each.worker.state for each in live] or [ReplicaState.STARTING], model)
+        progress = next((each.worker.progress for each in live if each.worker.progress is not None), None)
+        if isinstance(error, StillLoading):
+            error.details.update(
+                stage=progress.stage if progress else "planned", percent=progress.percent if progress else 0.0
+            )
+        return error
+
+
+class LocalNodeService:
+    """See the module's law; every method is documented at `service.NodeService`."""
+
+    def __init__(
+        self,
+        coordinator: Coordinator,
+        *,
+        name: str,
+        redacted_config: dict[str, Any],
+        wsl2: bool,
+        addresses: Callable[[], list[str]],
+        now: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ):
+        self._coordinator = coordinator
+        self._name = name
+        self._config = redacted_config
+        self._wsl2 = wsl2
+        self._addresses = addresses
+        self._now = now
+        self._calls = CallLog(wall_clock)
+        self._inference = Inference(Router(LocalFleet(coordinator), now), now)
+        self._started_at = wall_clock()
+        self._started = now()
+        self._snapshot: tuple[float, NodeSnapshot] | None = None
+
+    # --- the node ----------------------------------------------------------------------------------------------------
+
+    @property
+    def node_id(self) -> str:
+        """This node's UUID."""
+        return self._coordinator.node_id
+
+    @property
+    def active_calls(self) -> int:
+        """Calls that are running now."""
+        return self._calls.active
+
+    async def idle(self) -> None:
+        """Wait until no call runs."""
+        await self._calls.idle()
+
+    def ping(self) -> PingResult:
+        """No probe, no await."""
+        return PingResult(node=self.node_id, version=__version__, state=self._state())
+
+    async def describe(self) -> NodeDescription:
+        """Devices, replicas, counters."""
+        snapshot = await self._recent_snapshot()
+        return NodeDescription(
+            node=self.node_id,
+            name=self._name,
+            version=__version__,
+            state=self._state(),
+            started_at=self._started_at,
+            uptime_seconds=self._now() - self._started,
+            platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            wsl2=self._wsl2,
+            devices=[describe_device(device) for device in snapshot.devices],
+            replicas=self._replicas(),
+            calls=self._calls.counters(),
+            recent_errors=self._calls.recent_errors(),
+        )
+
+    def config(self) -> dict[str, Any]:
+        """Secrets are `***`."""
+        return self._config
+
+    async def drain(self) -> DrainResult:
+        """Running calls go on."""
+        self._inference.draining = True
+        return DrainResult(state=self._state(), active_calls=self._calls.active)
+
+    async def resume(self) -> DrainResult:
+        """Take calls again."""
+        self._inference.draining = False
+        return DrainResult(state=self._state(), active_calls=self._calls.active)
+
+    # --- the mesh: one node sees itself ------------------------------------------------------------------------------
+
+    def peers(self) -> PeersResult:
+        """This node."""
+        me = PeerDescription(
+            node=self.node_id,
+            name=self._name,
+            state="DRAINING" if self._inference.draining else "ALIVE",
+            addresses=self._addresses(),
+            coordinator=True,
+        )
+        return PeersResult(peers=[me])
+
+    async def plan(self) -> PlanResult:
+        """The plan in force."""
+        return plan_result(self._coordinator.plan, [await self._recent_snapshot()])
+
+    async def explain(self, model: str) -> ExplainResult:
+        """For a deployed model the plan in force; for another one what would happen if it were deployed."""
+        entry = self._coordinator.catalogue.resolve(model)
+        deployment = self._coordinator.deployments.get(entry.name)
+        nodes = [await self._recent_snapshot()]
+        problem = self._coordinator.problems.get(entry.name)
+        if deployment is not None:
+            plan = self._coordinator.plan
+        else:
+            try:
+                plan = await self._coordinator.preview(Deployment(entry.name))
+            except TarsError as error:
+                plan, problem = self._coordinator.plan, error
+        verdicts = plan.verdicts.get(entry.name, ())
+        remedy = next((each.remedy for each in plan.refusals if each.model == entry.name), None)
+        text = problem.message if problem is not None and not verdicts else explain(entry.name, plan, nodes)
+        return ExplainResult(
+            model=entry.name,
+            deployed=deployment is not None,
+            assignments=[describe_assignment(each, nodes) for each in plan.assignments if each.model == entry.name],
+            verdicts=[describe_verdict(verdict) for verdict in verdicts],
+            remedy=remedy or (problem.message if problem else None),
+            replicas=[each for each in self._replicas() if each.model == entry.name],
+            text=text,
+        )
+
+    # --- models ------------------------------------------------------------------------------------------------------
+
+    def models(self) -> ModelsResult:
+        """Deployed ones first."""
+        catalogue = self._coordinator.catalogue
+        wanted = {deployment.model: deployment for deployment in self._coordinator.deployments.wanted()}
+        described = []
+        for entry in sorted(catalogue.entries.values(), key=lambda entry: (entry.name not in wanted, entry.name)):
+            deployment = wanted.get(entry.name)
+            live = [each for each in self._coordinator.replicas.values() if each.assignment.model == entry.name]
+            described.append(
+                ModelDescription(
+                    name=entry.name,
+                    aliases=list(entry.aliases),
+                    model_kind=entry.kind.value,
+                    variants=[variant.name for variant in entry.variants],
+                    description=entry.description,
+                    licence=entry.licence,
+                    deployed=deployment is not None,
+                    replicas_wanted=deployment.replicas if deployment else 0,
+                    replicas_ready=sum(each.worker.state is ReplicaState.READY for each in live),
+                    state=self._model_state(entry.name, live) if deployment else "available",
+                    local=any(catalogue.path_of(entry, variant) is not None for variant in entry.variants),
+                )
+            )
+        return ModelsResult(models=described)
+
+    async def deploy(self, params: DeployParams) -> DeployResult:
+        """Refused, and not wanted, where it fits nowhere."""
+        entry = self._coordinator.catalogue.resolve(params.model)
+        deployment = Deployment(
+            model=entry.name,
+            replicas=params.replicas,
+            context=params.context,
+            slots=params.slots,
+            kv_type=KvType(params.kv_type),
+            variant=params.variant,
+            device=params.device,
+        )
+        preview = await self._coordinator.preview(deployment)
+        refusal = next((each for each in preview.refusals if each.model == entry.name), None)
+        if refusal is not None:
+            raise refusal_error(refusal)
+        self._coordinator.deployments.deploy(deployment)
+        self._coordinator.retry_failed(entry.name)
+        nodes = [await self._recent_snapshot()]
+        return DeployResult(
+            model=entry.name,
+            accepted=True,
+            assignments=[describe_assignment(each, nodes) for each in preview.assignments if each.model == entry.name],
+        )
+
+    async def remove(self, model: str) -> RemoveResult:
+        """Unloading goes on after the answer."""
+        entry = self._coordinator.catalogue.resolve(model)
+        removed = self._coordinator.deployments.remove(entry.name)
+        self._coordinator.wake()
+        return RemoveResult(model=entry.name, removed=removed)
+
+    # --- inference ---------------------------------------------------------------------------------------------------
+
+    def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | ChatResult]:
+        """See `serving.inference`."""
+        return self._inference.chat(params, call)
+
+    def complete(self, params: CompleteParams, call: CallContext) -> AsyncGenerator[Delta | CompleteResult]:
+        """See `serving.inference`."""
+        return self._inference.complete(params, call)
+
+    async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
+        """See `serving.inference`."""
+        return await self._inference.embed(params, call)
+
+    async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
+        """See `serving.inference`."""
+        return await self._inference.tokenize(params, call)
+
+    def call_started(self, method: str) -> None:
+        """Count a call."""
+        self._calls.started(method)
+
+    def call_ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
+        """Count its end."""
+        self._calls.ended(method, error, trace_id)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _state(self) -> str:
+        if self._inference.draining:
+            return "draining"
+        return "ready" if self._coordinator.settled() else "loading"
+
+    async def _recent_snapshot(self) -> NodeSnapshot:
+        if self._snapshot is None or self._now() - self._snapshot[0] > SNAPSHOT_SECONDS:
+            self._snapshot = (self._now(), await self._coordinator.snapshot())
+        return self._snapshot[1]
+
+    def _model_state(self, model: str, live: Sequence[LiveReplica]) -> str:
+        states = [each.worker.state for each in live]
+        if ReplicaState.READY in states:
+            return "ready"
+        if ReplicaState.FAILED in states:
+            return "failed"
+        return "refused" if not states and model in self._coordinator.problems else "loading"
+
+    def _replicas(self) -> list[ReplicaDescription]:
+        return [_describe_replica(live) for live in self._coordinator.replicas.values()]
+
+
+def _describe_replica(live: LiveReplica) -> ReplicaDescription:
+    worker, assignment = live.worker, live.assignment
+    return ReplicaDescription(
+        id=assignment.replica,
+        model=assignment.model,
+        model_kind=live.kind.value,
+        variant=assignment.variant,
+        device=assignment.device,
+        device_name=live.device.name,
+        simulated=live.device.simulated,
+        state=worker.state.value,
+        progress=worker.progress,
+        estimated_bytes=int(assignment.memory.total),
+        info=worker.info,
+        restarts=worker.restarts,
+        active_calls=worker.active_calls,
+        queued_calls=worker.queued_calls,
+        calls_total=worker.calls_total,
+        last_error=worker.last_error.message if worker.last_error else None,
+        reason=assignment.reason,
+    )

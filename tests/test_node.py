@@ -1,0 +1,249 @@
+"""The whole node as a user runs it: a real process, real models, real signals."""
+
+import asyncio
+import base64
+import json
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+
+import aiohttp
+import psutil
+import pytest
+
+from running_node import node_command, running_node
+from tars.client import Client
+from tars.errors import StillLoading, TarsError, WorkerCrashed
+
+
+def run_node(*arguments, environment=None):
+    """A node that is expected to end by itself."""
+    return subprocess.run(
+        node_command(*arguments),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+        env={**os.environ, **(environment or {})},
+    )
+
+
+# --- what needs no model -----------------------------------------------------------------------------------------
+
+
+def test_version_and_help_say_what_they_should():
+    assert run_node("--version").stdout.startswith("tars-node, version ")
+    assert "--state-dir" in run_node("--help").stdout
+
+
+def test_check_says_that_a_configuration_is_right_and_starts_nothing(tmp_path):
+    (tmp_path / "c.toml").write_text('[node]\nname = "box"\nlisten = "127.0.0.1:9123"\n')
+    done = run_node("--check", "--config", tmp_path / "c.toml", "--state-dir", tmp_path / "state")
+    assert done.returncode == 0
+    assert "box would listen on 127.0.0.1:9123" in done.stdout
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_typo_in_the_configuration_is_refused_with_line_and_nearest_key(tmp_path):
+    (tmp_path / "c.toml").write_text('[node]\nlisen = "127.0.0.1:9123"\n')
+    done = run_node("--check", "--config", tmp_path / "c.toml")
+    assert done.returncode == 2
+    assert "line 2" in done.stderr
+    assert "listen" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_model_in_the_configuration_is_refused(tmp_path):
+    (tmp_path / "c.toml").write_text('[[deploy]]\nmodel = "mistral-7c"\n')
+    done = run_node("--check", "--config", tmp_path / "c.toml")
+    assert done.returncode == 2
+    assert "mistral-7" in done.stderr
+
+
+def test_listening_beyond_loopback_without_a_key_is_refused_with_the_fix(tmp_path):
+    done = run_node("--listen", "0.0.0.0:0", "--state-dir", tmp_path)
+    assert done.returncode == 2
+    assert "[[security.api_key]]" in done.stderr
+
+
+def test_a_busy_port_is_refused_with_another_one(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_node("--listen", f"127.0.0.1:{port}", "--state-dir", tmp_path)
+    assert done.returncode == 2
+    assert f"--listen 127.0.0.1:{port + 1}" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"", "empty"), (b"This is no model.\n" * 50, "GGUF"), (b"GGUF\x03\x00\x00\x00" + b"\xff" * 200, "")],
+)
+def test_a_file_that_is_no_model_is_refused_before_anything_starts(tmp_path, content, said):
+    (tmp_path / "model.gguf").write_bytes(content)
+    done = run_node("--model", tmp_path / "model.gguf", "--listen", "127.0.0.1:0", "--state-dir", tmp_path / "s")
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_missing_model_file_is_refused(tmp_path):
+    done = run_node("--model", tmp_path / "nothing.gguf", "--state-dir", tmp_path / "s")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+
+
+# --- a served node -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+async def test_a_node_without_arguments_serves_both_demo_models(tmp_path):
+    async with running_node(tmp_path / "state") as node, Client(node.url) as client:
+        with pytest.raises(StillLoading) as early:
+            await client.chat(messages=[{"role": "user", "content": "hello"}])
+        assert early.value.retry_after_ms
+        assert "stage" in early.value.details
+        await node.ready()
+        answer = await client.chat(messages=[{"role": "user", "content": "How do I add a second PC?"}], temperature=0.0)
+        assert "--join" in answer.message.content
+        vectors = (await client.embed(input=["a cat", "a kitten", "a tax return"])).embeddings
+        assert all(math.isclose(sum(x * x for x in vector), 1, abs_tol=1e-5) for vector in vectors)
+        near, far = (sum(a * b for a, b in zip(vectors[0], other, strict=True)) for other in vectors[1:])
+        assert near > far + 0.3
+        packed = (await client.embed(input="a cat", encoding_format="base64")).embeddings[0]
+        assert struct.unpack("<384f", base64.b64decode(packed)) == pytest.approx(vectors[0], abs=1e-5)
+        described = await client.describe()
+        assert {replica.state for replica in described.replicas} == {"ready"}
+        assert all(replica.info.memory_bytes > 0 for replica in described.replicas)
+        assert [plan.model for plan in (await client.plan()).assignments] == ["tars-help-desk", "all-minilm-l6-v2"]
+        node.send(signal.SIGTERM)
+        assert await node.ended() == 0
+        assert node.output.rstrip().endswith("stopped")
+
+
+@pytest.mark.model
+async def test_a_killed_worker_comes_back_and_its_call_gets_a_retryable_error(tmp_path):
+    async with running_node(tmp_path / "state") as node, Client(node.url) as client:
+        await node.ready()
+        described = await client.describe()
+        restarts = sum(replica.restarts for replica in described.replicas)
+        assert restarts == 0
+
+        async def talk():
+            async for _ in client.stream(
+                "inference.complete", {"prompt": "the", "temperature": 5.0, "max_tokens": 400, "logit_bias": {}}
+            ):
+                talking.set()
+
+        talking = asyncio.Event()
+        running = asyncio.create_task(talk())
+        await asyncio.wait_for(talking.wait(), 20)
+        for worker in node.workers():
+            worker.send_signal(signal.SIGKILL)
+        with pytest.raises(WorkerCrashed) as crashed:
+            await running
+        assert crashed.value.retryable
+        assert crashed.value.retry_after_ms is not None
+        for _ in range(240):
+            try:
+                answer = await client.chat(messages=[{"role": "user", "content": "hello"}], max_tokens=5)
+                break
+            except TarsError as error:
+                assert error.retryable
+                await asyncio.sleep(0.25)
+        assert answer.message.content
+        assert sum(replica.restarts for replica in (await client.describe()).replicas) >= 1
+
+
+@pytest.mark.model
+async def test_a_node_killed_outright_leaves_no_worker_behind(tmp_path):
+    async with running_node(tmp_path / "state") as node:
+        await node.ready()
+        workers = node.workers()
+        assert len(workers) >= 2
+        node.send(signal.SIGKILL)
+        await node.ended()
+        _, alive = psutil.wait_procs(workers, timeout=10)
+        assert not alive
+
+
+@pytest.mark.model
+async def test_ctrl_c_during_loading_ends_the_node_cleanly(tmp_path):
+    async with running_node(tmp_path / "state") as node:
+        await node.printed("loading", 60)
+        node.send(signal.SIGINT)
+        assert await node.ended() == 0
+
+
+@pytest.mark.model
+async def test_sigterm_lets_a_running_answer_end(tmp_path):
+    async with running_node(tmp_path / "state") as node, Client(node.url) as client:
+        await node.ready()
+        first = asyncio.Event()
+        results = []
+
+        async def talk():
+            async for item in client.stream(
+                "inference.complete", {"prompt": "TARS", "temperature": 5.0, "max_tokens": 200, "seed": 7}
+            ):
+                results.append(item)
+                first.set()
+
+        talking = asyncio.create_task(talk())
+        await asyncio.wait_for(first.wait(), 20)
+        node.send(signal.SIGTERM)
+        await asyncio.wait_for(talking, 20)
+        assert results[-1].usage.completion_tokens > 0
+        assert await node.ended() == 0
+
+
+@pytest.mark.model
+async def test_any_gguf_is_served_by_its_path_and_what_does_not_fit_is_refused_with_numbers(tmp_path, tiny_gguf):
+    config = tmp_path / "c.toml"
+    config.write_text('[devices]\ncpu = false\nnvml = false\n[[devices.simulated]]\nname = "Tiny"\nmemory_mib = 900\n')
+    async with running_node(tmp_path / "s", "--model", tiny_gguf, "--config", config) as node, Client(node.url) as client:
+        await node.ready()
+        described = await client.describe()
+        (device,) = described.devices
+        assert device.simulated
+        (replica,) = described.replicas
+        assert replica.simulated
+        with pytest.raises(TarsError) as refused:
+            await client.deploy(model=replica.model, context=100_000, slots=64)
+        assert refused.value.kind == "does_not_fit"
+        (verdict,) = refused.value.details["devices"]
+        assert verdict["needed_bytes"] > verdict["free_bytes"] > 0
+        assert (await client.describe()).replicas[0].state == "ready"
+
+
+@pytest.mark.model
+async def test_json_logs_are_one_object_a_line(tmp_path):
+    async with running_node(tmp_path / "state", "--log-format", "json") as node:
+        await node.ready()
+        node.send(signal.SIGTERM)
+        assert await node.ended() == 0
+        assert all(json.loads(line)["level"] for line in node.output.splitlines())
+
+
+@pytest.mark.model
+async def test_the_state_folder_is_one_nodes_at_a_time(tmp_path):
+    async with running_node(tmp_path / "state"):
+        second = await asyncio.to_thread(run_node, "--listen", "127.0.0.1:0", "--state-dir", tmp_path / "state")
+    assert second.returncode == 2
+    assert "--state-dir" in second.stderr
+
+
+@pytest.mark.model
+async def test_every_face_of_a_node_answers(tmp_path):
+    async with running_node(tmp_path / "state") as node, aiohttp.ClientSession(node.url) as session:
+        await node.ready()
+        for path in ("/", "/health", "/status", "/models", "/config", "/metrics", "/v1/models"):
+            async with session.get(path) as response:
+                assert response.status == 200, path
+        async with session.get("/status", headers={"Host": "evil.example"}) as response:
+            assert response.status == 403
+        async with session.get("/status", headers={"Origin": "https://evil.example"}) as response:
+            assert response.status == 403
