@@ -122,7 +122,9 @@ class Inventory:
         id = self._gpu_id(gpu)
         name = gpu.name or f"NVIDIA GPU {gpu.index}"
         notes: list[str] = []
-        total, free, reserve = gpu.memory_total, gpu.memory_free, self._section.reserve
+        total, free = gpu.memory_total, gpu.memory_free
+        # The operator's reserve is for the desktop; what the driver keeps for itself comes on top.
+        reserve = Bytes(self._section.reserve + gpu.memory_reserved)
         if gpu.unified_memory and cpu is not None:
             # The host's RAM, by the host's rules: what its system needs is not the card's either.
             total, free, reserve = cpu.memory_total, cpu.memory_free, cpu.reserve

@@ -36,6 +36,8 @@ class GpuReading:
     name: str | None = None
     memory_total: Bytes | None = None
     memory_free: Bytes | None = None
+    memory_reserved: Bytes = Bytes(0)
+    """The driver's own part of the total, which nobody can have; 0 where an older driver does not tell it apart."""
     unified_memory: bool = False
     compute_capability: tuple[int, int] | None = None
     temperature_celsius: int | None = None
@@ -188,7 +190,7 @@ class Nvml:
         handle = answers.ask("handle", lambda: nvml.nvmlDeviceGetHandleByIndex(index))
         if handle is None:
             return None
-        total, free, unified = self._memory(answers, handle)
+        memory, unified = self._memory(answers, handle)
         capability = answers.ask("compute capability", lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
         utilisation = answers.ask("utilisation", lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
         milliwatts = answers.ask("power", lambda: nvml.nvmlDeviceGetPowerUsage(handle))
@@ -204,15 +206,16 @@ class Nvml:
         temperature = answers.ask(
             "temperature", lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)
         )
-        bus_id = answers.ask("PCI bus id", lambda: nvml.nvmlDeviceGetPciInfo_v3(handle).busId.decode("ascii"))
+        bus_id = answers.ask("PCI bus id", lambda: _string(nvml.nvmlDeviceGetPciInfo_v3(handle).busId))
         if answers.lost:
             return None
         return GpuReading(
             index=index,
             uuid=uuid or None,
             name=name or None,
-            memory_total=total,
-            memory_free=free,
+            memory_total=None if memory is None else Bytes(memory.total),
+            memory_free=None if memory is None else Bytes(memory.free),
+            memory_reserved=Bytes(getattr(memory, "reserved", 0)),
             unified_memory=unified,
             compute_capability=capability,
             temperature_celsius=temperature,
@@ -223,8 +226,8 @@ class Nvml:
             not_told=tuple(answers.missing),
         )
 
-    def _memory(self, answers: _Answers, handle: Any) -> tuple[Bytes | None, Bytes | None, bool]:
-        """(total, free, unified). `free` is what both versions agree on; whether `used` contains the driver's own part is not."""
+    def _memory(self, answers: _Answers, handle: Any) -> tuple[Any, bool]:
+        """(NVML's memory struct or None, unified). Only `free` means the same in every version: `used` may contain `reserved`."""
         nvml = self._module
         refused = False
 
@@ -238,9 +241,9 @@ class Nvml:
 
         memory = answers.ask("memory", lambda: read(nvml.nvmlMemory_v2), lambda: read(None))
         if memory is not None and memory.total > 0:
-            return Bytes(memory.total), Bytes(memory.free), False
+            return memory, False
         # Some unified boards answer NotSupported, some a total of zero.
-        return None, None, refused or memory is not None
+        return None, refused or memory is not None
 
 
 def _by_process(processes: Any) -> dict[int, Bytes | None] | None:
@@ -254,6 +257,11 @@ def _by_process(processes: Any) -> dict[int, Bytes | None] | None:
         else:
             held[process.pid] = Bytes((held.get(process.pid) or 0) + process.usedGpuMemory)
     return held
+
+
+def _string(value: Any) -> str:
+    """Older releases of pynvml give a struct's text as bytes."""
+    return value.decode("ascii", "replace") if isinstance(value, bytes) else str(value)
 
 
 def _lost_codes(nvml: Any) -> tuple[int, ...]:
