@@ -1,0 +1,232 @@
+"""`tars chat`: one question, or a conversation.
+
+Law of this file: the history lives here, for the session, and nowhere else. An answer is written as it comes; Ctrl-C while it comes
+cancels it (closing the stream stops the work on the node), Ctrl-D leaves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import orjson
+from rich.console import Console
+
+from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json, report_failure
+from tars.cli.output import chat_footer, plain
+from tars.client import Client, NodeNotReachable
+from tars.errors import TarsError
+from tars.messages.inference import ChatMessage, ChatParams, ChatResult, Delta
+
+GREETING = "Ask; Ctrl-C cancels an answer, Ctrl-D leaves, /new forgets the conversation."
+
+
+class Conversation:
+    """The turns so far and the sampling that each answer uses. `settings` are fields of `ChatParams` without the messages."""
+
+    def __init__(self, system: str | None, settings: dict[str, Any]) -> None:
+        self.system = system
+        self.settings = settings
+        self.turns: list[ChatMessage] = []
+
+    def params(self, question: str) -> ChatParams:
+        """The call that asks `question` after everything said so far."""
+        first = [ChatMessage(role="system", content=self.system)] if self.system else []
+        return ChatParams(messages=[*first, *self.turns, ChatMessage(role="user", content=question)], **self.settings)
+
+    def add(self, question: str, answer: str) -> None:
+        """Remember a question and its answer, also one that was cancelled half-way: the next question may be about it."""
+        self.turns += [ChatMessage(role="user", content=question), ChatMessage(role="assistant", content=answer)]
+
+    def forget(self) -> None:
+        """Start over; the system message stays."""
+        self.turns.clear()
+
+
+async def answer(client: Client, params: ChatParams, write: Callable[[str], None]) -> ChatResult:
+    """Stream one answer, handing each piece of text to `write`; raises `TarsError`."""
+    result: ChatResult | None = None
+    async with contextlib.aclosing(client.chat_stream(params)) as events:
+        async for event in events:
+            if isinstance(event, Delta):
+                write(event.text)
+            else:
+                result = event
+    if result is None:
+        raise TarsError("the node ended the stream without a result; the answer may be incomplete, ask again")
+    return result
+
+
+def _write(text: str) -> None:
+    # On a terminal, a model's control codes could move the cursor or set the title; in a file they are its business.
+    sys.stdout.write(plain(text) if sys.stdout.isatty() else text)
+    sys.stdout.flush()
+
+
+@click.command()
+@click.argument("question", required=False)
+@click.option("--model", help="Model name; may be left out where the node serves only one chat model.")
+@click.option("--system", help="System message that stands before the conversation.")
+@click.option("--temperature", type=click.FloatRange(0, 5), help="0 always takes the likeliest token.")
+@click.option("--max-tokens", type=click.IntRange(1, 1_048_576), help="At most so many new tokens.")
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Same seed, same answer.")
+@click.option(
+    "--json-schema",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="File with a JSON schema that the answer will follow.",
+)
+@connection_options
+@pass_connection
+def chat(
+    connection: Connection,
+    question: str | None,
+    model: str | None,
+    system: str | None,
+    temperature: float | None,
+    max_tokens: int | None,
+    seed: int | None,
+    json_schema: Path | None,
+) -> int:
+    """Ask QUESTION and show the answer as it comes; without QUESTION, start a conversation.
+
+    Where standard input is no terminal, the question is read from it: `tars chat < question.txt`.
+    """
+    given: dict[str, Any] = {
+        "model": model,
+        "temperature": temperature,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "json_schema": _read_schema(json_schema),
+    }
+    conversation = Conversation(system, {name: value for name, value in given.items() if value is not None})
+    if question is None and not sys.stdin.isatty():
+        question = sys.stdin.read().strip()
+    if question is None:
+        if connection.as_json:
+            raise click.UsageError("--json needs a question: tars chat --json 'How do I add a second PC?'")
+        return converse(connection, conversation, input)
+    if not question.strip():
+        raise click.UsageError("the question is empty")
+    return _ask_once(connection, conversation, question)
+
+
+def _read_schema(path: Path | None) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        schema = orjson.loads(path.read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise click.BadParameter(f"{path} is not readable JSON: {error}", param_hint="--json-schema") from None
+    if not isinstance(schema, dict):
+        raise click.BadParameter(
+            f'{path} must hold a JSON object like {{"type": "object"}}', param_hint="--json-schema"
+        )
+    return schema
+
+
+def _ask_once(connection: Connection, conversation: Conversation, question: str) -> int:
+    wrote = _Written(silent=connection.as_json)
+    try:
+        result = ask(connection, lambda client: answer(client, conversation.params(question), wrote))
+    finally:
+        wrote.end_line()
+    if connection.as_json:
+        print_json(result)
+    elif sys.stdout.isatty():
+        connection.console(stderr=True).print(chat_footer(result))
+    return Exit.OK
+
+
+class _Written:
+    """Writes pieces to standard output and remembers them, so that a cancelled answer still ends its line and enters the history."""
+
+    def __init__(self, *, silent: bool = False) -> None:
+        self.text = ""
+        self.silent = silent
+
+    def __call__(self, text: str) -> None:
+        self.text += text
+        if not self.silent:
+            _write(text)
+
+    def end_line(self) -> None:
+        if self.text and not self.silent and not self.text.endswith("\n"):
+            _write("\n")
+
+
+def converse(connection: Connection, conversation: Conversation, read: Callable[[str], str]) -> int:
+    """The conversation until Ctrl-D. `read` shows a prompt and returns a line, or raises `EOFError` (tests script it)."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  # importing it is what gives `input` line editing; Windows has none
+    console = connection.console(stderr=True)
+    console.print(GREETING, style="dim")
+    with asyncio.Runner() as runner:
+        client = connection.client()
+        runner.run(client.__aenter__())
+        try:
+            return _turns(runner, client, connection, conversation, read, console)
+        finally:
+            runner.run(client.__aexit__(None, None, None))
+
+
+def _turns(
+    runner: asyncio.Runner,
+    client: Client,
+    connection: Connection,
+    conversation: Conversation,
+    read: Callable[[str], str],
+    console: Console,
+) -> int:
+    while True:
+        try:
+            question = read("> ").strip()
+        except EOFError:
+            console.print()
+            return Exit.OK
+        except KeyboardInterrupt:
+            console.print("\nCtrl-D leaves", style="dim")
+            continue
+        if question == "/new":
+            conversation.forget()
+            console.print("forgotten", style="dim")
+        elif question:
+            code = _one_turn(runner, client, connection, conversation, question, console)
+            if code is not None:
+                return code
+
+
+def _one_turn(
+    runner: asyncio.Runner,
+    client: Client,
+    connection: Connection,
+    conversation: Conversation,
+    question: str,
+    console: Console,
+) -> Exit | None:
+    """Ask and remember; an exit code only where going on makes no sense."""
+    wrote = _Written()
+    try:
+        result = runner.run(answer(client, conversation.params(question), wrote))
+    except KeyboardInterrupt:
+        wrote.end_line()
+        console.print("cancelled", style="dim")
+        if wrote.text:
+            conversation.add(question, wrote.text)
+        return None
+    except NodeNotReachable as error:
+        wrote.end_line()
+        return report_failure(error, connection)
+    except TarsError as error:
+        # The question is not remembered, so that asking again does not say it twice.
+        wrote.end_line()
+        report_failure(error, connection)
+        return None
+    wrote.end_line()
+    console.print(chat_footer(result))
+    conversation.add(question, result.message.content)
+    return None

@@ -1,0 +1,268 @@
+"""The `tars` command: its group, the small commands, and `run`, which turns whatever happens into an exit code.
+
+Law of this file: a command asks the client and hands the message to `output`; nothing is computed here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+import click
+from rich.live import Live
+
+import tars
+from tars.cli.chat import chat
+from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json, report_failure
+from tars.cli.output import deploy_view, embeddings_view, models_view, plain, status_view
+from tars.cli.planning import explain, plan
+from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
+from tars.client import Client
+from tars.messages.inference import EmbedParams
+from tars.messages.node import DeployParams, PingResult
+
+WATCH_SECONDS = 1.0
+"""How often `tars status --watch` asks: devices are probed once a second, so asking oftener shows nothing new."""
+
+MOST_TEXTS = 2048
+"""Texts of one embedding call, as `inference.embed` bounds them."""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(tars.__version__, prog_name="tars")
+@connection_options
+def cli() -> None:
+    """Ask a TARS node: what it serves, what it thinks, where a model would go.
+
+    A node must run (`tars-node`) for everything but `tars plan --node FILE`.
+
+    Exit codes: 0 done, 1 the call failed, 2 wrong usage or a bad file, 3 no node answers, 130 Ctrl-C.
+    """
+
+
+@cli.command()
+@click.option("--watch", is_flag=True, help="Show it live until Ctrl-C.")
+@click.option("--wait", is_flag=True, help="Wait until every replica is ready, with progress; 1 if one failed.")
+@click.option(
+    "--wait-timeout",
+    type=click.FloatRange(min=0, min_open=True),
+    default=WAIT_SECONDS,
+    show_default=True,
+    metavar="SECONDS",
+    help="How long --wait waits.",
+)
+@connection_options
+@pass_connection
+def status(connection: Connection, watch: bool, wait: bool, wait_timeout: float) -> int:
+    """Show the node's devices, memory, replicas and recent errors."""
+    if watch and wait:
+        raise click.UsageError("--watch and --wait exclude each other")
+    if watch:
+        return _watch(connection)
+    if wait:
+        description = ask(connection, lambda client: wait_until_ready(client, connection, wait_timeout))
+    else:
+        description = ask(connection, lambda client: client.describe())
+    if connection.as_json:
+        print_json(description)
+    else:
+        connection.console().print(status_view(description))
+    failed = any(replica.state == "failed" for replica in description.replicas)
+    return Exit.FAILED if wait and failed else Exit.OK
+
+
+def _watch(connection: Connection) -> int:
+    console = connection.console()
+    with contextlib.ExitStack() as stack:
+        live = None
+        if console.is_terminal and not connection.as_json:
+            live = stack.enter_context(Live(console=console, auto_refresh=False))
+        while True:
+            # A call per round, each with its own connection: a node that was restarted in between is simply asked again.
+            description = ask(connection, lambda client: client.describe())
+            if connection.as_json:
+                print_json(description)
+            elif live is not None:
+                live.update(status_view(description), refresh=True)
+            else:
+                console.print(status_view(description))
+            sys.stdout.flush()
+            time.sleep(WATCH_SECONDS)
+
+
+@cli.command()
+@click.argument("texts", nargs=-1)
+@click.option("--file", "file", type=click.File("r", encoding="utf-8"), help="One text a line; - is standard input.")
+@click.option("--model", help="Model name; may be left out where the node serves only one embedding model.")
+@click.option("--no-truncate", is_flag=True, help="Refuse a text that is longer than the model's limit.")
+@connection_options
+@pass_connection
+def embed(
+    connection: Connection,
+    texts: tuple[str, ...],
+    file: click.utils.LazyFile | None,
+    model: str | None,
+    no_truncate: bool,
+) -> int:
+    """Embed TEXTS (or - for standard input) and show how similar they are."""
+    if file is not None and texts:
+        raise click.UsageError("give texts or --file, not both")
+    if texts == ("-",):
+        texts = tuple(_lines(sys.stdin.read()))
+    elif file is not None:
+        try:
+            texts = tuple(_lines(file.read()))
+        except UnicodeDecodeError:
+            raise click.BadParameter("the file is not UTF-8 text", param_hint="--file") from None
+    if not texts:
+        raise click.UsageError("nothing to embed: tars embed 'one text' 'another'")
+    if len(texts) > MOST_TEXTS:
+        raise click.UsageError(f"{len(texts)} texts; one call takes at most {MOST_TEXTS}: split the file")
+    params = EmbedParams(model=model, input=list(texts), truncate=not no_truncate)
+    error_console = connection.console(stderr=True)
+    with (
+        error_console.status(f"embedding {len(texts)} texts") if error_console.is_terminal else contextlib.nullcontext()
+    ):
+        result = ask(connection, lambda client: client.embed(params))
+    if connection.as_json:
+        print_json(result)
+    else:
+        connection.console().print(embeddings_view(result, texts))
+    return Exit.OK
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]
+
+
+@cli.command()
+@connection_options
+@pass_connection
+def models(connection: Connection) -> int:
+    """List the models: deployed ones first, then what the catalogue knows."""
+    result = ask(connection, lambda client: client.models())
+    if connection.as_json:
+        print_json(result)
+    else:
+        connection.console().print(models_view(result))
+    return Exit.OK
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--replicas", type=click.IntRange(1, 64), default=1, show_default=True, help="Loaded copies.")
+@click.option("--context", type=click.IntRange(64, 1_048_576), help="Tokens of prompt and answer together.")
+@click.option("--slots", type=click.IntRange(1, 256), default=1, show_default=True, help="Sequences served at once.")
+@click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16", show_default=True)
+@click.option("--variant", help="Quantisation, such as Q4_K_M; default: the best that fits.")
+@click.option("--device", help="A device's id or name, or cpu; default: where the planner says.")
+@click.option("--wait", is_flag=True, help="Wait until it is loaded, with progress.")
+@connection_options
+@pass_connection
+def deploy(
+    connection: Connection,
+    model: str,
+    replicas: int,
+    context: int | None,
+    slots: int,
+    kv_type: str,
+    variant: str | None,
+    device: str | None,
+    wait: bool,
+) -> int:
+    """Have the node load MODEL where the planner puts it; it stays deployed over restarts."""
+    params = DeployParams(
+        model=model, replicas=replicas, context=context, slots=slots, kv_type=kv_type, variant=variant, device=device
+    )
+    result = ask(connection, lambda client: client.deploy(params))
+    if connection.as_json:
+        print_json(result)
+    else:
+        connection.console().print(deploy_view(result))
+    if not result.accepted:
+        return Exit.FAILED
+    if wait:
+        description = ask(
+            connection, lambda client: wait_until_ready(client, connection, WAIT_SECONDS, model=result.model)
+        )
+        if any(replica.model == result.model and replica.state == "failed" for replica in description.replicas):
+            return Exit.FAILED
+    elif not connection.as_json:
+        connection.console(stderr=True).print("loading goes on; `tars status --wait` shows it")
+    return Exit.OK
+
+
+@cli.command()
+@click.argument("model")
+@connection_options
+@pass_connection
+def undeploy(connection: Connection, model: str) -> int:
+    """Have the node unload MODEL and free its memory; the file stays."""
+    result = ask(connection, lambda client: client.remove(model))
+    if connection.as_json:
+        print_json(result)
+    elif result.removed:
+        click.echo(f"{plain(result.model)} is no longer deployed")
+    else:
+        click.echo(f"{plain(result.model)} was not deployed")
+    return Exit.OK
+
+
+@cli.command()
+@connection_options
+@pass_connection
+def ping(connection: Connection) -> int:
+    """Ask whether the node is there, and how long the way takes."""
+
+    async def timed(client: Client) -> tuple[PingResult, float]:
+        started = time.perf_counter()
+        return await client.ping(), (time.perf_counter() - started) * 1000
+
+    result, elapsed_ms = ask(connection, timed)
+    if connection.as_json:
+        print_json(result)
+    else:
+        click.echo(f"{connection.url}: TARS {plain(result.version)}, {plain(result.state)}, {elapsed_ms:.1f} ms")
+    return Exit.OK
+
+
+cli.add_command(chat)
+cli.add_command(plan)
+cli.add_command(explain)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code; raises nothing. `arguments` None takes the process's."""
+    connection = Connection()
+    try:
+        code = cli.main(
+            list(arguments) if arguments is not None else None, prog_name="tars", standalone_mode=False, obj=connection
+        )
+        sys.stdout.flush()
+        return int(code or Exit.OK)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        return Exit.INTERRUPTED
+    except BrokenPipeError:
+        # The reader left (`tars models | head -1`). Nothing more can be said there; the interpreter's last flush must not fail again.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Exit.FAILED
+    except Exception as error:  # the outermost frame: whatever it is, the operator gets a line, not a traceback
+        if os.environ.get("TARS_DEBUG"):
+            raise
+        return report_failure(error, connection)
+
+
+def main() -> None:
+    """Entry point of the `tars` script."""
+    for stream in (sys.stdout, sys.stderr):
+        # A terminal that cannot draw a bar (LANG=C, an old console) gets `?` for it instead of an error.
+        with contextlib.suppress(AttributeError):
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]  # a TextIOWrapper in a process; suppressed otherwise
+    sys.exit(run())

@@ -1,0 +1,387 @@
+"""Messages in, rich renderables out: everything that the command line shows.
+
+Law of this file: no node, no network, no clock, no printing. A function takes a message and returns what a console draws, so a test
+compares text. Text that came over the wire goes through `plain` and never through rich's markup or the terminal's control codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from tars.core.types import Bytes
+from tars.messages.inference import ChatResult, EmbedResult
+from tars.messages.node import (
+    AssignmentDescription,
+    DeployResult,
+    DeviceDescription,
+    ExplainResult,
+    ModelsResult,
+    NodeDescription,
+    PlanResult,
+    RefusalDescription,
+    ReplicaDescription,
+    VerdictDescription,
+)
+
+BAR_CELLS = 24
+"""Cells of a memory bar: 1/24 is about 4 %, and the table still fits 100 columns."""
+
+SHOWN_VALUES = 6
+"""Values of a vector that are shown: enough to see that it is one, on one line."""
+
+SHOWN_PAIRS = 12
+"""Texts in the similarity table at most; a 13th column no longer fits 100 columns."""
+
+STATE_STYLES = {
+    "ready": "green",
+    "loading": "yellow",
+    "starting": "yellow",
+    "restarting": "yellow",
+    "stopping": "yellow",
+    "draining": "yellow",
+    "refused": "red",
+    "failed": "red",
+    "stopped": "red",
+    "available": "dim",
+}
+
+
+def plain(text: str) -> str:
+    """`text` without control characters but newline and tab: a model's answer must not drive the reader's terminal."""
+    return "".join(
+        character
+        for character in text
+        if character in "\n\t" or not (ord(character) < 0x20 or 0x7F <= ord(character) < 0xA0)
+    )
+
+
+def _cell(text: object, style: str = "") -> Text:
+    return Text(plain(str(text)), style=style, overflow="fold")
+
+
+def _state(state: str) -> Text:
+    return _cell(state, STATE_STYLES.get(state, ""))
+
+
+def _table(*columns: str, right: Iterable[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, justify="right" if column in set(right) else "left", overflow="fold")
+    return table
+
+
+def _device_label(name: str, simulated: bool = False) -> str:
+    # Every NVIDIA card begins with the maker's name: six columns that tell nothing apart.
+    short = name.removeprefix("NVIDIA ")
+    return f"{short} (simulated)" if simulated else short
+
+
+def duration(seconds: float) -> str:
+    """`8 s`, `3 min`, `2 h 5 min`, `4 d 1 h`."""
+    whole = int(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"
+
+
+def memory_bar(device: DeviceDescription) -> Text:
+    """Held by TARS, used by others, free, as one bar of `BAR_CELLS` cells."""
+    total = max(1, device.memory_total_bytes)
+    used = min(total, max(0, total - device.memory_free_bytes))
+    held_cells = round(BAR_CELLS * min(device.memory_held_bytes, total) / total)
+    other_cells = round(BAR_CELLS * max(0, used - device.memory_held_bytes) / total)
+    other_cells = min(other_cells, BAR_CELLS - held_cells)
+    bar = Text()
+    bar.append("█" * held_cells, style="cyan")
+    bar.append("▒" * other_cells, style="yellow")
+    bar.append("░" * (BAR_CELLS - held_cells - other_cells), style="dim")
+    return bar
+
+
+def replica_progress(replica: ReplicaDescription) -> str:
+    """`ready`, or `loading: read 40 %`."""
+    if replica.progress is None or replica.state in {"ready", "failed", "stopped"}:
+        return replica.state
+    return f"{replica.state}: {replica.progress.stage} {replica.progress.percent:.0f} %"
+
+
+def status_view(node: NodeDescription) -> Group:
+    """`tars status`: the node, its devices with memory bars, its replicas with load progress, recent errors."""
+    head = Text.assemble(
+        ("node ", "bold"),
+        plain(node.name),
+        ("  ", ""),
+        _state(node.state),
+        f"  TARS {plain(node.version)}, up {duration(node.uptime_seconds)}, {plain(node.platform)}"
+        + (", WSL2" if node.wsl2 else ""),
+    )
+    calls = Text(f"calls {node.calls.total}, failed {node.calls.failed}, running {node.calls.active}")
+    parts: list[RenderableType] = [head, calls, Text(), _devices_table(node.devices)]
+    notes = [Text(f"  {plain(d.name)}: {plain(note)}", style="dim") for d in node.devices for note in d.notes]
+    parts += notes
+    parts.append(Text())
+    if node.replicas:
+        parts.append(_replicas_table(node.replicas))
+    else:
+        parts.append(Text("no model is deployed; `tars models` lists what can be, `tars deploy MODEL` deploys one"))
+    if node.recent_errors:
+        parts += [Text(), Text("recent errors", style="bold")]
+        parts += [
+            Text(f"  {plain(error.method)}: {plain(error.error_kind)}: {plain(error.message)} (trace {error.trace_id})")
+            for error in node.recent_errors[-5:]
+        ]
+    return Group(*parts)
+
+
+def _devices_table(devices: Sequence[DeviceDescription]) -> Table:
+    table = _table("device", "memory", "TARS", "free", "total", "precision", "state", right=("TARS", "free", "total"))
+    for device in devices:
+        state = []
+        if device.utilisation_percent is not None:
+            state.append(f"{device.utilisation_percent} % busy")
+        if device.temperature_celsius is not None:
+            state.append(f"{device.temperature_celsius} °C")
+        if device.compute_capability is not None:
+            state.append(f"cc {device.compute_capability}")
+        table.add_row(
+            _cell(_device_label(device.name, device.simulated)),
+            memory_bar(device),
+            _cell(Bytes(device.memory_held_bytes)),
+            _cell(Bytes(device.memory_free_bytes)),
+            _cell(Bytes(device.memory_total_bytes)),
+            _cell(device.precision),
+            _cell(", ".join(state) or "-"),
+        )
+    return table
+
+
+def _replicas_table(replicas: Sequence[ReplicaDescription]) -> Table:
+    table = _table("model", "kind", "variant", "device", "state", "memory", "calls", "speed", right=("memory", "calls"))
+    for replica in replicas:
+        memory = (
+            str(Bytes(replica.info.memory_bytes)) if replica.info else f"about {Bytes(replica.estimated_bytes)} planned"
+        )
+        state = _cell(replica_progress(replica), STATE_STYLES.get(replica.state, ""))
+        if replica.restarts:
+            state.append(f" ({replica.restarts} restarts)")
+        if replica.last_error and replica.state != "ready":
+            state.append(f"\n{plain(replica.last_error)}", style="red")
+        table.add_row(
+            _cell(replica.model),
+            _cell(replica.model_kind),
+            _cell(replica.variant),
+            _cell(_device_label(replica.device_name, replica.simulated)),
+            state,
+            _cell(memory),
+            _cell(replica.calls_total),
+            _cell(_speed(replica)),
+        )
+    return table
+
+
+def _speed(replica: ReplicaDescription) -> str:
+    if replica.info is None:
+        return "-"
+    speeds = replica.info.speeds
+    if speeds.decode_tokens_per_second is not None:
+        return f"{speeds.decode_tokens_per_second:.0f} tokens/s"
+    if speeds.texts_per_second is not None:
+        return f"{speeds.texts_per_second:.0f} texts/s"
+    return "-"
+
+
+def models_view(models: ModelsResult) -> RenderableType:
+    """`tars models`: deployed ones first, as the node orders them."""
+    if not models.models:
+        return Text("this node knows no model")
+    table = _table("model", "kind", "state", "replicas", "variants", "file here", "description")
+    for model in models.models:
+        replicas = f"{model.replicas_ready}/{model.replicas_wanted}" if model.deployed else "-"
+        names = model.name + (f" ({', '.join(model.aliases)})" if model.aliases else "")
+        table.add_row(
+            _cell(names),
+            _cell(model.model_kind),
+            _state(model.state),
+            _cell(replicas),
+            _cell(", ".join(model.variants)),
+            _cell("yes" if model.local else "no"),
+            _cell(model.description),
+        )
+    return table
+
+
+def plan_view(plan: PlanResult) -> Group:
+    """`tars plan`: one row a replica in the order of the devices, the reasons, then what was refused and what would make it fit."""
+    table = _table(
+        "model", "variant", "node", "device", "needed", "free before", "after",
+        right=("needed", "free before", "after"),
+    )  # fmt: skip
+    reasons = []
+    for assignment, before in free_before(plan):
+        device = next((device for device in plan.devices if device.id == assignment.device), None)
+        table.add_row(
+            _cell(assignment.model),
+            _cell(assignment.variant),
+            _cell(assignment.node_name or assignment.node[:8]),
+            _cell(_device_label(assignment.device_name, device is not None and device.simulated)),
+            _cell(Bytes(assignment.needed_bytes)),
+            _cell(Bytes(before)),
+            _cell(Bytes(before - assignment.needed_bytes)),
+        )
+        # Below the table: beside it, a sentence would be folded into a column of three words.
+        reasons.append(Padding(Text(f"{plain(assignment.model)}: {plain(assignment.reason)}"), (0, 0, 0, 2)))
+    parts: list[RenderableType] = [table if plan.assignments else Text("nothing is placed")]
+    if reasons:
+        parts += [Text(), Text("why", style="bold"), *reasons]
+    idle = [
+        device for device in plan.devices if device.id not in {assignment.device for assignment in plan.assignments}
+    ]
+    if idle:
+        parts += [Text(), Text("nothing placed on", style="bold")]
+        parts += [
+            Text(
+                f"  {plain(_device_label(device.name, device.simulated))}: {Bytes(device.memory_capacity_bytes)} usable"
+            )
+            for device in idle
+        ]
+    for refusal in plan.refusals:
+        parts += [Text(), refusal_view(refusal)]
+    return Group(*parts)
+
+
+def free_before(plan: PlanResult) -> list[tuple[AssignmentDescription, int]]:
+    """Each assignment with the bytes that its device has left for it: the device's capacity less what stands above it in the list.
+
+    Order: the devices' order, then the plan's own.
+    """
+    order = {device.id: place for place, device in enumerate(plan.devices)}
+    left = {device.id: device.memory_capacity_bytes for device in plan.devices}
+    rows = []
+    for assignment in sorted(plan.assignments, key=lambda a: order.get(a.device, len(order))):
+        before = left.get(assignment.device, 0)
+        rows.append((assignment, before))
+        left[assignment.device] = before - assignment.needed_bytes
+    return rows
+
+
+def refusal_view(refusal: RefusalDescription) -> Group:
+    """A model that fits nowhere: bytes needed against bytes free per device, and the remedy."""
+    missing = f" ({refusal.replicas_missing} replicas missing)" if refusal.replicas_missing > 1 else ""
+    return Group(
+        Text.assemble(("refused ", "bold red"), plain(refusal.model), missing),
+        _verdicts_table(refusal.verdicts),
+        Text.assemble(("what would help: ", "bold"), plain(refusal.remedy)),
+    )
+
+
+def _verdicts_table(verdicts: Sequence[VerdictDescription]) -> Table:
+    table = _table("  device", "variant", "needed", "free", "verdict", "why", right=("needed", "free"))
+    for verdict in verdicts:
+        table.add_row(
+            _cell(f"  {_device_label(verdict.device_name)}"),
+            _cell(verdict.variant),
+            _cell(Bytes(verdict.needed_bytes)),
+            _cell(Bytes(verdict.free_bytes)),
+            _accepted(verdict),
+            _cell(verdict.reason),
+        )
+    return table
+
+
+def _accepted(verdict: VerdictDescription) -> Text:
+    return _cell("yes", "green") if verdict.accepted else _cell("no", "red")
+
+
+def explain_view(explanation: ExplainResult) -> Group:
+    """`tars explain`: the node's own words, then the bytes of every device beside each other."""
+    parts: list[RenderableType] = [Text(plain(explanation.text.rstrip()))]
+    if explanation.verdicts:
+        table = _table("device", "variant", "needed", "free", "", right=("needed", "free"))
+        for verdict in explanation.verdicts:
+            table.add_row(
+                _cell(_device_label(verdict.device_name)),
+                _cell(verdict.variant),
+                _cell(Bytes(verdict.needed_bytes)),
+                _cell(Bytes(verdict.free_bytes)),
+                _accepted(verdict),
+            )
+        parts += [Text(), table]
+    return Group(*parts)
+
+
+def deploy_view(result: DeployResult) -> Group:
+    """`tars deploy`: where the replicas go; loading goes on after the answer."""
+    if not result.accepted:
+        return Group(Text(f"{plain(result.model)}: not accepted; `tars explain {plain(result.model)}` says why"))
+    lines = [
+        Text(
+            f"{plain(result.model)} {plain(a.variant)} -> {plain(_device_label(a.device_name))}"
+            + (f" on {plain(a.node_name)}" if a.node_name else "")
+            + f", {Bytes(a.needed_bytes)}: {plain(a.reason)}"
+        )
+        for a in result.assignments
+    ]
+    return Group(*(lines or [Text(f"{plain(result.model)}: accepted")]))
+
+
+def cosine(one: Sequence[float], other: Sequence[float]) -> float:
+    """Cosine of the angle between two vectors of the same length; 0 where one of them is null."""
+    norms = math.sqrt(sum(x * x for x in one)) * math.sqrt(sum(y * y for y in other))
+    return sum(x * y for x, y in zip(one, other, strict=True)) / norms if norms else 0.0
+
+
+def embeddings_view(result: EmbedResult, texts: Sequence[str]) -> Group:
+    """`tars embed`: dimensions, the first values of each vector, the cosine of each pair where there are several.
+
+    `result` must hold floats (`encoding_format="float"`), one vector for each of `texts`.
+    """
+    vectors = [[float(value) for value in vector] for vector in result.embeddings]
+    head = Text(
+        f"{plain(result.model)}: {len(vectors)} x {result.dimensions} dimensions, {result.usage.prompt_tokens} tokens"
+    )
+    rows = _table("#", "text", "first values")
+    for place, (text, vector) in enumerate(zip(texts, vectors, strict=True), start=1):
+        shown = " ".join(f"{value:+.3f}" for value in vector[:SHOWN_VALUES])
+        cut = " (cut at the model's limit)" if place - 1 in result.truncated else ""
+        rows.add_row(_cell(place), _cell(_short(text) + cut), _cell(f"{shown} ..."))
+    parts: list[RenderableType] = [head, rows]
+    if 1 < len(vectors) <= SHOWN_PAIRS:
+        pairs = _table("cosine", *(str(place + 1) for place in range(len(vectors))))
+        for place, one in enumerate(vectors):
+            pairs.add_row(_cell(place + 1), *(_cell(f"{cosine(one, other):.2f}") for other in vectors))
+        parts += [Text(), pairs]
+    elif len(vectors) > SHOWN_PAIRS:
+        parts.append(Text(f"similarities are shown for up to {SHOWN_PAIRS} texts; `--json` gives all vectors"))
+    return Group(*parts)
+
+
+def _short(text: str, width: int = 48) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= width else line[: width - 1] + "…"
+
+
+def chat_footer(result: ChatResult) -> Text:
+    """Who answered, how long it was and how fast; drawn dim under an answer on a terminal."""
+    served = result.served_by
+    parts = [
+        plain(result.model),
+        f"on {plain(_device_label(served.device, served.simulated))}",
+        f"{result.usage.completion_tokens} tokens",
+    ]
+    if result.timings.first_token_ms is not None:
+        parts.append(f"first after {result.timings.first_token_ms:.0f} ms")
+    if result.timings.tokens_per_second is not None:
+        parts.append(f"{result.timings.tokens_per_second:.0f} tokens/s")
+    if result.finish_reason == "length":
+        parts.append("cut at max tokens")
+    return Text(f"[{', '.join(parts)}]", style="dim")

@@ -1,0 +1,341 @@
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import orjson
+import pytest
+
+from tars.errors import DoesNotFit, InternalError, PeerUnreachable, Unauthorized, UnknownModel
+from tars.messages.inference import EmbedResult, Timings, Usage
+from tars.messages.node import (
+    DeployResult,
+    ExplainResult,
+    LoadProgress,
+    ModelDescription,
+    ModelsResult,
+    NodeDescription,
+    PingResult,
+    PlanResult,
+    RemoveResult,
+)
+
+IN_A_PROCESS = [sys.executable, "-c", "from tars.cli import main; main()"]
+
+
+@pytest.fixture
+def answering(node: Any, make: SimpleNamespace) -> Any:
+    """The fake node with an answer for every method."""
+
+    def embed(params: dict[str, Any]) -> EmbedResult:
+        texts = params["input"]
+        return EmbedResult(
+            model="minilm", embeddings=[[1.0, 0.0]] * len(texts), dimensions=2, truncated=[],
+            usage=Usage(prompt_tokens=4, total_tokens=4), timings=Timings(), served_by=make.served_by,
+        )  # fmt: skip
+
+    model = ModelDescription(
+        name="phi-2", aliases=[], model_kind="chat", variants=["Q8_0"], description="small", licence="MIT",
+        deployed=True, replicas_wanted=1, replicas_ready=1, state="ready", local=True,
+    )  # fmt: skip
+    node.answers |= {
+        "node.describe": make.description(make.replica()),
+        "node.ping": PingResult(node="n1", version="0.1.0", state="ready"),
+        "mesh.plan": PlanResult(assignments=[], refusals=[], devices=[make.device()]),
+        "mesh.explain": ExplainResult(
+            model="phi-2", deployed=True, assignments=[], verdicts=[], remedy=None, replicas=[], text="Because."
+        ),
+        "models.list": ModelsResult(models=[model]),
+        "models.deploy": DeployResult(model="phi-2", accepted=True, assignments=[]),
+        "models.remove": RemoveResult(model="phi-2", removed=True),
+        "inference.embed": embed,
+    }
+    return node
+
+
+COMMANDS = [
+    (("status",), "node.describe", "pc1"),
+    (("models",), "models.list", "phi-2"),
+    (("plan",), "mesh.plan", "nothing is placed"),
+    (("plan", "--explain", "phi-2"), "mesh.explain", "Because."),
+    (("explain", "phi-2"), "mesh.explain", "Because."),
+    (("deploy", "phi-2"), "models.deploy", "phi-2: accepted"),
+    (("undeploy", "phi-2"), "models.remove", "no longer deployed"),
+    (("ping",), "node.ping", "ready"),
+    (("embed", "a text"), "inference.embed", "2 dimensions"),
+    (("chat", "hello"), "inference.chat", "Start"),
+]
+
+
+@pytest.mark.parametrize(("command", "method", "words"), COMMANDS)
+def test_a_command_calls_its_method_and_shows_the_answer(
+    answering: Any, tars: Callable[..., Any], command: tuple[str, ...], method: str, words: str
+) -> None:
+    ran = tars(*command)
+    assert ran.code == 0, ran.err
+    assert [name for name, _, _ in answering.calls] == [method]
+    assert words in ran.out
+
+
+@pytest.mark.parametrize(("command", "method", "words"), COMMANDS)
+def test_json_gives_the_message_itself(
+    answering: Any, tars: Callable[..., Any], command: tuple[str, ...], method: str, words: str
+) -> None:
+    ran = tars(*command, "--json")
+    assert ran.code == 0
+    answer = answering.answers.get(method)
+    if callable(answer):
+        answer = answer(answering.params(method))
+    if answer is not None:  # the chat answer is made by the fake; its own test looks inside
+        assert orjson.loads(ran.out) == answer.model_dump(mode="json")
+    assert ran.out.endswith("}\n")
+    assert ran.err == ""
+
+
+@pytest.mark.parametrize(("command", "method", "words"), COMMANDS)
+def test_no_node_is_exit_code_3_and_says_how_to_start_one(
+    tars: Callable[..., Any], free_port: int, command: tuple[str, ...], method: str, words: str
+) -> None:
+    ran = tars(*command, "--url", f"127.0.0.1:{free_port}")
+    assert ran.code == 3
+    assert ran.out == ""
+    assert f"no node answers at http://127.0.0.1:{free_port}" in ran.err
+    assert "`tars-node`" in ran.err
+    assert "Traceback" not in ran.err
+
+
+def test_a_peer_that_is_unreachable_is_not_the_node_being_away(answering: Any, tars: Callable[..., Any]) -> None:
+    answering.answers["models.list"] = PeerUnreachable("pc2 does not answer")
+    ran = tars("models")
+    assert ran.code == 1
+    assert "pc2 does not answer" in ran.err
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (UnknownModel("no model of that name"), "`tars models`"),
+        (Unauthorized("an API key is needed"), "TARS_API_KEY"),
+        (InternalError("something broke"), "something broke"),
+        (
+            DoesNotFit("fits nowhere", details={"devices": [
+                {"device_name": "RTX 3060", "needed_bytes": 41 * 2**30, "free_bytes": 11 * 2**30}
+            ]}),
+            "RTX 3060: needs 41.0 GiB, 11.0 GiB free",
+        ),
+    ],
+)  # fmt: skip
+def test_an_error_of_the_node_is_exit_code_1(
+    answering: Any, tars: Callable[..., Any], error: Exception, words: str
+) -> None:
+    answering.answers["models.deploy"] = error
+    ran = tars("deploy", "m")
+    assert ran.code == 1
+    assert str(error) in ran.err
+    assert words in ran.err
+    assert ran.out == ""
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("no-such-command",),
+        ("status", "--no-such-option"),
+        ("status", "--watch", "--wait"),
+        ("status", "--url", "ftp://127.0.0.1"),
+        ("status", "--url", "http://"),
+        ("status", "--url", "http://127.0.0.1:99999"),
+        ("status", "--timeout", "0"),
+        ("status", "--timeout", "nan"),
+        ("chat", "--temperature", "9", "hello"),
+        ("chat", "  "),
+        ("chat", "--json-schema", "/no/such/file", "hello"),
+        ("embed",),
+        ("embed", "--file", "/no/such/file"),
+        ("embed", "text", "--file", __file__),
+        ("embed", *["text"] * 2049),
+        ("plan", "--context", "2048"),
+        ("plan", "--node", "/no/such/file.toml"),
+        ("deploy",),
+        ("deploy", "m", "--kv-type", "f64"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_calls_nothing(
+    answering: Any, tars: Callable[..., Any], arguments: tuple[str, ...]
+) -> None:
+    ran = tars(*arguments)
+    assert ran.code == 2
+    assert ran.out == ""
+    assert "Traceback" not in ran.err
+    assert ran.err
+    assert not answering.calls
+
+
+def test_options_stand_before_or_after_the_command_and_after_wins(
+    answering: Any, tars: Callable[..., Any], free_port: int
+) -> None:
+    assert tars("--json", "ping").out.startswith("{")
+    away = f"http://127.0.0.1:{free_port}"
+    assert tars("--url", away, "ping").code == 3  # the variable TARS_URL does not override it
+    assert tars("--url", away, "ping", "--url", answering.url).code == 0
+
+
+def test_the_api_key_travels_in_the_header(
+    answering: Any, tars: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TARS_API_KEY", "key-from-environment")
+    tars("ping")
+    assert answering.calls[-1][2]["Authorization"] == "Bearer key-from-environment"
+    tars("ping", "--api-key", "key-from-line")
+    assert answering.calls[-1][2]["Authorization"] == "Bearer key-from-line"
+
+
+def test_help_names_every_command_and_the_exit_codes(tars: Callable[..., Any]) -> None:
+    ran = tars("--help")
+    assert ran.code == 0
+    for command, _, _ in COMMANDS:
+        assert f"\n  {command[0]} " in ran.out
+    assert "3 no node answers" in " ".join(ran.out.split())
+    assert tars("--version").out.startswith("tars, version ")
+
+
+# --- embed, deploy, undeploy ------------------------------------------------------------------------------------------
+
+
+def test_embed_reads_a_text_a_line_from_a_file_or_a_pipe(
+    answering: Any, tars: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("one\n\ntwo words\n", encoding="utf-8")
+    assert tars("embed", "--file", str(file)).code == 0
+    assert answering.params("inference.embed")["input"] == ["one", "two words"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("three\n"))
+    assert tars("embed", "-", "--no-truncate").code == 0
+    assert answering.params("inference.embed")["input"] == ["three"]
+    assert answering.params("inference.embed")["truncate"] is False
+
+
+@pytest.mark.parametrize(("content", "words"), [(b"\xff\xfe\x00", "not UTF-8"), (b"\n \n", "nothing to embed")])
+def test_embed_refuses_a_file_without_text(
+    answering: Any, tars: Callable[..., Any], tmp_path: Path, content: bytes, words: str
+) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_bytes(content)
+    ran = tars("embed", "--file", str(file))
+    assert ran.code == 2
+    assert words in ran.err
+
+
+def test_embed_compares_several_texts(answering: Any, tars: Callable[..., Any]) -> None:
+    assert "1.00" in tars("embed", "one", "two").out
+
+
+def test_deploy_sends_every_choice(answering: Any, tars: Callable[..., Any]) -> None:
+    tars("deploy", "phi-2", "--replicas", "2", "--context", "2048", "--slots", "4", "--kv-type", "q8_0",
+         "--variant", "Q8_0", "--device", "cpu")  # fmt: skip
+    assert answering.params("models.deploy") == {
+        "model": "phi-2", "replicas": 2, "context": 2048, "slots": 4, "kv_type": "q8_0", "variant": "Q8_0", "device": "cpu",
+    }  # fmt: skip
+
+
+def test_a_deployment_that_is_not_accepted_fails(answering: Any, tars: Callable[..., Any]) -> None:
+    answering.answers["models.deploy"] = DeployResult(model="phi-2", accepted=False, assignments=[])
+    assert tars("deploy", "phi-2").code == 1
+
+
+def test_deploy_can_wait_for_the_replica(answering: Any, tars: Callable[..., Any], make: SimpleNamespace) -> None:
+    states = iter([
+        make.description(),
+        make.description(make.replica("loading", LoadProgress(stage="read", percent=10), model="phi-2")),
+        make.description(make.replica("ready", model="phi-2")),
+    ])  # fmt: skip
+    answering.answers["node.describe"] = lambda _params: next(states)
+    ran = tars("deploy", "phi-2", "--wait")
+    assert ran.code == 0
+    assert "loading: read 10 %" in ran.err
+    assert "phi-2: ready" in ran.err
+    answering.answers["node.describe"] = make.description(make.replica("failed", None, model="phi-2"))
+    assert tars("deploy", "phi-2", "--wait").code == 1
+
+
+def test_undeploying_what_is_not_deployed_says_so(answering: Any, tars: Callable[..., Any]) -> None:
+    answering.answers["models.remove"] = RemoveResult(model="phi-2", removed=False)
+    assert "was not deployed" in tars("undeploy", "phi-2").out
+
+
+# --- status -----------------------------------------------------------------------------------------------------------
+
+
+def test_status_waits_and_fails_where_a_replica_failed(
+    answering: Any, tars: Callable[..., Any], make: SimpleNamespace
+) -> None:
+    assert tars("status", "--wait").code == 0
+    answering.answers["node.describe"] = make.description(make.replica("failed", None, last_error="bad file"))
+    ran = tars("status", "--wait")
+    assert ran.code == 1
+    assert "bad file" in ran.out
+    assert tars("status").code == 0  # asking alone does not judge
+
+
+def test_watching_shows_each_state_until_ctrl_c(
+    answering: Any, tars: Callable[..., Any], make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds = iter(range(3))
+
+    def describe(_params: dict[str, Any]) -> NodeDescription:
+        return make.description(make.replica(calls_total=next(rounds)))
+
+    def ctrl_c_after_two(_seconds: float) -> None:
+        if len(answering.calls) == 2:
+            raise KeyboardInterrupt
+
+    answering.answers["node.describe"] = describe
+    monkeypatch.setattr("tars.cli.commands.time.sleep", ctrl_c_after_two)
+    ran = tars("status", "--watch", "--json")
+    assert ran.code == 130
+    counts = [orjson.loads(line)["replicas"][0]["calls_total"] for line in ran.out.splitlines()]
+    assert counts == [0, 1]
+
+
+# --- endings ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_reader_that_leaves_early_causes_no_traceback(answering: Any) -> None:
+    process = subprocess.Popen(
+        [*IN_A_PROCESS, "status", "--url", answering.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()  # `tars status | true`
+    err = process.stderr.read().decode()
+    process.stderr.close()
+    assert process.wait(30) == 1
+    assert err == ""
+
+
+def test_a_terminal_that_knows_only_ascii_gets_an_answer(answering: Any) -> None:
+    ran = subprocess.run(
+        [*IN_A_PROCESS, "status", "--url", answering.url],
+        capture_output=True, timeout=30, env={"PYTHONIOENCODING": "ascii", "PATH": "/usr/bin:/bin"}, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    assert b"pc1" in ran.stdout
+
+
+def test_a_bug_is_named_as_one_without_a_traceback(
+    answering: Any, tars: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(_message: object) -> object:
+        raise ZeroDivisionError("secret detail")
+
+    monkeypatch.setattr("tars.cli.commands.models_view", broken)
+    ran = tars("models")
+    assert ran.code == 1
+    assert "bug in TARS (ZeroDivisionError)" in ran.err
+    assert "secret detail" not in ran.err
+    assert "Traceback" not in ran.err

@@ -1,0 +1,290 @@
+from __future__ import annotations
+
+import io
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from tars.cli import output
+from tars.messages.inference import EmbedResult, Timings, Usage
+from tars.messages.node import (
+    AssignmentDescription,
+    DeployResult,
+    ExplainResult,
+    LoadProgress,
+    ModelDescription,
+    ModelsResult,
+    PlanResult,
+    RecentError,
+    RefusalDescription,
+    VerdictDescription,
+)
+
+GIB = 2**30
+
+
+def drawn(renderable: RenderableType, width: int = 160) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
+    console.print(renderable)
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def row(text: str, word: str) -> str:
+    found = [line for line in text.splitlines() if word in line]
+    assert found, f"no line with {word!r} in\n{text}"
+    return found[0]
+
+
+def assignment(model: str = "mistral-7b", needed: int = 5 * GIB, **changes: Any) -> AssignmentDescription:
+    fields: dict[str, Any] = {
+        "replica": f"{model}@gpu-0#1",
+        "model": model,
+        "variant": "Q4_K_M",
+        "node": "0123456789abcdef",
+        "node_name": "pc1",
+        "device": "n1/gpu-0",
+        "device_name": "NVIDIA GeForce RTX 3060",
+        "needed_bytes": needed,
+        "weights_bytes": 4 * GIB,
+        "kv_cache_bytes": GIB // 2,
+        "compute_bytes": GIB // 4,
+        "overhead_bytes": GIB // 4,
+        "measured": False,
+        "context": 4096,
+        "slots": 1,
+        "gpu_layers": -1,
+        "reason": "best fit",
+    }
+    return AssignmentDescription(**{**fields, **changes})
+
+
+def verdict(**changes: Any) -> VerdictDescription:
+    fields: dict[str, Any] = {
+        "device": "n1/gpu-0",
+        "device_name": "RTX 4090",
+        "variant": "Q4_K_M",
+        "accepted": False,
+        "needed_bytes": 41 * GIB,
+        "free_bytes": 23 * GIB,
+        "reason": "needs 18.0 GiB more",
+    }
+    return VerdictDescription(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("one\ntwo\tthree", "one\ntwo\tthree"),
+        ("\x1b]0;owned\x07title", "]0;ownedtitle"),
+        ("\x9b31mred", "31mred"),
+        ("\r\x7f\x00", ""),
+        ("é 漢 🎉", "é 漢 🎉"),
+    ],
+)
+def test_text_from_the_wire_loses_its_control_characters(text: str, shown: str) -> None:
+    assert output.plain(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("held", "free", "bar"),
+    [
+        (0, 12, "░" * 24),
+        (6, 6, "█" * 12 + "░" * 12),
+        (3, 6, "█" * 6 + "▒" * 6 + "░" * 12),
+        (12, 0, "█" * 24),
+        (12, 12, "█" * 24),  # a probe that says all is free while TARS holds all: never a longer bar
+    ],
+)
+def test_a_memory_bar_shows_held_others_and_free(make: SimpleNamespace, held: int, free: int, bar: str) -> None:
+    device = make.device(memory_held_bytes=held * GIB, memory_free_bytes=free * GIB)
+    assert output.memory_bar(device).plain == bar
+
+
+def test_a_device_without_memory_does_not_break_the_bar(make: SimpleNamespace) -> None:
+    device = make.device(memory_total_bytes=0, memory_free_bytes=0, memory_held_bytes=0)
+    assert len(output.memory_bar(device).plain) == output.BAR_CELLS
+
+
+def test_status_shows_devices_replicas_and_errors(make: SimpleNamespace) -> None:
+    node = make.description(
+        make.replica(),
+        make.replica("loading", LoadProgress(stage="read", percent=40), id="b", model="phi-2"),
+        make.replica("failed", None, id="c", model="broken", last_error="not a GGUF file", restarts=2),
+        wsl2=True,
+        devices=[
+            make.device(notes=["WSL2: per-process memory is not available"]),
+            make.device("Pretend", simulated=True),
+        ],
+        recent_errors=[
+            RecentError(
+                at=1.0, method="inference.chat", error_kind="unknown_model", message="no such model", trace_id="t9"
+            )
+        ],
+    )
+    text = drawn(output.status_view(node))
+    assert "node pc1  ready" in text
+    assert "up 2 h 5 min" in text
+    assert "WSL2" in text
+    assert "47 °C" in row(text, "RTX 3060")
+    assert "4.0 GiB" in row(text, "RTX 3060")
+    assert "per-process memory is not available" in text
+    assert "Pretend (simulated)" in text
+    assert "52 tokens/s" in row(text, "mistral-7b-instruct")
+    assert "loading: read 40 %" in row(text, "phi-2")
+    assert "failed (2 restarts)" in row(text, "broken")
+    assert "not a GGUF file" in text
+    assert "t9" in row(text, "unknown_model")
+
+
+def test_status_of_a_node_without_models_says_what_to_do(make: SimpleNamespace) -> None:
+    assert "tars deploy MODEL" in drawn(output.status_view(make.description()))
+
+
+def test_names_with_brackets_are_shown_and_not_taken_for_markup(make: SimpleNamespace) -> None:
+    text = drawn(output.status_view(make.description(make.replica(model="[bold]m[/bold]"), name="[red]pc")))
+    assert "[bold]m[/bold]" in text
+    assert "[red]pc" in text
+
+
+def test_free_memory_goes_down_by_each_replica_of_a_device(make: SimpleNamespace) -> None:
+    other = make.device("GTX 1660 SUPER", id="n2/gpu-0", memory_capacity_bytes=5 * GIB)
+    plan = PlanResult(
+        assignments=[
+            assignment("phi-2", 3 * GIB, device="n2/gpu-0"),
+            assignment("mistral-7b", 5 * GIB),
+            assignment("embeddings", GIB, device="n2/gpu-0"),
+        ],
+        refusals=[],
+        devices=[make.device(), other],
+    )
+    assert [(part.model, before) for part, before in output.free_before(plan)] == [
+        ("mistral-7b", 10 * GIB),
+        ("phi-2", 5 * GIB),
+        ("embeddings", 2 * GIB),
+    ]
+
+
+def test_a_plan_shows_each_replica_with_its_bytes_and_reason(make: SimpleNamespace) -> None:
+    idle = make.device("RTX 4090", id="n3/gpu-0", memory_capacity_bytes=20 * GIB)
+    simulated = make.device(simulated=True)
+    text = drawn(output.plan_view(PlanResult(assignments=[assignment()], refusals=[], devices=[simulated, idle])))
+    line = row(text, "mistral-7b")
+    for word in ("Q4_K_M", "pc1", " GeForce RTX 3060 (simulated)", "5.0 GiB", "10.0 GiB"):
+        assert word in line
+    assert "mistral-7b: best fit" in text
+    assert "20.0 GiB usable" in row(text, "RTX 4090")
+
+
+def test_a_refusal_shows_bytes_needed_and_free_per_device_and_the_remedy() -> None:
+    refusal = RefusalDescription(
+        model="llama-70b",
+        replicas_missing=2,
+        remedy="a card with 48 GB",
+        verdicts=[verdict(), verdict(device_name="CPU")],
+    )
+    text = drawn(output.plan_view(PlanResult(assignments=[], refusals=[refusal], devices=[])))
+    assert "nothing is placed" in text
+    assert "(2 replicas missing)" in row(text, "refused llama-70b")
+    line = row(text, "RTX 4090")
+    assert "41.0 GiB" in line
+    assert "23.0 GiB" in line
+    assert "needs 18.0 GiB more" in line
+    assert row(text, "CPU")
+    assert "a card with 48 GB" in row(text, "what would help")
+
+
+def test_an_explanation_shows_the_words_and_the_bytes_of_every_device() -> None:
+    explanation = ExplainResult(
+        model="mistral-7b",
+        deployed=True,
+        assignments=[assignment()],
+        verdicts=[verdict(accepted=True, device_name="RTX 3060"), verdict()],
+        remedy="nothing",
+        replicas=[],
+        text="It stands on the 3060.\n",
+    )
+    text = drawn(output.explain_view(explanation))
+    assert text.startswith("It stands on the 3060.\n")
+    assert row(text, "RTX 3060 ").split()[-1] == "yes"
+    assert row(text, "RTX 4090").split()[-5:] == ["41.0", "GiB", "23.0", "GiB", "no"]
+
+
+def test_models_show_replicas_ready_of_wanted() -> None:
+    def model(name: str, **changes: Any) -> ModelDescription:
+        fields: dict[str, Any] = {
+            "name": name, "aliases": [], "model_kind": "chat", "variants": ["Q8_0", "Q4_K_M"], "description": "small",
+            "licence": "MIT", "deployed": False, "replicas_wanted": 0, "replicas_ready": 0, "state": "available", "local": False,
+        }  # fmt: skip
+        return ModelDescription(**{**fields, **changes})
+
+    served = model("a", aliases=["b"], deployed=True, replicas_wanted=2, replicas_ready=1, state="loading", local=True)
+    text = drawn(output.models_view(ModelsResult(models=[served, model("c")])))
+    assert row(text, "a (b)").split()[2:5] == ["chat", "loading", "1/2"]
+    assert "Q8_0, Q4_K_M" in row(text, "a (b)")
+    assert "available" in row(text, "c ")
+    assert "knows no model" in drawn(output.models_view(ModelsResult(models=[])))
+
+
+def test_a_deployment_says_where_it_goes_or_that_it_does_not() -> None:
+    text = drawn(output.deploy_view(DeployResult(model="m", accepted=True, assignments=[assignment("m")])))
+    assert "m Q4_K_M -> GeForce RTX 3060 on pc1, 5.0 GiB: best fit" in text
+    assert "tars explain m" in drawn(output.deploy_view(DeployResult(model="m", accepted=False, assignments=[])))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "expected"),
+    [
+        ([1, 0], [1, 0], 1.0),
+        ([1, 0], [0, 1], 0.0),
+        ([1, 0], [-2, 0], -1.0),
+        ([3, 4], [4, 3], 0.96),
+        ([0, 0], [1, 0], 0.0),
+    ],
+)
+def test_cosine(one: list[float], other: list[float], expected: float) -> None:
+    assert output.cosine(one, other) == pytest.approx(expected)
+
+
+def embeddings(make: SimpleNamespace, vectors: list[list[float]], truncated: list[int]) -> EmbedResult:
+    return EmbedResult(
+        model="minilm", embeddings=vectors, dimensions=len(vectors[0]), truncated=truncated,
+        usage=Usage(prompt_tokens=4, total_tokens=4), timings=Timings(), served_by=make.served_by,
+    )  # fmt: skip
+
+
+def test_embeddings_show_dimensions_first_values_and_each_pair(make: SimpleNamespace) -> None:
+    text = drawn(
+        output.embeddings_view(embeddings(make, [[1.0, 0.0], [0.6, 0.8]], [1]), ["first text", "second\ntext"])
+    )
+    assert "minilm: 2 x 2 dimensions, 4 tokens" in text
+    assert "+1.000 +0.000" in row(text, "first text")
+    assert "second text (cut at the model's limit)" in text
+    assert "0.60" in text
+
+
+def test_one_embedding_has_no_pairs_and_many_have_too_many(make: SimpleNamespace) -> None:
+    assert "cosine" not in drawn(output.embeddings_view(embeddings(make, [[1.0, 0.0]], []), ["only"]))
+    many = output.SHOWN_PAIRS + 1
+    text = drawn(output.embeddings_view(embeddings(make, [[1.0, 0.0]] * many, []), ["text"] * many))
+    assert "--json" in text
+    assert "cosine" not in text
+
+
+def test_the_line_under_an_answer_names_the_simulated_device_and_the_cut(make: SimpleNamespace) -> None:
+    result = make.chat_result("text", "length")
+    simulated = result.model_copy(update={"served_by": make.served_by.model_copy(update={"simulated": True})})
+    footer = output.chat_footer(simulated).plain
+    assert "CPU (simulated)" in footer
+    assert "140 tokens/s" in footer
+    assert "cut at max tokens" in footer
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(8.9, "8 s"), (60, "1 min"), (3600, "1 h 0 min"), (7500, "2 h 5 min"), (90_000, "1 d 1 h")]
+)
+def test_durations_are_short(seconds: float, shown: str) -> None:
+    assert output.duration(seconds) == shown
