@@ -428,7 +428,7 @@ class _Reader:
 
     def _ran_out(self) -> GgufError:
         if self.file_bytes > len(self.view):
-            return GgufError(
+            return GgufHeaderLonger(
                 f"The header is longer than the {len(self.view):,} bytes of it that were read, or is damaged."
             )
         return GgufError(

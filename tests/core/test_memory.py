@@ -1,0 +1,261 @@
+"""tars/core/memory.py: estimates against real files' numbers, llama.cpp's own buffers, and what fits on which card."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+
+from tars.core.gguf import parse_gguf
+from tars.core.memory import (
+    CUDA_CONTEXT,
+    LLAMA_PROCESS,
+    TORCH_PROCESS,
+    compute_bytes_cuda,
+    estimate,
+    estimate_encoder,
+    estimate_replica,
+    kv_bytes_per_token,
+    kv_cache_bytes,
+    padded_context,
+)
+from tars.core.tensor_plan import Counts, planned_shape
+from tars.core.tuning import settings_for
+from tars.core.types import (
+    Bytes,
+    DeviceId,
+    DeviceKind,
+    DeviceSnapshot,
+    KvType,
+    ModelKind,
+    ModelShape,
+    NodeId,
+    Precision,
+)
+
+MISTRAL = planned_shape(Counts("llama", 32, 4096, 32, 8, 14336, 32000, 32768), "Q4_K_M")
+LLAMA_2 = planned_shape(Counts("llama", 32, 4096, 32, 32, 11008, 32000, 4096), "Q4_K_M")
+LLAMA_3 = planned_shape(Counts("llama", 32, 4096, 32, 8, 14336, 128256, 131072, rope_factors=64), "Q4_K_M")
+LLAMA_70B = planned_shape(Counts("llama", 80, 8192, 64, 8, 28672, 128256, 131072, rope_factors=64), "Q4_K_M")
+PHI_3 = Counts("phi3", 32, 3072, 32, 32, 8192, 32064, 4096)
+PHI_3_Q4 = planned_shape(PHI_3, "Q4_K_M")
+PHI_3_Q8 = planned_shape(PHI_3, "Q8_0")
+MINILM = ModelShape("bert", 6, 384, 12, 12, 1536, 30522, 32, 32, 256, Bytes(90_868_376), Bytes(0), Bytes(90_868_376))
+
+
+def gib(shape: ModelShape, context: int, **more) -> float:
+    return estimate(shape, context=context, **more).total / 2**30
+
+
+def device(**more) -> DeviceSnapshot:
+    values = {
+        "id": DeviceId("n/d"),
+        "node": NodeId("n"),
+        "kind": DeviceKind.CUDA,
+        "name": "NVIDIA GeForce RTX 3060",
+        "memory_total": Bytes.mib(12288),
+        "memory_free": Bytes.mib(11909),
+        "compute_capability": (8, 6),
+        "precision": Precision.BF16,
+        "cpu_threads": 4,
+        **more,
+    }
+    return DeviceSnapshot(**values)
+
+
+# --- does it fit (field notes; 450 MiB a process, flash attention on) ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("what", "needed", "stated"),
+    [
+        ("three Mistral at 4k", 3 * gib(MISTRAL, 4096), 15.2),
+        ("ten processes of Phi-3 at 4k", 10 * gib(PHI_3_Q4, 4096), 42),
+        ("one process of Phi-3 with ten slots", gib(PHI_3_Q4, 4096, slots=10), 17.7),
+        ("two Mistral at 4k", 2 * gib(MISTRAL, 4096), 10.2),
+        ("two Llama-2-7B at 4k", 2 * gib(LLAMA_2, 4096), 12.6),
+        ("Phi-3 8-bit at 4k", gib(PHI_3_Q8, 4096), 5.8),
+        ("Phi-3 8-bit at 2k", gib(PHI_3_Q8, 2048), 5.05),
+        ("Phi-3 8-bit at 4k with an 8-bit KV cache", gib(PHI_3_Q8, 4096, kv_type=KvType.Q8_0), 5.05),
+    ],
+)
+def test_what_fits_is_estimated_as_the_field_notes_state_it(what, needed, stated):
+    assert needed == pytest.approx(stated, rel=0.03), what
+
+
+def test_the_verdicts_on_real_cards_follow():
+    card_4090, card_3060, card_1660 = (Bytes.mib(24080), Bytes.mib(11909), Bytes.mib(5800))
+    assert 3 * gib(MISTRAL, 4096) * 2**30 < card_4090
+    assert 10 * gib(PHI_3_Q4, 4096) * 2**30 > card_4090
+    assert estimate(PHI_3_Q4, context=4096, slots=10).total < card_4090
+    assert estimate(LLAMA_70B, context=512).total > card_4090
+    assert 2 * gib(MISTRAL, 4096) * 2**30 < card_3060
+    assert 2 * gib(LLAMA_2, 4096) * 2**30 > card_3060
+    assert estimate(PHI_3_Q8, context=4096).total > card_1660
+    assert estimate(PHI_3_Q8, context=2048).total < card_1660
+
+
+# --- the parts ---------------------------------------------------------------------------------------------------------
+
+
+def test_weights_on_a_card_leave_the_embedding_table_on_the_host():
+    assert estimate(MISTRAL, context=512).weights / 2**20 == pytest.approx(4095.05, abs=0.01)
+    on_cpu = estimate(MISTRAL, context=512, device_kind=DeviceKind.CPU, flash_attention=False)
+    assert on_cpu.weights == MISTRAL.tensor_bytes
+
+
+def test_the_kv_cache_has_one_padded_stream_a_slot():
+    assert padded_context(256) == 256
+    assert padded_context(257) == 512
+    assert kv_cache_bytes(MISTRAL, context=1000, slots=3) == 128 * 1024 * 1024 * 3
+    assert kv_bytes_per_token(MISTRAL, KvType.Q8_0) * 32 == kv_bytes_per_token(MISTRAL) // 2 * 34
+    assert kv_bytes_per_token(MISTRAL, KvType.Q4_0) * 32 == kv_bytes_per_token(MISTRAL) // 2 * 18
+
+
+def test_the_compute_buffer_of_llama_3_is_what_a_real_log_shows():
+    found = compute_bytes_cuda(LLAMA_3, context=512, slots=1, micro_batch=512, flash_attention=False)
+    assert found / 2**20 == 258.5
+
+
+def test_without_flash_attention_the_scores_grow_the_compute_buffer():
+    without = estimate(MISTRAL, context=4096, flash_attention=False).compute
+    assert without == 4 * 512 * (1 + 4 * 4096 + 4096 * 33)
+    assert estimate(MISTRAL, context=4096).compute < without / 2
+
+
+def test_layers_that_stay_on_the_host_are_not_counted_on_the_card():
+    full = estimate(MISTRAL, context=4096)
+    half = estimate(MISTRAL, context=4096, gpu_layers=16)
+    none = estimate(MISTRAL, context=4096, gpu_layers=0)
+    assert half.weights == full.weights // 2
+    assert half.kv_cache == full.kv_cache // 2
+    assert (none.weights, none.kv_cache, none.overhead) == (0, 0, CUDA_CONTEXT)
+    assert estimate(MISTRAL, context=4096, gpu_layers=33) == full
+
+
+def test_an_overhead_that_was_measured_is_taken():
+    assert estimate(MISTRAL, context=512, overhead=Bytes.mib(107)).overhead == Bytes.mib(107)
+    cpu = estimate(MISTRAL, context=512, device_kind=DeviceKind.CPU, flash_attention=False)
+    assert cpu.overhead == LLAMA_PROCESS
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"context": 0},
+        {"context": 512, "slots": 0},
+        {"context": 512, "micro_batch": 0},
+        {"context": 512, "kv_type": KvType.Q8_0, "flash_attention": False},
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_refused(wrong):
+    with pytest.raises(ValueError, match=r"at least 1|flash attention"):
+        estimate(MISTRAL, **wrong)
+
+
+# --- embeddings --------------------------------------------------------------------------------------------------------
+
+
+def test_an_encoder_takes_its_weights_its_activations_and_torch():
+    cpu = estimate_encoder(MINILM, context=256, batch_tokens=4096, device_kind=DeviceKind.CPU)
+    assert (cpu.weights, cpu.kv_cache, cpu.overhead) == (90_868_376, 0, TORCH_PROCESS)
+    # Measured: one pass over 4,096 tokens raised the process' peak by about 97 MiB over its loaded weights.
+    assert cpu.compute / 2**20 == pytest.approx(97, rel=0.15)
+
+
+def test_half_precision_halves_weights_and_activations():
+    full = estimate_encoder(MINILM, context=256, batch_tokens=4096)
+    half = estimate_encoder(MINILM, context=256, batch_tokens=4096, precision=Precision.BF16)
+    assert half.weights == full.weights // 2
+    assert half.compute < full.compute * 0.6
+    assert full.overhead > CUDA_CONTEXT
+
+
+def test_a_single_text_longer_than_the_batch_is_counted():
+    short = estimate_encoder(MINILM, context=256, batch_tokens=1024)
+    assert estimate_encoder(MINILM, context=8192, batch_tokens=1024).compute > short.compute * 8
+
+
+def test_an_encoder_without_tokens_is_refused():
+    with pytest.raises(ValueError, match="at least 1"):
+        estimate_encoder(MINILM, context=0, batch_tokens=1)
+
+
+# --- a replica on a device ---------------------------------------------------------------------------------------------
+
+
+def test_a_replica_is_estimated_with_its_own_settings():
+    card = device()
+    settings = settings_for(card, ModelKind.CHAT, MISTRAL, context=4096)
+    assert estimate_replica(card, ModelKind.CHAT, MISTRAL, settings) == estimate(MISTRAL, context=4096)
+
+
+def test_a_simulated_card_is_counted_as_the_card_it_stands_for():
+    real, simulated = device(), device(simulated=True)
+    for kind, shape in ((ModelKind.CHAT, MISTRAL), (ModelKind.CHAT, LLAMA_2)):
+        settings = settings_for(simulated, kind, shape, context=4096)
+        assert settings.gpu_layers == 0
+        expected = estimate_replica(real, kind, shape, settings_for(real, kind, shape, context=4096))
+        assert estimate_replica(simulated, kind, shape, settings) == expected
+
+
+def test_an_embedding_replica_is_an_encoder():
+    cpu = device(kind=DeviceKind.CPU, name="CPU", compute_capability=None, precision=Precision.FP32)
+    settings = settings_for(cpu, ModelKind.EMBEDDING, MINILM)
+    assert estimate_replica(cpu, ModelKind.EMBEDDING, MINILM, settings).overhead == TORCH_PROCESS
+
+
+# --- against llama.cpp -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("context", "slots", "micro_batch", "flash_attention", "kv_type"),
+    [
+        (1024, 1, 256, False, KvType.F16),
+        (1024, 1, 256, True, KvType.F16),
+        (1024, 8, 512, False, KvType.F16),
+        (300, 3, 512, True, KvType.F16),
+    ],
+)
+def test_llama_cpp_allocates_what_was_estimated(tiny_gguf, context, slots, micro_batch, flash_attention, kv_type):
+    import llama_cpp
+
+    lines: list[str] = []
+
+    @llama_cpp.llama_log_callback
+    def keep(level, line, data):
+        lines.append(line.decode())
+
+    llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
+    model = llama_cpp.llama_model_load_from_file(str(tiny_gguf).encode(), llama_cpp.llama_model_default_params())
+    try:
+        parameters = llama_cpp.llama_context_default_params()
+        parameters.n_ctx = padded_context(context) * slots
+        parameters.n_seq_max = slots
+        parameters.n_ubatch = micro_batch
+        parameters.n_batch = 512
+        parameters.kv_unified = False
+        parameters.flash_attn_type = int(flash_attention)
+        llama_cpp.llama_free(llama_cpp.llama_init_from_model(model, parameters))
+    finally:
+        llama_cpp.llama_model_free(model)
+        llama_cpp.llama_log_set(llama_cpp._logger.llama_log_callback, ctypes.c_void_p(0))  # the package's own again
+    found = {
+        what: sum(float(size) for size in re.findall(rf"{what} buffer size = +([0-9.]+) MiB", "".join(lines)))
+        for what in ("KV", "compute", "output")
+    }
+    content = tiny_gguf.read_bytes()
+    expected = estimate(
+        parse_gguf(content, len(content)).shape(),
+        context=context,
+        slots=slots,
+        micro_batch=micro_batch,
+        flash_attention=flash_attention,
+        kv_type=kv_type,
+        device_kind=DeviceKind.CPU,
+    )
+    assert found["KV"] > 0
+    assert expected.kv_cache / 2**20 == pytest.approx(found["KV"], abs=0.01)
+    assert expected.compute / 2**20 == pytest.approx(found["compute"] + found["output"], rel=0.05, abs=0.1)
