@@ -87,6 +87,8 @@ class Coordinator:
         self._stopping = False
         self._stops: dict[asyncio.Task[None], DeviceId] = {}
         self.rounds = 0
+        self.changes = 0
+        """Grows with every change of a replica or of the plan: what was read before it may be stale."""
 
     @property
     def node_id(self) -> NodeId:
@@ -295,6 +297,7 @@ class Coordinator:
         task.add_done_callback(stopped)
 
     def _pulse(self) -> None:
+        self.changes += 1
         self._changed.set()
         self._changed = asyncio.Event()
 

@@ -131,7 +131,7 @@ class LocalNodeService:
         self._inference = Inference(Router(LocalFleet(coordinator), now), now)
         self._started_at = wall_clock()
         self._started = now()
-        self._snapshot: tuple[float, NodeSnapshot] | None = None
+        self._snapshot: tuple[float, int, NodeSnapshot] | None = None
 
     # --- the node ----------------------------------------------------------------------------------------------------
 
@@ -321,9 +321,12 @@ class LocalNodeService:
         return "ready" if self._coordinator.settled() else "loading"
 
     async def _recent_snapshot(self) -> NodeSnapshot:
-        if self._snapshot is None or self._now() - self._snapshot[0] > SNAPSHOT_SECONDS:
-            self._snapshot = (self._now(), await self._coordinator.snapshot())
-        return self._snapshot[1]
+        now, changes = self._now(), self._coordinator.changes
+        if self._snapshot is not None and now - self._snapshot[0] <= SNAPSHOT_SECONDS and self._snapshot[1] == changes:
+            return self._snapshot[2]
+        snapshot = await self._coordinator.snapshot()
+        self._snapshot = (now, changes, snapshot)
+        return snapshot
 
     def _model_state(self, model: str, live: Sequence[LiveReplica]) -> str:
         states = [each.worker.state for each in live]

@@ -1,0 +1,113 @@
+"""A coordinator with the real planner and catalogue, devices that the test sets, and workers that only pretend to load."""
+
+import asyncio
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from tars.catalogue import Catalogue
+from tars.core.types import Bytes, DeviceId, DeviceKind, DeviceSnapshot, NodeId, NodeSnapshot, ReplicaState
+from tars.mesh.coordinator import Coordinator
+from tars.mesh.deployments import Deployments
+from tars.mesh.measured_memory import MeasuredMemory
+from tars.messages.node import LoadedInfo
+from tars.state_folder import StateFolder
+
+NODE = NodeSnapshot(NodeId("00000000-0000-4000-8000-000000000001"), "pc")
+
+
+class FakeWorker:
+    """Loads when it is told to."""
+
+    def __init__(self, spec, on_change):
+        self.spec = spec
+        self.on_change = on_change
+        self.state = ReplicaState.STARTING
+        self.restarts = self.active_calls = self.queued_calls = self.calls_total = 0
+        self.info = self.progress = self.last_error = None
+        self.stopped_with = None
+        self.script = []
+        self.may_stop = asyncio.Event()
+        self.may_stop.set()
+
+    async def start(self):
+        self.state = ReplicaState.LOADING
+        self.on_change(self)
+
+    def loaded(self, memory=100 * 2**20):
+        self.info = LoadedInfo(model_kind="chat", memory_bytes=memory, load_seconds=0.1)
+        self.state = ReplicaState.READY
+        self.on_change(self)
+
+    def failed(self, error):
+        self.state, self.last_error = ReplicaState.FAILED, error
+        self.on_change(self)
+
+    async def run(self, work, deadline):
+        for event in self.script:
+            yield event
+
+    async def stop(self, grace):
+        self.stopped_with = grace
+        await self.may_stop.wait()
+        self.state = ReplicaState.STOPPED
+
+
+class Bench:
+    """A coordinator on devices that the test sets."""
+
+    def __init__(self, folder, devices, files):
+        self.devices = devices
+        self.workers = []
+        self.catalogue = Catalogue.load(builtin=True)
+        self.model = self.catalogue.add_file(files[0], name="tiny").name
+        self.second = self.catalogue.add_file(files[1], name="second").name
+        self.deployments = Deployments(folder, [])
+        self.measured = MeasuredMemory(folder)
+        self.coordinator = Coordinator(
+            NODE,
+            probe=self.probe,
+            catalogue=self.catalogue,
+            deployments=self.deployments,
+            measured=self.measured,
+            make_worker=self.make_worker,
+        )
+
+    def probe(self, held):
+        return tuple(
+            replace(
+                device,
+                memory_held=held.get(device.id, Bytes(0)),
+                memory_free=Bytes(device.memory_free - held.get(device.id, 0)),
+            )
+            for device in self.devices
+        )
+
+    def make_worker(self, spec, on_change):
+        worker = FakeWorker(spec, on_change)
+        self.workers.append(worker)
+        return worker
+
+    @property
+    def states(self):
+        return sorted(live.worker.state.value for live in self.coordinator.replicas.values())
+
+
+def card(suffix="gpu-a", mib=2000, **more):
+    return DeviceSnapshot(
+        DeviceId(f"{NODE.id}/{suffix}"),
+        NODE.id,
+        DeviceKind.CUDA,
+        f"Card {suffix}",
+        Bytes.mib(mib),
+        Bytes.mib(mib),
+        compute_capability=(8, 6),
+        index=0,
+        **more,
+    )
+
+
+def make_bench(folder, tiny_gguf):
+    """One 2,000 MiB card and two models, `tiny` and `second`, in `folder`."""
+    files = [Path(shutil.copy(tiny_gguf, folder / name)) for name in ("first.gguf", "second.gguf")]
+    return Bench(StateFolder(folder), [card()], files)

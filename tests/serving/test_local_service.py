@@ -1,0 +1,162 @@
+"""The node's service on a coordinator whose workers only pretend to load."""
+
+import pytest
+from coordinator_bench import card, make_bench
+
+from tars.core.types import Deadline, Deployment
+from tars.errors import BadModelFile, DoesNotFit, Overloaded, ReplicaFailed, StillLoading, TarsError, UnknownModel
+from tars.messages.base import CallContext
+from tars.messages.inference import ChatMessage, ChatParams, Generated, Timings, Usage
+from tars.messages.node import DeployParams, LoadProgress
+from tars.serving.local_service import LocalNodeService
+
+CHAT = ChatParams(messages=[ChatMessage(role="user", content="hi")], model="tiny")
+DONE = Generated(
+    text="hello",
+    finish_reason="stop",
+    usage=Usage(prompt_tokens=1, completion_tokens=1, total_tokens=2),
+    timings=Timings(),
+)
+
+
+def call():
+    return CallContext(Deadline(1e12), "trace")
+
+
+@pytest.fixture
+def bench(tmp_path, tiny_gguf):
+    return make_bench(tmp_path, tiny_gguf)
+
+
+@pytest.fixture
+def service(bench):
+    return LocalNodeService(
+        bench.coordinator,
+        name="pc",
+        redacted_config={"node": {"name": "pc"}},
+        wsl2=False,
+        addresses=lambda: ["http://127.0.0.1:8000"],
+    )
+
+
+async def chat(service):
+    return [item async for item in service.chat(CHAT, call())]
+
+
+async def test_a_model_goes_from_wanted_over_loading_to_answering(bench, service):
+    accepted = await service.deploy(DeployParams(model="tiny"))
+    assert [assignment.model for assignment in accepted.assignments] == ["tiny"]
+    with pytest.raises(StillLoading):
+        await chat(service)
+    await bench.coordinator.reconcile()
+    bench.workers[0].progress = LoadProgress(stage="read", percent=40.0)
+    with pytest.raises(StillLoading) as loading:
+        await chat(service)
+    assert loading.value.details == {"stage": "read", "percent": 40.0}
+    assert service.ping().state == "loading"
+    bench.workers[0].loaded()
+    bench.workers[0].script = [DONE]
+    assert (await chat(service))[-1].message.content == "hello"
+    assert service.ping().state == "ready"
+
+
+async def test_a_failed_load_answers_with_the_loads_own_error(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    bench.workers[0].failed(BadModelFile("the file is corrupt"))
+    with pytest.raises(BadModelFile, match="corrupt"):
+        await chat(service)
+    (model,) = [each for each in service.models().models if each.name == "tiny"]
+    assert model.state == "failed"
+
+
+async def test_what_does_not_fit_is_refused_and_not_wanted(bench, service):
+    bench.devices = [card(mib=50)]
+    with pytest.raises(DoesNotFit) as refused:
+        await service.deploy(DeployParams(model="tiny"))
+    assert refused.value.details["devices"][0]["device"] == "Card gpu-a"
+    assert bench.deployments.wanted() == ()
+
+
+async def test_a_configured_model_that_does_not_fit_says_so_when_called(bench, service):
+    bench.devices = [card(mib=50)]
+    bench.deployments.deploy(Deployment("tiny"))
+    await bench.coordinator.reconcile()
+    with pytest.raises(DoesNotFit):
+        await chat(service)
+    (model,) = [each for each in service.models().models if each.name == "tiny"]
+    assert (model.state, model.replicas_ready, model.replicas_wanted) == ("refused", 0, 1)
+
+
+async def test_deploying_again_retries_a_failed_load(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    bench.workers[0].failed(ReplicaFailed("no"))
+    await service.deploy(DeployParams(model="tiny"))
+    assert bench.coordinator.replicas == {}
+
+
+async def test_removing_a_model_twice_says_that_it_was_gone(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    assert (await service.remove("tiny")).removed
+    assert not (await service.remove("tiny")).removed
+    with pytest.raises(UnknownModel):
+        await service.remove("no-such-model")
+
+
+async def test_describe_shows_device_replica_and_errors(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded(50 * 2**20)
+    service.call_started("inference.chat")
+    service.call_ended("inference.chat", Overloaded("busy"), "t1")
+    described = await service.describe()
+    assert described.devices[0].memory_held_bytes == 50 * 2**20
+    assert (described.replicas[0].state, described.replicas[0].device_name) == ("ready", "Card gpu-a")
+    assert (described.calls.total, described.calls.failed) == (1, 1)
+    assert described.recent_errors[0].trace_id == "t1"
+
+
+async def test_explains_a_deployed_model_one_that_is_not_and_one_without_a_file(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    deployed = await service.explain("tiny")
+    assert deployed.deployed
+    assert deployed.verdicts[0].accepted
+    assert "Card gpu-a" in deployed.text
+    not_deployed = await service.explain("second")
+    assert not not_deployed.deployed
+    assert not_deployed.assignments[0].model == "second"
+    without_file = await service.explain("mistral-7b")
+    assert "file is not on this PC" in without_file.text
+    assert without_file.remedy
+
+
+async def test_drain_refuses_new_calls_until_resume(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    bench.workers[0].script = [DONE]
+    assert (await service.drain()).state == "draining"
+    assert service.peers().peers[0].state == "DRAINING"
+    with pytest.raises(TarsError, match="drained"):
+        await chat(service)
+    assert (await service.resume()).state == "ready"
+    assert len(await chat(service)) == 1
+
+
+async def test_plan_and_config_are_shown_as_they_are(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    plan = await service.plan()
+    assert plan.assignments[0].needed_bytes > 0
+    assert plan.devices[0].name == "Card gpu-a"
+    assert service.config() == {"node": {"name": "pc"}}
+
+
+async def test_idle_waits_for_the_last_call(service):
+    await service.idle()
+    service.call_started("node.ping")
+    assert service.active_calls == 1
+    service.call_ended("node.ping", None, "t")
+    await service.idle()

@@ -1,0 +1,77 @@
+"""What a person reads at the terminal."""
+
+import json
+import logging
+
+import pytest
+from coordinator_bench import card, make_bench
+
+from tars.core.types import Deployment, NodeSnapshot
+from tars.errors import BadModelFile
+from tars.node_report import JsonLines, NodeReport, describe_device_line
+
+
+@pytest.fixture
+def bench(tmp_path, tiny_gguf):
+    return make_bench(tmp_path, tiny_gguf)
+
+
+async def test_says_what_it_found_what_it_loads_and_what_it_took_each_once(bench, capsys):
+    report = NodeReport("text")
+    snapshot = await bench.coordinator.snapshot()
+    report.started("http://127.0.0.1:8000", "pc", snapshot.id, snapshot, ["no NVIDIA driver"])
+    bench.deployments.deploy(Deployment("tiny"))
+    await bench.coordinator.reconcile()
+    report.progress(bench.coordinator)
+    report.progress(bench.coordinator)
+    bench.workers[0].loaded(512 * 2**20)
+    report.progress(bench.coordinator)
+    report.ready("http://127.0.0.1:8000", bench.coordinator)
+    report.stopping(1, 10)
+    report.stopped()
+    said = capsys.readouterr().out
+    assert said.count("loading  tiny on Card gpu-a") == 1
+    assert "ready    tiny Q8_0 on Card gpu-a: 512 MiB" in said
+    assert "note     no NVIDIA driver" in said
+    assert "1 model ready" in said
+    assert "tars chat" in said
+    assert "tars embed" not in said
+    assert "up to 10 s for 1 running call" in said
+
+
+async def test_says_why_a_model_is_refused_or_failed(bench, capsys):
+    report = NodeReport("text")
+    bench.deployments.deploy(Deployment("mistral-7b-instruct-v0.2"))
+    bench.deployments.deploy(Deployment("tiny"))
+    await bench.coordinator.reconcile()
+    bench.workers[0].failed(BadModelFile("the file is cut off"))
+    report.progress(bench.coordinator)
+    said = capsys.readouterr().out
+    assert "refused  mistral-7b-instruct-v0.2" in said
+    assert "FAILED   tiny: the file is cut off" in said
+
+
+def test_a_simulated_device_is_labelled():
+    assert "(simulated)" in describe_device_line(card(simulated=True))
+    assert "cc 8.6" in describe_device_line(card())
+
+
+def test_json_logs_are_one_object_with_the_traceback_inside():
+    try:
+        raise ValueError("boom\nsecond line")
+    except ValueError as error:
+        record = logging.LogRecord(
+            "x", logging.ERROR, "f", 1, "it %s", ("broke",), (type(error), error, error.__traceback__)
+        )
+    line = JsonLines().format(record)
+    assert "\n" not in line
+    parsed = json.loads(line)
+    assert parsed["message"] == "it broke"
+    assert "boom" in parsed["traceback"]
+
+
+def test_with_json_logs_the_report_is_log_records(caplog, capsys):
+    with caplog.at_level(logging.INFO):
+        NodeReport("json").started("http://x", "pc", "id", NodeSnapshot("id", "pc"), [])
+    assert capsys.readouterr().out == ""
+    assert "node pc" in caplog.text
