@@ -41,6 +41,11 @@ class Access:
         self._hosts = frozenset(host.lower() for host in options.allowed_hosts)
         self._origins = frozenset(origin.lower().rstrip("/") for origin in options.allowed_origins)
 
+    @property
+    def asks_for_key(self) -> bool:
+        """True where a key is configured, so that calls need one."""
+        return bool(self._keys)
+
     def allow_address(self, host: str, port: int) -> None:
         """Accept `Host: host:port` and pages of this node itself; on loopback also its other names, on a wildcard each address."""
         names = _names_of(host)
@@ -101,7 +106,8 @@ def access_middleware(access: Access, render: RenderError, public: frozenset[str
     @web.middleware
     async def checked(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
-            request[CALLER] = access.check(request.method, request.headers, needs_key=request.path not in public)
+            needs_key = not (access.asks_for_key and request.path in public)
+            request[CALLER] = access.check(request.method, request.headers, needs_key=needs_key)
         except TarsError as refusal:
             response = render(request, refusal)
             if isinstance(refusal, Unauthorized):

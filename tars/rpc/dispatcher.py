@@ -172,16 +172,15 @@ class Dispatcher:
 
     def _bound(self, spec: MethodSpec, handler: Handler) -> Callable[[_Running], Awaitable[Any]]:
         """The coroutine function that jsonrpcserver awaits: `method(context)`; it never raises an `Exception`."""
-        if spec.streams:
-            run = self._stream_runner(cast(Streaming, handler))
-        elif inspect.iscoroutinefunction(handler):
-            run = self._waiting_runner(handler)
-        else:
-            run = self._immediate_runner(cast(Immediate, handler))
+        waits = spec.streams or inspect.iscoroutinefunction(handler)
 
         async def guarded(running: _Running) -> Any:
             try:
-                result = await run(running)
+                params = validated(spec, running.call.params)
+                if waits:
+                    result = await self._within_bounds(running, cast("Waiting | Streaming", handler), params)
+                else:
+                    result = cast(Immediate, handler)(params)
                 if spec.result is not None and type(result) is not spec.result:
                     raise TypeError(f"{spec.name} gave a {type(result).__name__} instead of a {spec.result.__name__}")
             except TarsError as error:
@@ -193,27 +192,7 @@ class Dispatcher:
 
         return guarded
 
-    def _immediate_runner(self, handler: Immediate) -> Callable[[_Running], Awaitable[object]]:
-        async def run(running: _Running) -> object:
-            return handler(validated(running.spec, running.call.params))
-
-        return run
-
-    def _waiting_runner(self, handler: Waiting) -> Callable[[_Running], Awaitable[object]]:
-        async def run(running: _Running) -> object:
-            params = validated(running.spec, running.call.params)
-            return await self._within_bounds(running, lambda context: handler(params, context))
-
-        return run
-
-    def _stream_runner(self, handler: Streaming) -> Callable[[_Running], Awaitable[object]]:
-        async def run(running: _Running) -> object:
-            params = validated(running.spec, running.call.params)
-            return await self._within_bounds(running, lambda context: _consume(running, handler(params, context)))
-
-        return run
-
-    async def _within_bounds(self, running: _Running, work: Callable[[CallContext], Awaitable[object]]) -> object:
+    async def _within_bounds(self, running: _Running, handler: Waiting | Streaming, params: Message) -> object:
         """Takes a place among the concurrent calls and holds the work to its deadline."""
         most = self._options.max_concurrent_calls + (0 if running.spec.is_inference else _OPERATORS_RESERVE)
         if self._active >= most:
@@ -237,7 +216,10 @@ class Dispatcher:
         self._active += 1
         try:
             async with asyncio.timeout(seconds) as limit:
-                return await work(context)
+                work = handler(params, context)
+                if running.spec.streams:
+                    return await _consume(running, cast(AsyncIterator[Any], work))
+                return await cast(Awaitable[object], work)
         except TimeoutError:
             if not limit.expired():
                 raise

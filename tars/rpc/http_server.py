@@ -15,23 +15,23 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
 
+import orjson
 from aiohttp import ClientPayloadError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
-from multidict import CIMultiDict
 
 from tars.errors import Cancelled, InvalidRequest, ParseError, TarsError
 from tars.messages.base import Message
-from tars.rpc.access import CALLER
+from tars.rpc.access import CALLER, RenderError
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
-from tars.rpc.envelope import Call, Element, decode, encode_notification, too_large
+from tars.rpc.envelope import Call, Element, decode, encode_error, encode_notification, too_large
 from tars.rpc.method_table import METHODS, MethodSpec
 from tars.rpc.methods import handlers_of
 from tars.rpc.options import RpcOptions
+from tars.rpc.whole_answer import JSON_HEADERS, WholeAnswer
 from tars.serving.service import NodeService
 
 RPC_PATH = "/rpc"
 
-_JSON_HEADERS = CIMultiDict({hdrs.CONTENT_TYPE: "application/json"})
 _STREAM_HEADERS = {
     hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
     hdrs.CACHE_CONTROL: "no-store",
@@ -59,7 +59,24 @@ def add_dispatcher(app: web.Application, dispatcher: Dispatcher, options: RpcOpt
 
 def error_response(dispatcher: Dispatcher, error: TarsError, *, status: int | None = None) -> web.Response:
     """The JSON-RPC answer to a body of which nothing could be run."""
-    return web.Response(body=dispatcher.refusal(error), status=status or error.http_status, headers=_JSON_HEADERS)
+    return web.Response(body=dispatcher.refusal(error), status=status or error.http_status, headers=JSON_HEADERS)
+
+
+def refusal_renderer(others: RenderError | None = None) -> RenderError:
+    """How `access_middleware` says no: as JSON-RPC at `/rpc`, as `others` wish elsewhere (default: `{"error": {...}}`)."""
+
+    def render(request: web.Request, error: TarsError) -> web.StreamResponse:
+        if request.path == RPC_PATH:
+            return web.Response(
+                body=encode_error(None, error.to_json()), status=error.http_status, headers=JSON_HEADERS
+            )
+        if others is not None:
+            return others(request, error)
+        return web.Response(
+            body=orjson.dumps({"error": error.to_json()}), status=error.http_status, headers=JSON_HEADERS
+        )
+
+    return render
 
 
 def rpc_handler(dispatcher: Dispatcher, options: RpcOptions) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
@@ -96,7 +113,7 @@ def rpc_handler(dispatcher: Dispatcher, options: RpcOptions) -> Callable[[web.Re
             answer = await dispatcher.answer(decoded, arrival)
         if answer is None:
             return web.Response(status=204)
-        return web.Response(body=answer, headers=_JSON_HEADERS)
+        return WholeAnswer(answer)
 
     return handle
 
