@@ -1,7 +1,7 @@
 """A llama-architecture GGUF of random weights, 0.3 MB, made in a moment: everything that a real file has except sense.
 
-Its vocabulary holds every byte, so that each text and each grammar can be written in it; its template is ChatML's. The `tiny_gguf` fixture
-(tests/conftest.py) makes one file a session. `write_tiny_gguf` takes changes for the odd ones (another template, no template, other shapes).
+Its vocabulary holds every byte, so that each text and each grammar can be written in it; its template is ChatML's. The `tiny_gguf`
+fixture (tests/conftest.py) makes one file a session. `write_tiny_gguf` takes changes for the odd ones (another template, none, other shapes).
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ CHATML = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-PIECES = (
-    "▁ ▁a ▁the ▁is ▁to ▁and in er on at en re th he ing ed the user assistant system "
-    "hello world token stop true false null name age"
-).split()
+WORDS = "▁ ▁a ▁the ▁is ▁to ▁and in er on at en re th he ing ed user assistant system hello world token stop true false null name age"
+"""Each piece is reached only where its parts are tokens too: SentencePiece merges pairs."""
 
 CONTEXT_TRAINED = 2048
 
@@ -35,7 +33,7 @@ def vocabulary() -> list[tuple[str, float, gguf.TokenType]]:
     ]
     rows += [(f"<0x{byte:02X}>", 0.0, gguf.TokenType.BYTE) for byte in range(256)]
     characters = [chr(code) for code in range(33, 127)] + ["é", "ü", "€", "日", "🙂"]
-    pieces = list(dict.fromkeys([*PIECES, *characters]))
+    pieces = list(dict.fromkeys([*WORDS.split(" "), *characters]))
     rows += [(piece, -float(index), gguf.TokenType.NORMAL) for index, piece in enumerate(pieces)]
     return rows
 

@@ -1,0 +1,256 @@
+"""The next token: llama.cpp's samplers over one sequence's logits, and log probabilities before any of them.
+
+Law of this file: one `Sampler` per sequence, made and used in the engine thread. Order of the chain as in llama.cpp's own tools: bias,
+penalties, top-k, top-p, min-p, temperature, draw. A grammar is asked about the drawn token first and only then, if it objects, about the
+whole vocabulary, because that costs milliseconds.
+
+A token that a grammar forbids must never be "accepted": llama.cpp then throws through C and the process dies. So permitted tokens are
+filtered in here, and a grammar that permits none ends the call with `BadGrammar`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from llama_cpp import llama_cpp as api
+from llama_cpp.llama_grammar import json_schema_to_gbnf
+
+from tars.errors import BadGrammar, InvalidParams, ReplicaFailed
+from tars.messages.inference import GenerationParams, TokenLogprob
+from tars.workers import llama_library as library
+from tars.workers.llama_model import Logits, Model
+
+CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
+"""llama_token_data of llama.h."""
+
+PENALTY_WINDOW = 64
+"""Tokens that the penalties look back on, the prompt's end included: llama.cpp's default."""
+
+NESTING_MOST = 200
+"""Brackets within brackets in a grammar: llama.cpp parses them by recursion."""
+
+GRAMMAR_MOST = 1_048_576
+"""Characters of a grammar made from a JSON schema."""
+
+LOGPROB_LEAST = -9999.0
+"""What stands for minus infinity, as in OpenAI's API: JSON has no infinities."""
+
+
+class Sampler:
+    """One sequence's choice of tokens. `close` frees it."""
+
+    def __init__(self, model: Model, params: GenerationParams, prompt: Sequence[int]) -> None:
+        """Raises `BadGrammar`, or `InvalidParams` for a bias on something that is not a token."""
+        self._model = model
+        self._grammar: Any = None
+        self._chain: Any = None
+        bias = _biases(params.logit_bias, model.tokens)
+        penalised = params.repeat_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        text = grammar_text(params)
+        self._plain_greedy = params.temperature == 0 and not bias and not penalised and text is None
+        if self._plain_greedy:
+            return
+        self._candidates = np.zeros(model.tokens, dtype=CANDIDATE)
+        self._ids = np.arange(model.tokens, dtype=np.int32)
+        if text is not None:
+            self._grammar = api.llama_sampler_init_grammar(model.vocabulary_pointer, text.encode(), b"root")
+            if not self._grammar:
+                raise BadGrammar(
+                    "The grammar could not be compiled: check its syntax, that it has a rule `root`, that every rule it names exists, "
+                    "and that no rule begins with itself."
+                )
+        self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
+        for stage in self._stages(params, bias, penalised):
+            api.llama_sampler_chain_add(self._chain, stage)
+        if penalised:
+            for token in prompt[-PENALTY_WINDOW:]:
+                library.sampler_accept(self._chain, token)
+
+    def _stages(self, params: GenerationParams, bias: dict[int, float], penalised: bool) -> list[Any]:
+        stages: list[Any] = []
+        if bias:
+            entries = (api.llama_logit_bias * len(bias))(*bias.items())
+            stages.append(api.llama_sampler_init_logit_bias(self._model.tokens, len(bias), entries))
+        if penalised:
+            stages.append(
+                api.llama_sampler_init_penalties(
+                    self._model.tokens,
+                    PENALTY_WINDOW,
+                    params.repeat_penalty,
+                    params.frequency_penalty,
+                    params.presence_penalty,
+                )
+            )
+        if params.temperature == 0:
+            return [*stages, api.llama_sampler_init_greedy()]
+        if params.top_k > 0:
+            stages.append(api.llama_sampler_init_top_k(params.top_k))
+        if params.top_p < 1:
+            stages.append(api.llama_sampler_init_top_p(params.top_p, 1))
+        if params.min_p > 0:
+            stages.append(api.llama_sampler_init_min_p(params.min_p, 1))
+        stages.append(api.llama_sampler_init_temp(params.temperature))
+        seed = api.LLAMA_DEFAULT_SEED if params.seed is None else params.seed
+        return [*stages, api.llama_sampler_init_dist(seed)]
+
+    def sample(self, logits: Logits) -> int:
+        """The next token, already taken into account for the one after it. Raises `BadGrammar` at a grammar's dead end."""
+        if self._plain_greedy:
+            return int(np.argmax(logits))
+        token = self._draw(self._fill(logits))
+        if self._grammar is not None:
+            if not self._permits(token):
+                token = self._draw(self._permitted(logits))
+            if token not in self._model.end_tokens:
+                api.llama_sampler_accept(self._grammar, token)
+        if token not in self._model.end_tokens:
+            library.sampler_accept(self._chain, token)
+        return token
+
+    def close(self) -> None:
+        """Free the native samplers."""
+        for sampler in (self._chain, self._grammar):
+            if sampler is not None:
+                api.llama_sampler_free(sampler)
+        self._chain = self._grammar = None
+
+    def _fill(self, logits: Logits) -> np.ndarray[Any, Any]:
+        self._candidates["id"] = self._ids
+        self._candidates["logit"] = logits
+        return self._candidates
+
+    def _draw(self, candidates: np.ndarray[Any, Any]) -> int:
+        array = _native(candidates)
+        library.sampler_apply(self._chain, ctypes.byref(array))
+        assert 0 <= array.selected < array.size, "the chain selected nothing"
+        return int(array.data[array.selected].id)
+
+    def _permits(self, token: int) -> bool:
+        one = np.array([(token, 1.0, 0.0)], dtype=CANDIDATE)
+        api.llama_sampler_apply(self._grammar, ctypes.byref(_native(one)))
+        return bool(np.isfinite(one["logit"][0]))
+
+    def _permitted(self, logits: Logits) -> np.ndarray[Any, Any]:
+        candidates = self._fill(logits)
+        api.llama_sampler_apply(self._grammar, ctypes.byref(_native(candidates)))
+        permitted = np.ascontiguousarray(candidates[np.isfinite(candidates["logit"])])
+        if not len(permitted):
+            raise BadGrammar(
+                "The grammar came to a point where no token of this model may follow. Allow the characters that it asks for, "
+                "or an earlier end."
+            )
+        return permitted
+
+
+def _native(candidates: np.ndarray[Any, Any]) -> Any:
+    """A llama_token_data_array over the numpy array, which must outlive it."""
+    return api.llama_token_data_array(
+        data=candidates.ctypes.data_as(api.llama_token_data_p), size=len(candidates), selected=-1, sorted=False
+    )
+
+
+def _biases(given: dict[str, float], tokens: int) -> dict[int, float]:
+    biases: dict[int, float] = {}
+    for key, value in given.items():
+        if not (key.isascii() and key.isdigit() and len(key) <= 10 and int(key) < tokens) or abs(value) > 100:
+            raise InvalidParams(
+                f"logit_bias maps token ids (0 to {tokens - 1}, see inference.tokenize) to numbers from -100 to 100."
+            )
+        biases[int(key)] = value
+    return biases
+
+
+def grammar_text(params: GenerationParams) -> str | None:
+    """The GBNF grammar that a call asks for, from its schema where it has one; None without. Raises `BadGrammar`."""
+    if params.json_schema is not None:
+        text = _from_schema(params.json_schema)
+    elif params.grammar is not None:
+        text = params.grammar
+    else:
+        return None
+    if not text.strip() or "\0" in text or _has_surrogate(text):
+        raise BadGrammar("The grammar is empty, or holds a NUL or half of a surrogate pair.")
+    if nesting(text) > NESTING_MOST:
+        raise BadGrammar(
+            f"The grammar nests brackets more than {NESTING_MOST} deep. Give the inner parts rules of their own."
+        )
+    return text
+
+
+def nesting(grammar: str) -> int:
+    """How deep round brackets stand in each other, literals ("..."), character classes ([...]) and comments left out."""
+    depth = deepest = 0
+    closing = ""
+    escaped = False
+    for character in grammar:
+        if closing:
+            if escaped:
+                escaped = False
+            elif character == "\\" and closing != "\n":
+                escaped = True
+            elif character == closing:
+                closing = ""
+        elif character in '"[#':
+            closing = {'"': '"', "[": "]", "#": "\n"}[character]
+        elif character == "(":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif character == ")":
+            depth -= 1
+    return deepest
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _from_schema(schema: dict[str, Any]) -> str:
+    try:
+        encoded = json.dumps(schema)
+        if '"$ref": "http' in encoded:
+            raise BadGrammar(
+                "The JSON schema refers to another address; TARS fetches nothing. Put the parts under `$defs`."
+            )
+        text = str(json_schema_to_gbnf(encoded))
+    except BadGrammar:
+        raise
+    except Exception:  # noqa: BLE001  # a converter written for honest schemas throws anything (KeyError, AssertionError, RecursionError)
+        raise BadGrammar(
+            "The JSON schema cannot be turned into a grammar. Supported: type, properties, required, items, enum, const, anyOf, oneOf, "
+            "allOf, $ref within the schema, pattern, format, and minimum and maximum counts."
+        ) from None
+    if len(text) > GRAMMAR_MOST:
+        raise BadGrammar(f"The JSON schema makes a grammar of more than {GRAMMAR_MOST} characters. Make it smaller.")
+    return text
+
+
+def token_logprob(model: Model, logits: Logits, token: int, alternatives: int) -> TokenLogprob:
+    """log softmax of the raw logits (before bias, penalties, temperature and grammar): of `token` and of the best `alternatives`."""
+    most = float(logits.max())
+    # In float64: summing 128,000 small float32 terms loses digits that callers compare.
+    normaliser = most + math.log(float(np.exp(logits.astype(np.float64) - most).sum()))
+
+    def text_and_logprob(index: int) -> tuple[str, float]:
+        text = model.pieces[index].decode("utf-8", "replace") or model.special_text(index)
+        return text, max(LOGPROB_LEAST, float(logits[index]) - normaliser)
+
+    best: list[int] = []
+    if alternatives:
+        count = min(alternatives, len(logits))
+        unsorted = np.argpartition(logits, len(logits) - count)[-count:]
+        best = [int(index) for index in unsorted[np.argsort(-logits[unsorted], kind="stable")]]
+    text, logprob = text_and_logprob(token)
+    return TokenLogprob(token=text, token_id=token, logprob=logprob, top=[text_and_logprob(index) for index in best])
+
+
+def check_finite(logits: Logits) -> None:
+    """Raise `ReplicaFailed` where the model computed NaN: sampling from it would be noise."""
+    if not math.isfinite(float(logits.max())):
+        raise ReplicaFailed(
+            "The model computed something that is not a number: the file is damaged, or this device cannot compute it in this precision."
+        )
