@@ -209,6 +209,15 @@ def test_an_embedding_replica_is_an_encoder():
 # --- against llama.cpp -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def small_gguf(tmp_path_factory):
+    from tiny_gguf import write_tiny_gguf
+
+    # Not the smallest: below some 200 elements a row, what llama.cpp rounds up is more than what it needs.
+    path = tmp_path_factory.mktemp("models") / "small.gguf"
+    return write_tiny_gguf(path, layers=4, embedding=256, feed_forward=768)
+
+
 @pytest.mark.model
 @pytest.mark.parametrize(
     ("context", "slots", "micro_batch", "flash_attention", "kv_type"),
@@ -219,7 +228,7 @@ def test_an_embedding_replica_is_an_encoder():
         (300, 3, 512, True, KvType.F16),
     ],
 )
-def test_llama_cpp_allocates_what_was_estimated(tiny_gguf, context, slots, micro_batch, flash_attention, kv_type):
+def test_llama_cpp_allocates_what_was_estimated(small_gguf, context, slots, micro_batch, flash_attention, kv_type):
     import llama_cpp
 
     lines: list[str] = []
@@ -229,7 +238,7 @@ def test_llama_cpp_allocates_what_was_estimated(tiny_gguf, context, slots, micro
         lines.append(line.decode())
 
     llama_cpp.llama_log_set(keep, ctypes.c_void_p(0))
-    model = llama_cpp.llama_model_load_from_file(str(tiny_gguf).encode(), llama_cpp.llama_model_default_params())
+    model = llama_cpp.llama_model_load_from_file(str(small_gguf).encode(), llama_cpp.llama_model_default_params())
     try:
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = padded_context(context) * slots
@@ -246,7 +255,7 @@ def test_llama_cpp_allocates_what_was_estimated(tiny_gguf, context, slots, micro
         what: sum(float(size) for size in re.findall(rf"{what} buffer size = +([0-9.]+) MiB", "".join(lines)))
         for what in ("KV", "compute", "output")
     }
-    content = tiny_gguf.read_bytes()
+    content = small_gguf.read_bytes()
     expected = estimate(
         parse_gguf(content, len(content)).shape(),
         context=context,
@@ -258,4 +267,4 @@ def test_llama_cpp_allocates_what_was_estimated(tiny_gguf, context, slots, micro
     )
     assert found["KV"] > 0
     assert expected.kv_cache / 2**20 == pytest.approx(found["KV"], abs=0.01)
-    assert expected.compute / 2**20 == pytest.approx(found["compute"] + found["output"], rel=0.05, abs=0.1)
+    assert expected.compute / 2**20 == pytest.approx(found["compute"] + found["output"], rel=0.03)
