@@ -69,6 +69,8 @@ class FakeService:
         """Set while a stream waits at the gate, or in `embed`."""
         self.closed = asyncio.Event()
         """Set when a stream was closed before its end."""
+        self.all_ended = asyncio.Event()
+        """Set while no call is under way, after one was."""
         self.params: list[ChatParams | CompleteParams | EmbedParams] = []
         self.calls: list[CallContext] = []
         self.started: list[str] = []
@@ -101,6 +103,8 @@ class FakeService:
 
     def call_ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
         self.ended.append((method, error, trace_id))
+        if len(self.ended) == len(self.started):
+            self.all_ended.set()
 
     async def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
         async for item in self._generate(params, call):
@@ -328,13 +332,13 @@ async def serve(service: FakeService) -> AsyncIterator[Serve]:
     async with aiohttp.ClientSession() as http:
         listeners: list[Listener] = []
 
-        async def start(options: RpcOptions | None = None, *, watchers: int = 32) -> Node:
+        async def start(options: RpcOptions | None = None, *, watchers: int = 32, port: int = 0) -> Node:
             options = options or RpcOptions()
             access = Access(options.access)
             feed = StatusFeed(service, interval_seconds=0.05, watchers=watchers)
             app = web.Application(middlewares=[access_middleware(access, render_refusal, PUBLIC_PATHS)])
             add_web_routes(app, service, options, feed=feed)
-            listener = await listen(app, "127.0.0.1", 0, access)
+            listener = await listen(app, "127.0.0.1", port, access)
             listeners.append(listener)
             return Node(listener.url, http, listener, feed, access)
 

@@ -207,9 +207,13 @@ async def test_an_error_after_the_stream_began_reaches_the_client_and_ends_it(cl
     service.late_error = WorkerCrashed("the worker died")
     stream = await client.chat.completions.create(model="help-desk", messages=HELLO, stream=True)
     pieces: list[str] = []
-    with pytest.raises(openai.APIError) as raised:
+
+    async def read() -> None:
         async for chunk in stream:
             pieces.append(chunk.choices[0].delta.content or "")
+
+    with pytest.raises(openai.APIError) as raised:
+        await read()
     assert "".join(pieces) == "Hello, wörld"
     assert raised.value.code == "worker_crashed"
     assert service.ended[0][1] is service.late_error
@@ -222,8 +226,7 @@ async def test_closing_a_stream_cancels_the_work(client, service):
         await service.waiting.wait()
         await stream.close()
         await service.closed.wait()
-        while not service.ended:
-            await asyncio.sleep(0)
+        await service.all_ended.wait()
     assert service.ended[0][1].kind == "cancelled"
 
 

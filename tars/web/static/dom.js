@@ -62,7 +62,7 @@ export function facts(list, rows) {
 export function bytes(count) {
   if (count >= 2 ** 30) return `${(count / 2 ** 30).toFixed(1)} GiB`;
   if (count >= 2 ** 20) return `${Math.round(count / 2 ** 20)} MiB`;
-  return `${Math.round(count / 2 ** 10)} KiB`;
+  return count ? `${Math.round(count / 2 ** 10)} KiB` : "0";
 }
 
 /** Seconds for people: 45 s, 3 min, 2 h 5 min, 4 d 2 h. */

@@ -126,8 +126,8 @@ function deviceCard() {
       bar.setAttribute("aria-label", `memory: ${bytes(heldBytes)} held by TARS, ${bytes(otherBytes)} by others, ${bytes(device.memory_free_bytes)} free of ${bytes(total)}`);
       facts(legend, [
         ["TARS", bytes(heldBytes), "held"],
-        ["other", bytes(otherBytes), "used-other"],
         ["free", `${bytes(device.memory_free_bytes)} of ${bytes(total)}`],
+        ["other", bytes(otherBytes), "used-other"],
         ["TARS may hold", bytes(bound), "limit"],
       ]);
       facts(readings, [

@@ -1,0 +1,363 @@
+"""The status page: its files, its events, and the page itself in headless Chromium."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shutil
+from collections.abc import AsyncIterator
+from importlib.resources import files
+
+import pytest
+
+from tars.errors import InternalError, UnknownModel
+from tars.messages.node import CallCounters, LoadProgress
+from tars.web.status_page import CONTENT_TYPES
+
+BOUND = 10.0
+"""Seconds for anything here; it takes a fraction of one. Chromium on a busy machine is the slowest."""
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+async def test_every_file_is_served_with_its_type_and_a_policy_that_allows_only_this_node(node):
+    for name, content_type in CONTENT_TYPES.items():
+        path = "/" if name == "index.html" else f"/static/{name}"
+        async with node.http.get(node.url + path) as response:
+            assert response.status == 200
+            assert response.headers["Content-Type"] == content_type
+            assert response.headers["Content-Security-Policy"].startswith("default-src 'self'; ")
+            assert response.headers["X-Content-Type-Options"] == "nosniff"
+            assert await response.read() == (files("tars.web") / "static" / name).read_bytes()
+
+
+async def test_every_file_that_ships_is_served_and_none_points_elsewhere():
+    shipped = {entry.name: entry for entry in (files("tars.web") / "static").iterdir()}
+    assert set(shipped) == set(CONTENT_TYPES)
+    for name, entry in shipped.items():
+        text = entry.read_text("utf-8").replace("http://www.w3.org/2000/svg", "")
+        assert not re.search(r"(https?:)?//[a-z]", re.sub(r"^\s*//.*$", "", text, flags=re.M)), name
+        assert "innerHTML" not in text, name
+
+
+async def test_a_file_that_has_not_changed_is_not_sent_again(node):
+    async with node.http.get(f"{node.url}/static/app.js") as first:
+        tag = first.headers["ETag"]
+    async with node.http.get(f"{node.url}/static/app.js", headers={"If-None-Match": tag}) as second:
+        assert second.status == 304
+        assert await second.read() == b""
+    async with node.http.get(f"{node.url}/static/app.js", headers={"If-None-Match": '"other"'}) as third:
+        assert third.status == 200
+
+
+async def test_no_other_file_can_be_reached(node):
+    for path in ("/static/", "/static/../status_page.py", "/static/%2e%2e/status_page.py", "/static/index.html"):
+        async with node.http.get(f"{node.url}{path}") as response:
+            assert response.status == 404
+
+
+# --- events -----------------------------------------------------------------------------------------------------------
+
+
+async def read_description(response) -> dict:
+    async with asyncio.timeout(BOUND):
+        while True:
+            line = await response.content.readline()
+            assert line, "the stream ended"
+            if line.startswith(b"data: "):
+                return json.loads(line.removeprefix(b"data: "))
+
+
+async def test_events_describe_the_node_again_and_again(node, service):
+    async with node.http.get(f"{node.url}/events") as response:
+        assert response.content_type == "text/event-stream"
+        assert (await read_description(response))["name"] == "living-room"
+        service.description = service.description.model_copy(update={"name": "attic"})
+        async with asyncio.timeout(BOUND):
+            while (await read_description(response))["name"] != "attic":
+                pass
+    assert service.started == [], "looking at the page is no call"
+
+
+async def test_a_watcher_too_many_is_refused_and_a_place_is_free_again_when_one_leaves(serve):
+    node = await serve(watchers=1)
+    async with node.http.get(f"{node.url}/events") as first:
+        await read_description(first)
+        async with node.http.get(f"{node.url}/events") as second:
+            assert second.status == 429
+            assert (await second.json())["error"]["data"]["kind"] == "overloaded"
+        first.close()
+    async with asyncio.timeout(BOUND):
+        while True:
+            async with node.http.get(f"{node.url}/events") as third:
+                if third.status == 200:
+                    break
+
+
+async def test_events_end_promptly_when_the_node_stops(node):
+    async with node.http.get(f"{node.url}/events") as response:
+        await read_description(response)
+        async with asyncio.timeout(BOUND):
+            stopping = asyncio.create_task(node.listener.close())
+            await response.read()
+            await stopping
+
+
+async def test_without_the_key_there_is_the_page_but_no_fact_of_the_node(serve, keyed_options):
+    node = await serve(keyed_options)
+    for path, status in (("/", 200), ("/static/app.js", 200), ("/health", 200), ("/events", 401), ("/status", 401)):
+        async with node.http.get(node.url + path) as response:
+            assert response.status == status, path
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[object]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: the status page is not tried in a browser")
+    playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
+    async with playwright.async_playwright() as driver:
+        launched = await driver.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield launched
+        await launched.close()
+
+
+@pytest.fixture
+async def page(browser) -> AsyncIterator[object]:
+    """A page that fails the test when its scripts fail, and that keeps the addresses it asked."""
+    opened = await browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.set_default_timeout(BOUND * 1000)
+    faults: list[str] = []
+    opened.asked = []
+    opened.on("pageerror", lambda fault: faults.append(str(fault)))
+    opened.on("request", lambda request: opened.asked.append(request.url))
+    yield opened
+    assert faults == []
+
+
+@pytest.mark.browser
+async def test_the_page_shows_the_node_and_follows_it_without_reload(node, service, page):
+    await page.goto(node.url)
+    await page.wait_for_selector("text=living-room")
+    devices = await page.inner_text("#devices")
+    assert "NVIDIA GeForce RTX 3060" in devices
+    assert "5.0 GiB" in devices
+    assert "6.0 GiB of 12.0 GiB" in devices
+    assert "simulated" in devices
+    replicas = await page.inner_text("#replicas")
+    assert "read, 40 %" in replicas
+    assert await page.inner_text("#errors .failure b") == "still_loading"
+
+    await page.evaluate("window.stillTheSamePage = true")
+    loaded = service.description.replicas[1].model_copy(update={"progress": LoadProgress(stage="load", percent=85)})
+    service.description = service.description.model_copy(
+        update={
+            "replicas": [service.description.replicas[0], loaded],
+            "calls": CallCounters(total=4321, failed=3, active=17, by_method={"inference.tokenize": 4321}),
+            "recent_errors": [],
+            "devices": service.description.devices[:1],
+        }
+    )
+    await page.wait_for_selector("text=load, 85 %")
+    await page.wait_for_selector("text=4,321")
+    await page.wait_for_selector("#methods >> text=inference.tokenize")
+    await page.wait_for_selector("#errors >> text=None since the node started")
+    assert await page.locator(".device").count() == 1
+    assert await page.evaluate("window.stillTheSamePage")
+    assert {url.startswith(node.url + "/") for url in page.asked} == {True}, page.asked
+
+
+@pytest.mark.browser
+async def test_names_and_errors_are_shown_as_text_and_never_run(node, service, page):
+    evil = "<img src=x onerror='window.broken=true'>"
+    description = service.description
+    service.description = description.model_copy(
+        update={
+            "name": evil,
+            "replicas": [
+                description.replicas[0].model_copy(update={"model": evil, "last_error": evil, "state": "failed"}),
+                description.replicas[0].model_copy(update={"id": "second", "model": evil}),
+            ],
+            "devices": [description.devices[0].model_copy(update={"name": evil, "notes": [evil]})],
+            "recent_errors": [description.recent_errors[0].model_copy(update={"message": evil, "error_kind": evil})],
+            "calls": CallCounters(total=1, by_method={evil: 1}),
+        }
+    )
+    service.pieces = [evil]
+    await page.goto(node.url)
+    for place in ("#node-name", "#replicas h3", "#replicas .error-text", "#devices h3", "#errors b", "#methods .mono"):
+        assert await page.locator(place).first.text_content() == evil, place
+    await page.select_option("#try-model", evil)
+    await page.fill("#try-text", evil)
+    service.error = UnknownModel(evil)
+    await page.click("#try-send")
+    await page.wait_for_selector(".turn.failed")
+    assert evil in await page.text_content("#try-log")
+    assert await page.locator("main img").count() == 0
+    assert await page.evaluate("window.broken") is None
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [360, 768, 1280])
+async def test_no_width_needs_sideways_scrolling(node, service, page, width):
+    long_name = "a-model-with-a-very-long-name-that-somebody-really-published-" * 2
+    replicas = [replica.model_copy(update={"model": long_name}) for replica in service.description.replicas]
+    service.description = service.description.model_copy(update={"replicas": replicas, "name": "n" * 60})
+    await page.set_viewport_size({"width": width, "height": 780})
+    await page.goto(node.url)
+    await page.wait_for_selector(".device")
+    assert await page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@pytest.mark.browser
+async def test_every_text_has_enough_contrast_in_light_and_dark(node, browser):
+    for scheme in ("light", "dark"):
+        page = await browser.new_page(color_scheme=scheme)
+        await page.goto(node.url)
+        await page.wait_for_selector(".failure")
+        low = await page.evaluate(LOW_CONTRAST)
+        assert low == [], scheme
+        await page.close()
+
+
+LOW_CONTRAST = """() => {
+  const parse = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+  const luminance = ([r, g, b]) => {
+    const [x, y, z] = [r, g, b].map((part) => (part /= 255) <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement;
+    if (!texts.currentNode.data.trim() || !element.checkVisibility() || element.closest('.skip, button:disabled')) continue;
+    const [a, b] = [luminance(parse(getComputedStyle(element).color)), luminance(behind(element))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.5) low.push(`${texts.currentNode.data.trim()}: ${contrast.toFixed(2)}`);
+  }
+  return low;
+}"""
+"""WCAG 2's contrast ratio of every visible text against the nearest opaque background (4.5 is its level AA)."""
+
+
+@pytest.mark.browser
+async def test_every_field_has_a_name_for_screen_readers(node, page):
+    await page.goto(node.url)
+    await page.wait_for_selector(".device")
+    for role, name in (("textbox", "Your message"), ("combobox", "Model"), ("button", "Send"), ("main", None)):
+        assert await page.get_by_role(role, name=name).count() == 1, (role, name)
+    bar = page.get_by_role("img", name=re.compile("5.0 GiB held by TARS, 1.0 GiB by others, 6.0 GiB free of 12.0 GiB"))
+    assert await bar.count() == 1
+
+
+@pytest.mark.browser
+async def test_trying_it_streams_the_answer_and_can_be_stopped(node, service, page):
+    await page.goto(node.url)
+    service.gate = asyncio.Event()
+    await page.fill("#try-text", "How do I add a second PC?")
+    await page.press("#try-text", "Enter")
+    await page.wait_for_selector(".turn.running >> text=Hello")
+    service.gate.set()
+    await page.wait_for_selector(".turn.assistant >> text=Hello, wörld")
+    assert "3 tokens" in await page.inner_text(".turn.assistant .note")
+
+    service.gate = asyncio.Event()
+    await page.fill("#try-text", "And a third?")
+    await page.click("#try-send")
+    await page.wait_for_selector(".turn.running >> text=Hello")
+    await page.click("#try-stop")
+    async with asyncio.timeout(BOUND):
+        await service.closed.wait()
+    assert [message.role for message in service.params[1].messages] == ["user", "assistant", "user"]
+
+
+@pytest.mark.browser
+async def test_a_node_that_stops_is_said_to_be_unreachable_and_its_return_is_noticed(node, serve, page, service):
+    await page.goto(node.url)
+    await page.wait_for_selector(".device")
+    await node.listener.close()
+    await page.wait_for_selector("#notice >> text=/^Node unreachable since .*\\d\\d/")
+    assert await page.locator("main").is_visible(), "what was known last stays readable"
+    # The same node again, on the same port.
+    port = int(node.url.rpartition(":")[2])
+    service.description = service.description.model_copy(update={"name": "back-again"})
+    await serve(port=port)
+    await page.wait_for_selector("text=back-again")
+    assert not await page.locator("#notice").is_visible()
+
+
+@pytest.mark.browser
+async def test_a_node_that_hangs_is_noticed_too(node, service, page):
+    await page.clock.install()
+    await page.goto(node.url)
+    await page.wait_for_selector(".device")
+
+    async def hang() -> None:
+        await asyncio.Event().wait()
+
+    whole = service.describe
+    service.describe = hang
+    # Twice the silence that is borne: a node that only seemed silent would have been back after the first.
+    for _ in range(2):
+        before = len(page.asked)
+        await page.clock.run_for(7_000)
+        await page.wait_for_selector("#notice >> text=Node unreachable since")
+        assert len(page.asked) > before, "it tries again"
+    service.describe = whole
+    await page.clock.run_for(7_000)
+    await page.wait_for_selector("#notice", state="hidden")
+
+
+@pytest.mark.browser
+async def test_a_node_with_keys_asks_for_one_and_uses_it(serve, keyed_options, page):
+    node = await serve(keyed_options)
+    await page.goto(node.url)
+    await page.get_by_label("API key").fill("wrong")
+    await page.click("text=Open")
+    await page.wait_for_selector("#key-error >> text=does not know that key")
+    await page.get_by_label("API key").fill("sesame")
+    await page.click("text=Open")
+    await page.wait_for_selector(".device")
+    assert not await page.locator("#key-form").is_visible()
+    await page.fill("#try-text", "hello")
+    await page.click("#try-send")
+    await page.wait_for_selector(".turn.assistant >> text=Hello, wörld")
+    await page.reload()
+    await page.wait_for_selector(".device")
+
+
+async def test_a_description_that_fails_is_a_heartbeat_and_the_page_goes_on(node, service):
+    async def broken():
+        raise InternalError("no")
+
+    whole = service.describe
+    async with node.http.get(f"{node.url}/events") as response:
+        await read_description(response)
+        service.describe = broken
+        async with asyncio.timeout(BOUND):
+            while not (await response.content.readline()).startswith(b": the node could not be described"):
+                pass
+        service.describe = whole
+        assert (await read_description(response))["name"] == "living-room"
