@@ -97,14 +97,29 @@ def _no_room(standing: Standing, cost: Cost, entry: ModelEntry, deployment: Depl
         return f"there is no variant {deployment.variant}"
     capacity = standing.device.capacity
     if cost.need > capacity:
-        return f"too large: needs {cost.need}, {capacity} can be had here{_what_holds_back(standing.device, cost.need)}"
+        needed, there = _apart(cost.need, capacity)
+        return f"too large: needs {needed}, {there} can be had here{_what_holds_back(standing.device, cost.need)}"
     if too_slow(standing.device, entry, cost.variant, deployment):
         return (
             f"too slow: a CPU reads {cost.variant.shape.tensor_bytes} of weights for every token; "
             f"chat models above {CPU_CHAT_MOST} go there only when pinned"
         )
     beside = f" beside {', '.join(standing.others)}" if standing.others else ""
-    return f"no room: needs {cost.need}, {standing.left} free{beside}"
+    needed, there = _apart(cost.need, standing.left)
+    return f"no room: needs {needed}, {there} free{beside}"
+
+
+def _apart(needed: Bytes, there: Bytes) -> tuple[str, str]:
+    """Both as text that shows which is more: in MiB where tenths of a GiB do not tell them apart."""
+    if str(needed) != str(there):
+        return str(needed), str(there)
+    return f"{needed.in_mib:,.1f} MiB", f"{there.in_mib:,.1f} MiB"
+
+
+def _at_least(missing: Bytes) -> Bytes:
+    """Rounded up to what is shown, so that freeing the bytes that are named is enough."""
+    unit = 2**30 // 10 if missing >= 2**30 else 2**20
+    return Bytes(-(-missing // unit) * unit)
 
 
 def _what_holds_back(device: DeviceSnapshot, need: Bytes) -> str:
@@ -271,7 +286,7 @@ def _smaller_wishes(usable: Sequence[Standing], entry: ModelEntry, deployment: D
         spot = _fits_where(usable, entry, changed, replaces_all=replaces_all)
         if spot is not None:
             found = True
-            yield f"{text} would fit on {spot[0].place} ({spot[1].need} of {spot[2]} free)"
+            yield f"set {text}: fits on {spot[0].place} ({spot[1].need} of {spot[2]} free)"
     if found or entry.kind is not ModelKind.CHAT:
         return
     for context in _contexts(usable, deployment):
@@ -281,7 +296,7 @@ def _smaller_wishes(usable: Sequence[Standing], entry: ModelEntry, deployment: D
             if spot is not None:
                 slots = " and slots = 1" if deployment.slots > 1 else ""
                 yield (
-                    f'context = {context} with kv_type = "{kv_type}"{slots} would fit on {spot[0].place} '
+                    f'set context = {context} with kv_type = "{kv_type}"{slots}: fits on {spot[0].place} '
                     f"as {spot[1].variant.name} ({spot[1].need} of {spot[2]} free)"
                 )
                 return
@@ -298,7 +313,7 @@ def _changes(
         pinned = wanted_variants(entry, deployment)[0]
         for variant in sorted(entry.variants, key=lambda each: -each.quality):
             if variant.shape.tensor_bytes < pinned.shape.tensor_bytes:
-                yield f"variant {variant.name}", replace(deployment, variant=variant.name), False
+                yield f'variant = "{variant.name}"', replace(deployment, variant=variant.name), False
     if entry.kind is not ModelKind.CHAT:
         return
     if deployment.kv_type is KvType.F16:
@@ -354,7 +369,7 @@ def _more_memory(usable: Sequence[Standing], entry: ModelEntry, deployment: Depl
         if each.smallest.need <= hard and not slow and each.smallest.need > each.left:
             short.append((each.smallest.need - each.left, device.id, each))
         elif slow and each.smallest.need <= each.left:
-            found.append(f'device = "cpu" would take it to {each.place}, slowly')
+            found.append(f'set device = "cpu": {each.place} takes it, slowly')
     if short:
         missing, _, each = min(short, key=lambda one: one[:2])
         holders = [*([entry.name] if each.here else []), *each.others]
@@ -363,5 +378,5 @@ def _more_memory(usable: Sequence[Standing], entry: ModelEntry, deployment: Depl
         if each.device.cap is not None and each.device.capacity == each.device.cap:
             holders.append("the operator's cap")
         among = f", where {' and '.join(holders)} hold memory" if holders else ""
-        found.insert(0, f"free {Bytes(missing)} more on {each.place}{among}")
+        found.insert(0, f"free {_at_least(Bytes(missing))} more on {each.place}{among}")
     return found[:1]
