@@ -295,7 +295,8 @@ def from_json(error: dict[str, Any]) -> TarsError:
     """The error that a peer or a worker sent, as the class of its `kind`; an unknown kind becomes `TarsError` itself."""
     data = error.get("data") if isinstance(error.get("data"), dict) else {}
     assert isinstance(data, dict)
-    kinds = {cls.kind: cls for cls in reversed(_tree(TarsError))}
+    # A branch without a kind of its own shares that of its plainest child, which comes later here and wins.
+    kinds = {cls.kind: cls for cls in _tree(TarsError)}
     known = {"kind", "retryable", "retry_after_ms", "node", "trace_id"}
     made = kinds.get(str(data.get("kind")), TarsError)(
         str(error.get("message", "")),
