@@ -1,0 +1,277 @@
+"""The calling side of JSON-RPC over HTTP: builds calls, checks answers, reads event streams. `tars.client` puts types on it.
+
+Law of this file: what comes back is not trusted. jsonrpcclient builds and parses; version, id and shape are checked here, an answer
+is bounded in size, and everything that can go wrong is a `TarsError`: the peer's own, `PeerUnreachable`, `DeadlineExceeded` or
+`BadPeerAnswer`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import aiohttp
+import orjson
+from jsonrpcclient import Ok, parse
+from jsonrpcclient import request as build_call
+
+from tars.errors import BadPeerAnswer, DeadlineExceeded, PeerUnreachable, TarsError, from_json
+
+_MAX_ANSWER_BYTES = 256 * 2**20
+"""2,048 vectors of 4,096 dimensions in decimal are about 170 MB; what is larger is no answer of ours."""
+_MAX_EVENT_BYTES = 16 * 2**20
+"""One delta is a few tokens; the last event holds the whole text with its log probabilities."""
+_GRACE_SECONDS = 2.0
+"""How much longer than the call's own budget the client waits: the node's 'deadline exceeded' says more than the client's."""
+_CONNECT_SECONDS = 5.0
+"""A node on a LAN or tailnet answers a connection within milliseconds; a frozen one must not cost the whole budget."""
+
+
+class NodeNotReachable(PeerUnreachable):
+    """The called node itself takes no connection, so the call was never sent; `PeerUnreachable` may also come from a node about a third one."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchCall:
+    """One call of a batch."""
+
+    method: str
+    params: Mapping[str, Any] | None = None
+    notification: bool = False
+
+
+class RpcConnection:
+    """Calls one node. `timeout` is each call's budget in seconds where the call names none. Close it, or use it in `async with`."""
+
+    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 300.0) -> None:
+        self._url = url.rstrip("/").removesuffix("/rpc") + "/rpc"
+        self._timeout = timeout
+        self._headers = {"Content-Type": "application/json"}
+        if api_key is not None:
+            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._ids = itertools.count(1)
+        self._session: aiohttp.ClientSession | None = None
+
+    async def __aenter__(self) -> RpcConnection:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections; running calls end with `PeerUnreachable`."""
+        if self._session is not None:
+            await self._session.close()
+            self._session = None
+
+    async def call(
+        self, method: str, params: Mapping[str, Any] | None = None, *, timeout: float | None = None, **meta: Any
+    ) -> Any:
+        """The result as plain JSON. `meta` goes into `_meta` (`idempotency_key`, `traceparent`). Raises `TarsError`s."""
+        call_id = next(self._ids)
+        budget = self._timeout if timeout is None else timeout
+        body = build_call(method, _with_meta(params, budget, meta), id=call_id)
+        answer = await self._post(body, budget)
+        return _result(_checked(answer, call_id))
+
+    async def batch(self, calls: Sequence[BatchCall], *, timeout: float | None = None) -> list[Any | TarsError | None]:
+        """Each call's result or error, in order; None for a notification. Raises only what befalls the whole batch."""
+        if not calls:
+            return []
+        budget = self._timeout if timeout is None else timeout
+        ids = [None if call.notification else next(self._ids) for call in calls]
+        body = []
+        for call, call_id in zip(calls, ids, strict=True):
+            one = build_call(call.method, _with_meta(call.params, budget, {}), id=call_id)
+            if call.notification:
+                del one["id"]
+            body.append(one)
+        answer = await self._post(body, budget)
+        if isinstance(answer, dict):
+            # Refused whole: one error answer without an id.
+            _result(_checked(answer, None))
+        by_id: dict[Any, Any] = {}
+        for one in answer or []:
+            call_id = one.get("id") if isinstance(one, dict) else None
+            if not isinstance(call_id, int) or call_id in by_id:
+                raise _bad_answer("an answer in the batch belongs to no call")
+            by_id[call_id] = one
+        outcomes: list[Any | TarsError | None] = []
+        for call_id in ids:
+            if call_id is None:
+                outcomes.append(None)
+                continue
+            if call_id not in by_id:
+                raise _bad_answer("a call of the batch got no answer")
+            try:
+                outcomes.append(_result(_checked(by_id.pop(call_id), call_id)))
+            except TarsError as error:
+                outcomes.append(error)
+        if by_id:
+            raise _bad_answer("an answer in the batch belongs to no call")
+        return outcomes
+
+    async def stream(
+        self, method: str, params: Mapping[str, Any] | None = None, *, timeout: float | None = None, **meta: Any
+    ) -> AsyncIterator[tuple[str | None, Any]]:
+        """Yields `(notification's method, its params without id)` for each delta, then `(None, result)`. Closing it cancels the work."""
+        call_id = next(self._ids)
+        budget = self._timeout if timeout is None else timeout
+        body = build_call(method, _with_meta(params, budget, meta), id=call_id)
+        # Held against each wait and not around the whole: between two deltas it is the caller's own code that runs.
+        latest = asyncio.get_running_loop().time() + budget + _GRACE_SECONDS
+        try:
+            async with self._request(body, {"Accept": "text/event-stream, application/json"}, latest) as response:
+                if response.content_type != "text/event-stream":
+                    yield None, _result(_checked(_parsed(await _read(response, latest)), call_id))
+                    return
+                async with aclosing(_events(response, latest)) as events:
+                    async for event in events:
+                        message = _parsed(event)
+                        if isinstance(message, dict) and "method" in message:
+                            yield _notification(message, call_id)
+                        else:
+                            yield None, _result(_checked(message, call_id))
+                            return
+                raise PeerUnreachable("The node closed the stream before its answer was complete. Send the call again.")
+        except TimeoutError:
+            raise _too_late(budget) from None
+
+    async def _post(self, body: object, budget: float) -> Any:
+        latest = asyncio.get_running_loop().time() + budget + _GRACE_SECONDS
+        try:
+            async with self._request(body, {}, latest) as response:
+                if response.status == 204:
+                    return None
+                return _parsed(await _read(response, latest))
+        except TimeoutError:
+            raise _too_late(budget) from None
+
+    @asynccontextmanager
+    async def _request(
+        self, body: object, headers: Mapping[str, str], latest: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                # The budget of each call bounds it; a bound on the whole would cut long streams.
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
+                # A service that calls many at once must not queue behind its own client.
+                connector=aiohttp.TCPConnector(limit=0),
+            )
+        try:
+            data = orjson.dumps(body)
+        except TypeError:
+            raise TypeError(
+                "params must be JSON: text without lone surrogates, 64-bit integers, lists, dicts"
+            ) from None
+        try:
+            # A redirect would carry the API key to wherever it points.
+            async with asyncio.timeout_at(latest):
+                response = await self._session.post(self._url, data=data, headers=headers, allow_redirects=False)
+            async with response:
+                yield response
+        except aiohttp.ServerTimeoutError:
+            raise NodeNotReachable(
+                f"Nothing at {self._url} takes a connection within {_CONNECT_SECONDS:g} s: a firewall, or a machine that is asleep."
+            ) from None
+        except (aiohttp.ClientError, ConnectionError) as fault:
+            if isinstance(fault, aiohttp.ClientConnectorError):
+                raise NodeNotReachable(
+                    f"No node answers at {self._url}. Start tars-node there, or correct the address."
+                ) from None
+            if isinstance(fault, aiohttp.InvalidURL):
+                raise ValueError(f"{self._url} is no HTTP address; write it like http://127.0.0.1:8000") from None
+            raise PeerUnreachable(
+                f"The connection to {self._url} broke before the answer was complete. Send the call again."
+            ) from None
+
+
+def _with_meta(params: Mapping[str, Any] | None, budget: float, meta: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in meta.items() if value is not None}
+    return {**(params or {}), "_meta": {"timeout_ms": max(1, int(budget * 1000)), **given}}
+
+
+async def _read(response: aiohttp.ClientResponse, latest: float) -> bytes:
+    read = bytearray()
+    async with asyncio.timeout_at(latest):
+        while chunk := await response.content.readany():
+            read += chunk
+            if len(read) > _MAX_ANSWER_BYTES:
+                raise _bad_answer(f"the answer is larger than {_MAX_ANSWER_BYTES:,} bytes")
+    return bytes(read)
+
+
+async def _events(response: aiohttp.ClientResponse, latest: float) -> AsyncGenerator[bytes, None]:
+    """The data of each server-sent event; comments and other fields are skipped (HTML standard, 9.2.6, for what nodes send)."""
+    buffer = bytearray()
+    searched = 0
+    while True:
+        async with asyncio.timeout_at(latest):
+            chunk = await response.content.readany()
+        if not chunk:
+            return
+        buffer += chunk
+        while (end := buffer.find(b"\n\n", searched)) >= 0:
+            lines = bytes(buffer[:end]).split(b"\n")
+            del buffer[: end + 2]
+            searched = 0
+            data = [line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:")]
+            if data:
+                yield b"\n".join(data)
+        # A long event comes in many pieces: each is searched once.
+        searched = max(0, len(buffer) - 1)
+        if len(buffer) > _MAX_EVENT_BYTES:
+            raise _bad_answer(f"an event is larger than {_MAX_EVENT_BYTES:,} bytes")
+
+
+def _parsed(body: bytes) -> Any:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        raise _bad_answer("it is not JSON") from None
+
+
+def _checked(answer: Any, call_id: int | None) -> dict[str, Any]:
+    """The answer to `call_id`, of the right version and shape. A node that refuses a body whole answers with the id null."""
+    if not isinstance(answer, dict) or answer.get("jsonrpc") != "2.0" or ("result" in answer) == ("error" in answer):
+        raise _bad_answer("it is no JSON-RPC 2.0 answer")
+    error = answer.get("error")
+    if "error" in answer and not (
+        isinstance(error, dict) and type(error.get("code")) is int and isinstance(error.get("message"), str)
+    ):
+        raise _bad_answer("its error has no code and message")
+    given = answer.get("id", ...)
+    if given != call_id and not (error is not None and given is None):
+        raise _bad_answer("its id is another call's")
+    return answer
+
+
+def _result(answer: dict[str, Any]) -> Any:
+    parsed = parse(answer)
+    if isinstance(parsed, Ok):
+        return parsed.result
+    raise from_json(answer["error"])
+
+
+def _notification(message: dict[str, Any], call_id: int) -> tuple[str, Any]:
+    params = message.get("params")
+    if message.get("jsonrpc") != "2.0" or not isinstance(params, dict) or params.pop("id", None) != call_id:
+        raise _bad_answer("a notification in the stream belongs to no call")
+    return str(message["method"]), params
+
+
+def _bad_answer(problem: str) -> BadPeerAnswer:
+    return BadPeerAnswer(
+        f"What answered is no TARS node, or a broken one: {problem}. Check the address and what listens there."
+    )
+
+
+def _too_late(budget: float) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"No complete answer came within {budget:g} s. Give the call more time, or look at the node's state (node.describe)."
+    )
