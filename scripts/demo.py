@@ -27,7 +27,7 @@ from tars.cli.waiting import wait_until_ready
 from tars.client import Client
 from tars.core.types import Bytes
 from tars.errors import TarsError
-from tars.messages.inference import ChatMessage, ChatParams, EmbedParams
+from tars.messages.inference import ChatMessage
 from tars.messages.node import NodeDescription
 
 PORT = 8000
@@ -163,8 +163,10 @@ async def while_up(node: DemoNode, work: asyncio.Task[object]) -> None:
 async def chat_once(client: Client, console: Console) -> None:
     """Ask `QUESTION`, showing the answer as it streams."""
     console.print(Text.assemble(("\ninference.chat   ", "bold"), QUESTION))
-    params = ChatParams(messages=[ChatMessage(role="user", content=QUESTION)], temperature=0.0)
-    result = await answer(client, params, lambda text: console.out(plain(text), end="", highlight=False))
+    question = [ChatMessage(role="user", content=QUESTION)]
+    result = await answer(
+        client, question, {"temperature": 0.0}, lambda text: console.out(plain(text), end="", highlight=False)
+    )
     console.print()
     if not result.message.content.strip():
         raise TarsError("the chat model answered nothing")
@@ -180,7 +182,7 @@ async def chat_once(client: Client, console: Console) -> None:
 async def embed_once(client: Client, console: Console) -> None:
     """Embed `SENTENCES` and show how alike they are."""
     console.print(Text.assemble(("\ninference.embed  ", "bold"), f"{len(SENTENCES)} sentences"))
-    result = await client.embed(EmbedParams(input=list(SENTENCES)))
+    result = await client.embed(SENTENCES)
     vectors = [[float(value) for value in vector] for vector in result.embeddings]
     if len(vectors) != len(SENTENCES) or not result.dimensions:
         raise TarsError("the embedding model answered with too few vectors")

@@ -40,11 +40,12 @@ def errors() -> str:
 
 
 def _travelling(error: type[TarsError]) -> Iterator[type[TarsError]]:
-    # The branches themselves are never raised; ConfigError ends a node before it serves.
+    # The branches themselves are never raised, ConfigError ends a node before it serves, and a client's own errors never travel.
     if error not in (TarsError, CallerError, ServerStateError, ModelError, ConfigError):
         yield error
     for below in error.__subclasses__():
-        yield from _travelling(below)
+        if below.__module__ == TarsError.__module__:
+            yield from _travelling(below)
 
 
 def limits() -> str:

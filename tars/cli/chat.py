@@ -11,7 +11,7 @@ import contextlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import click
 import orjson
@@ -19,25 +19,26 @@ from rich.console import Console
 
 from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json, report_failure
 from tars.cli.output import chat_footer, plain
-from tars.client import Client, NodeNotReachable
+from tars.client import Client, GenerationOptions
 from tars.errors import TarsError
-from tars.messages.inference import ChatMessage, ChatParams, ChatResult, Delta
+from tars.messages.inference import ChatMessage, ChatResult
+from tars.rpc.http_client import NodeNotReachable
 
 GREETING = "Ask; Ctrl-C cancels an answer, Ctrl-D leaves, /new forgets the conversation."
 
 
 class Conversation:
-    """The turns so far and the sampling that each answer uses. `settings` are fields of `ChatParams` without the messages."""
+    """The turns so far and the sampling that each answer uses."""
 
-    def __init__(self, system: str | None, settings: dict[str, Any]) -> None:
+    def __init__(self, system: str | None, settings: GenerationOptions) -> None:
         self.system = system
         self.settings = settings
         self.turns: list[ChatMessage] = []
 
-    def params(self, question: str) -> ChatParams:
-        """The call that asks `question` after everything said so far."""
+    def messages(self, question: str) -> list[ChatMessage]:
+        """What asks `question` after everything said so far."""
         first = [ChatMessage(role="system", content=self.system)] if self.system else []
-        return ChatParams(messages=[*first, *self.turns, ChatMessage(role="user", content=question)], **self.settings)
+        return [*first, *self.turns, ChatMessage(role="user", content=question)]
 
     def add(self, question: str, answer: str) -> None:
         """Remember a question and its answer, also one that was cancelled half-way: the next question may be about it."""
@@ -48,18 +49,14 @@ class Conversation:
         self.turns.clear()
 
 
-async def answer(client: Client, params: ChatParams, write: Callable[[str], None]) -> ChatResult:
-    """Stream one answer, handing each piece of text to `write`; raises `TarsError`."""
-    result: ChatResult | None = None
-    async with contextlib.aclosing(client.chat_stream(params)) as events:
-        async for event in events:
-            if isinstance(event, Delta):
-                write(event.text)
-            else:
-                result = event
-    if result is None:
-        raise TarsError("the node ended the stream without a result; the answer may be incomplete, ask again")
-    return result
+async def answer(
+    client: Client, messages: list[ChatMessage], settings: GenerationOptions, write: Callable[[str], None]
+) -> ChatResult:
+    """Stream one answer, handing each piece of text to `write`. Cancelling it stops the work on the node. Raises `TarsError`."""
+    async with client.chat_stream(messages, **settings) as stream:
+        async for delta in stream:
+            write(delta.text)
+    return stream.result
 
 
 def _write(text: str) -> None:
@@ -103,7 +100,8 @@ def chat(
         "seed": seed,
         "json_schema": _read_schema(json_schema),
     }
-    conversation = Conversation(system, {name: value for name, value in given.items() if value is not None})
+    settings = cast(GenerationOptions, {name: value for name, value in given.items() if value is not None})
+    conversation = Conversation(system, settings)
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.read().strip()
     if question is None:
@@ -132,7 +130,9 @@ def _read_schema(path: Path | None) -> dict[str, Any] | None:
 def _ask_once(connection: Connection, conversation: Conversation, question: str) -> int:
     wrote = _Written(silent=connection.as_json)
     try:
-        result = ask(connection, lambda client: answer(client, conversation.params(question), wrote))
+        result = ask(
+            connection, lambda client: answer(client, conversation.messages(question), conversation.settings, wrote)
+        )
     finally:
         wrote.end_line()
     if connection.as_json:
@@ -211,7 +211,7 @@ def _one_turn(
     """Ask and remember; an exit code only where going on makes no sense."""
     wrote = _Written()
     try:
-        result = runner.run(answer(client, conversation.params(question), wrote))
+        result = runner.run(answer(client, conversation.messages(question), conversation.settings, wrote))
     except KeyboardInterrupt:
         wrote.end_line()
         console.print("cancelled", style="dim")

@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from typing import Literal, TextIO
 
 import click
 from rich.live import Live
@@ -21,8 +22,7 @@ from tars.cli.output import deploy_view, embeddings_view, models_view, plain, st
 from tars.cli.planning import explain, plan
 from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
 from tars.client import Client
-from tars.messages.inference import EmbedParams
-from tars.messages.node import DeployParams, PingResult
+from tars.messages.node import PingResult
 
 WATCH_SECONDS = 1.0
 """How often `tars status --watch` asks: devices are probed once a second, so asking oftener shows nothing new."""
@@ -103,7 +103,7 @@ def _watch(connection: Connection) -> int:
 def embed(
     connection: Connection,
     texts: tuple[str, ...],
-    file: click.utils.LazyFile | None,
+    file: TextIO | None,
     model: str | None,
     no_truncate: bool,
 ) -> int:
@@ -121,12 +121,11 @@ def embed(
         raise click.UsageError("nothing to embed: tars embed 'one text' 'another'")
     if len(texts) > MOST_TEXTS:
         raise click.UsageError(f"{len(texts)} texts; one call takes at most {MOST_TEXTS}: split the file")
-    params = EmbedParams(model=model, input=list(texts), truncate=not no_truncate)
     error_console = connection.console(stderr=True)
     with (
         error_console.status(f"embedding {len(texts)} texts") if error_console.is_terminal else contextlib.nullcontext()
     ):
-        result = ask(connection, lambda client: client.embed(params))
+        result = ask(connection, lambda client: client.embed(texts, model=model, truncate=not no_truncate))
     if connection.as_json:
         print_json(result)
     else:
@@ -168,16 +167,18 @@ def deploy(
     replicas: int,
     context: int | None,
     slots: int,
-    kv_type: str,
+    kv_type: Literal["f16", "q8_0", "q4_0"],
     variant: str | None,
     device: str | None,
     wait: bool,
 ) -> int:
     """Have the node load MODEL where the planner puts it; it stays deployed over restarts."""
-    params = DeployParams(
-        model=model, replicas=replicas, context=context, slots=slots, kv_type=kv_type, variant=variant, device=device
+    result = ask(
+        connection,
+        lambda client: client.deploy(
+            model, replicas=replicas, context=context, slots=slots, kv_type=kv_type, variant=variant, device=device
+        ),
     )
-    result = ask(connection, lambda client: client.deploy(params))
     if connection.as_json:
         print_json(result)
     else:

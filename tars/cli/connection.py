@@ -21,9 +21,10 @@ from pydantic import BaseModel
 from rich.console import Console
 
 from tars.cli.output import plain
-from tars.client import Client, NodeNotReachable
+from tars.client import Client
 from tars.core.types import Bytes
 from tars.errors import ConfigError, TarsError
+from tars.rpc.http_client import NodeNotReachable
 
 Answer = TypeVar("Answer")
 Command = TypeVar("Command", bound=Callable[..., Any])

@@ -243,35 +243,36 @@ def plan_view(plan: PlanResult) -> Group:
     parts: list[RenderableType] = [table if plan.assignments else Text("nothing is placed")]
     if reasons:
         parts += [Text(), Text("why", style="bold"), *reasons]
-    idle = [
-        device for device in plan.devices if device.id not in {assignment.device for assignment in plan.assignments}
-    ]
-    if idle:
-        parts += [Text(), Text("nothing placed on", style="bold")]
-        parts += [
-            Text(
-                f"  {plain(_device_label(device.name, device.simulated))}: {Bytes(device.memory_capacity_bytes)} usable"
-            )
-            for device in idle
-        ]
+    parts += _idle_devices(plan)
     for refusal in plan.refusals:
         parts += [Text(), refusal_view(refusal)]
     return Group(*parts)
 
 
-def free_before(plan: PlanResult) -> list[tuple[AssignmentDescription, int]]:
-    """Each assignment with the bytes that its device has left for it: the device's capacity less what stands above it in the list.
+def _idle_devices(plan: PlanResult) -> list[RenderableType]:
+    used = {assignment.device for assignment in plan.assignments}
+    names = {assignment.node: assignment.node_name for assignment in plan.assignments}
+    lines: list[RenderableType] = []
+    for device in plan.devices:
+        if device.id not in used:
+            # A device's id begins with its node's; a device's description does not repeat the node's name.
+            node = names.get(device.id.partition("/")[0])
+            label = _device_label(device.name, device.simulated) + (f" of {node}" if node else "")
+            lines.append(Text(f"  {plain(label)}: {Bytes(device.memory_capacity_bytes)} usable"))
+    return [Text(), Text("nothing placed on", style="bold"), *lines] if lines else []
 
-    Order: the devices' order, then the plan's own.
+
+def free_before(plan: PlanResult) -> list[tuple[AssignmentDescription, int]]:
+    """Each assignment with the bytes that its device would have free without it: capacity less the other replicas there.
+
+    The same number that the planner's reasons compare with. Order: the devices' order, then the plan's own.
     """
     order = {device.id: place for place, device in enumerate(plan.devices)}
     left = {device.id: device.memory_capacity_bytes for device in plan.devices}
-    rows = []
-    for assignment in sorted(plan.assignments, key=lambda a: order.get(a.device, len(order))):
-        before = left.get(assignment.device, 0)
-        rows.append((assignment, before))
-        left[assignment.device] = before - assignment.needed_bytes
-    return rows
+    for assignment in plan.assignments:
+        left[assignment.device] = left.get(assignment.device, 0) - assignment.needed_bytes
+    ordered = sorted(plan.assignments, key=lambda assignment: order.get(assignment.device, len(order)))
+    return [(assignment, left[assignment.device] + assignment.needed_bytes) for assignment in ordered]
 
 
 def refusal_view(refusal: RefusalDescription) -> Group:

@@ -16,8 +16,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from tars.cli.connection import Connection
 from tars.cli.output import plain, replica_progress
-from tars.client import Client, NodeNotReachable
-from tars.errors import DeadlineExceeded
+from tars.client import Client
+from tars.errors import DeadlineExceeded, PeerUnreachable
 from tars.messages.node import NodeDescription, ReplicaDescription
 
 WAIT_SECONDS = 600.0
@@ -94,7 +94,7 @@ async def wait_until_ready(
 ) -> NodeDescription:
     """The node's description once every replica (of `model`, if given) is ready or has failed.
 
-    A node that does not answer yet is waited for too: it may just be starting. Raises `NodeNotReachable` when it never answered
+    A node that does not answer yet is waited for too: it may just be starting. Raises `PeerUnreachable` when it never answered
     and `DeadlineExceeded` when something is still loading after `seconds`.
     """
     console = connection.console(stderr=True)
@@ -118,7 +118,7 @@ async def watch_until_ready(
         late = time.monotonic() >= give_up
         try:
             description = await client.describe()
-        except NodeNotReachable:
+        except PeerUnreachable:
             if late:
                 raise
             shows.waiting("waiting for the node to answer")

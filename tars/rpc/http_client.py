@@ -32,7 +32,9 @@ _CONNECT_SECONDS = 5.0
 
 
 class NodeNotReachable(PeerUnreachable):
-    """The called node itself takes no connection, so the call was never sent; `PeerUnreachable` may also come from a node about a third one."""
+    """The called node itself takes no connection: the call was never sent. Never travels; a `PeerUnreachable` may also be a node's word."""
+
+    kind = "node_not_reachable"
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,7 +150,7 @@ def test_names_with_brackets_are_shown_and_not_taken_for_markup(make: SimpleName
     assert "[red]pc" in text
 
 
-def test_free_memory_goes_down_by_each_replica_of_a_device(make: SimpleNamespace) -> None:
+def test_free_before_is_what_the_other_replicas_of_the_device_leave(make: SimpleNamespace) -> None:
     other = make.device("GTX 1660 SUPER", id="n2/gpu-0", memory_capacity_bytes=5 * GIB)
     plan = PlanResult(
         assignments=[
@@ -163,20 +163,20 @@ def test_free_memory_goes_down_by_each_replica_of_a_device(make: SimpleNamespace
     )
     assert [(part.model, before) for part, before in output.free_before(plan)] == [
         ("mistral-7b", 10 * GIB),
-        ("phi-2", 5 * GIB),
+        ("phi-2", 4 * GIB),
         ("embeddings", 2 * GIB),
     ]
 
 
 def test_a_plan_shows_each_replica_with_its_bytes_and_reason(make: SimpleNamespace) -> None:
-    idle = make.device("RTX 4090", id="n3/gpu-0", memory_capacity_bytes=20 * GIB)
+    idle = make.device("NVIDIA GeForce RTX 4090", id="0123456789abcdef/gpu-1", memory_capacity_bytes=20 * GIB)
     simulated = make.device(simulated=True)
     text = drawn(output.plan_view(PlanResult(assignments=[assignment()], refusals=[], devices=[simulated, idle])))
     line = row(text, "mistral-7b")
     for word in ("Q4_K_M", "pc1", " GeForce RTX 3060 (simulated)", "5.0 GiB", "10.0 GiB"):
         assert word in line
     assert "mistral-7b: best fit" in text
-    assert "20.0 GiB usable" in row(text, "RTX 4090")
+    assert "GeForce RTX 4090 of pc1: 20.0 GiB usable" in text
 
 
 def test_a_refusal_shows_bytes_needed_and_free_per_device_and_the_remedy() -> None:

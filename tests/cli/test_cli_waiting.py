@@ -11,9 +11,9 @@ from rich.progress import Progress, TextColumn
 
 from tars.cli import waiting
 from tars.cli.waiting import Bars, Lines, watch_until_ready
-from tars.client import NodeNotReachable
 from tars.errors import DeadlineExceeded
 from tars.messages.node import LoadProgress, NodeDescription
+from tars.rpc.http_client import NodeNotReachable
 
 
 class Describes:
