@@ -1,488 +1,64 @@
-"""What an operator can set, and how it is read: command line over environment over file over default.
+"""How a configuration is read: command line over environment over file over default.
 
-Law of this file: frozen values, no device and no network. Every default carries its reason. A key that is unknown, or of the wrong
-type, is refused with the file, the line and what would be right: a typo that is silently ignored costs an evening. Every key can
-also be given as `TARS_<SECTION>_<KEY>`.
+Law of this file: a key that is unknown, or of the wrong type, is refused with the file, the line and what would be right: a typo that is
+silently ignored costs an evening. Every key can also be given as `TARS_<SECTION>_<KEY>`. The keys themselves stand in `config_schema.py`.
 """
 
 from __future__ import annotations
 
 import difflib
-import ipaddress
-import socket
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from tars.config_schema import (
+    DEFAULT_PORT,
+    ApiKey,
+    Config,
+    DeclaredDevice,
+    DemoSection,
+    DeploySection,
+    DeviceCap,
+    DevicesSection,
+    ExpectedDevice,
+    LimitsSection,
+    ListenAddress,
+    ModelSource,
+    NodeSection,
+    Section,
+    SecuritySection,
+    SimulatedDevice,
+    WorkerSection,
+)
 from tars.config_text import KeyPath, parse_variable, read_toml
-from tars.core.types import Bytes, Deployment, DeviceKind, KvType, ModelKind
 from tars.errors import ConfigError
 
-DEFAULT_PORT = 8000
-"""vLLM's and most OpenAI-compatible servers' port, so that clients' examples work unchanged."""
-
-
-@dataclass(frozen=True, slots=True)
-class ListenAddress:
-    """Where a node listens. Port 0 lets the system choose a free one."""
-
-    host: str
-    port: int
-
-    @classmethod
-    def parse(cls, text: str) -> ListenAddress:
-        """`127.0.0.1:8000`, `localhost:8000` or `[::1]:8000`; raises ValueError that says which form is right."""
-        host, separator, port = text.rpartition(":")
-        wrong = f'"{text}" is not host:port, such as "127.0.0.1:{DEFAULT_PORT}" or "[::1]:{DEFAULT_PORT}"'
-        if not separator or not host or not (port.isascii() and port.isdigit()) or len(port) > 5 or int(port) > 65535:
-            raise ValueError(wrong)
-        if host.startswith("[") and host.endswith("]"):
-            try:
-                ipaddress.IPv6Address(host[1:-1].partition("%")[0])
-            except ValueError:
-                raise ValueError(wrong) from None
-            return cls(host[1:-1], int(port))
-        if ":" in host:
-            raise ValueError(f'"{text}": an IPv6 address needs brackets, such as "[::1]:{DEFAULT_PORT}"')
-        if any(character.isspace() or character in "/@[]" for character in host):
-            raise ValueError(wrong)
-        return cls(host, int(port))
-
-    @property
-    def is_loopback(self) -> bool:
-        """True only for addresses that no other machine can reach; a name other than localhost counts as reachable."""
-        if self.host.lower() == "localhost":
-            return True
-        try:
-            return ipaddress.ip_address(self.host).is_loopback
-        except ValueError:
-            return False
-
-    def __str__(self) -> str:
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-class Section(BaseModel):
-    """Frozen, strict and closed: an unknown key is an error with its line."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=(), validate_default=True
-    )
-
-
-def _host_label() -> str:
-    return socket.gethostname().partition(".")[0] or "node"
-
-
-class NodeSection(Section):
-    """[node]: this process."""
-
-    name: str = Field(
-        default_factory=_host_label,
-        min_length=1,
-        max_length=63,
-        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
-        description="For people: shown in plans and on the status page. Default: the host's name. At most a DNS label's 63 characters.",
-    )
-    listen: str = Field(
-        f"127.0.0.1:{DEFAULT_PORT}",
-        description="host:port. Loopback by default: a GPU on the network without a key is everybody's GPU.",
-    )
-    state_dir: Path = Field(
-        Path("~/.local/state/tars"),
-        strict=False,
-        description="Node id, deployments, measured memory. Default: $XDG_STATE_HOME/tars, else ~/.local/state/tars.",
-    )
-    grace_seconds: float = Field(
-        10.0,
-        ge=0,
-        le=3600,
-        description="How long running calls may go on after SIGTERM. 10 s is what `docker stop` waits before it kills.",
-    )
-    log_format: Literal["text", "json"] = Field("text", description="json: one object a line, for a log collector.")
-    priority: int = Field(
-        0,
-        ge=-1000,
-        le=1000,
-        description="Highest priority coordinates; ties go to the smallest node id. Give it to the PC that stays on.",
-    )
-
-    @field_validator("listen")
-    @classmethod
-    def _host_and_port(cls, value: str) -> str:
-        ListenAddress.parse(value)
-        return value
-
-    @field_validator("state_dir")
-    @classmethod
-    def _home(cls, value: Path) -> Path:
-        return value.expanduser()
-
-    @property
-    def address(self) -> ListenAddress:
-        """`listen`, parsed."""
-        return ListenAddress.parse(self.listen)
-
-
-class LimitsSection(Section):
-    """[limits]: the bounds of one call and of all calls; each has a clear error when it is met."""
-
-    max_body_bytes: int = Field(
-        8 * 2**20,
-        ge=1024,
-        le=2**30,
-        description="8 MiB holds 2,048 texts of 4,000 characters; more in one call only delays everybody's first byte.",
-    )
-    max_batch: int = Field(
-        64,
-        ge=1,
-        le=10_000,
-        description="JSON-RPC batch length. 100,000 junk elements blocked the loop for 4.9 s (measured).",
-    )
-    max_depth: int = Field(
-        64,
-        ge=8,
-        le=250,
-        description="JSON nesting. orjson writes about 253 levels, no method needs more than a JSON schema's dozen or two.",
-    )
-    max_string_bytes: int = Field(
-        4 * 2**20,
-        ge=1024,
-        le=2**30,
-        description="One string. A million tokens of English are about 4 MiB; no context here is longer.",
-    )
-    max_concurrent_calls: int = Field(
-        256,
-        ge=1,
-        le=100_000,
-        description="Calls in progress on this node, queued ones included; the next is told to come back later.",
-    )
-    queue_per_replica: int = Field(
-        64,
-        ge=0,
-        le=100_000,
-        description="Calls waiting for one replica. More than 64 behind one GPU is minutes: better to answer 'overloaded' at once.",
-    )
-    default_timeout_ms: int = Field(
-        300_000, ge=1, le=86_400_000, description="For calls that name no budget: 5 minutes, a long answer on a CPU."
-    )
-
-
-class ApiKey(Section):
-    """[[security.api_key]]: who may call. In the environment: `TARS_SECURITY_API_KEY=name:key,name:key`."""
-
-    name: str = Field(min_length=1, max_length=63, description="Who holds it: appears in logs, the key never does.")
-    key: SecretStr = Field(
-        strict=False,
-        description="At least 16 characters: 16 random ones of base64 hold 96 bits, beyond guessing over a network.",
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_and_key(cls, value: object) -> object:
-        if isinstance(value, str):
-            name, separator, key = value.partition(":")
-            return {"name": name, "key": key} if separator else {"name": name}
-        return value
-
-    @field_validator("key")
-    @classmethod
-    def _long_enough(cls, value: SecretStr) -> SecretStr:
-        if len(value.get_secret_value()) < 16:
-            raise ValueError("a key needs at least 16 characters")
-        if not value.get_secret_value().isascii() or not value.get_secret_value().isprintable():
-            raise ValueError("a key may hold only printable ASCII: it travels in an HTTP header")
-        return value
-
-
-class SecuritySection(Section):
-    """[security]: who may call this node, and under which names."""
-
-    api_key: tuple[ApiKey, ...] = Field(
-        (), strict=False, description="Needed as soon as the node listens beyond loopback."
-    )
-    allowed_hosts: tuple[str, ...] = Field(
-        (),
-        strict=False,
-        description="Host headers to accept beside the address that the node listens on (DNS rebinding).",
-    )
-    allowed_origins: tuple[str, ...] = Field(
-        (),
-        strict=False,
-        description="Web pages that may call from a browser, such as https://chat.example.org; never *.",
-    )
-
-    @field_validator("api_key")
-    @classmethod
-    def _one_key_each(cls, value: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
-        if len({key.name for key in value}) < len(value):
-            raise ValueError("two API keys have the same name")
-        return value
-
-    @field_validator("allowed_hosts", "allowed_origins")
-    @classmethod
-    def _exact(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if any("*" in entry or not entry for entry in value):
-            raise ValueError("entries are compared exactly: no * and no empty ones")
-        return value
-
-
-class DeclaredDevice(Section):
-    """What [[devices.simulated]] and [[devices.expected]] share."""
-
-    name: str = Field(min_length=1, max_length=100)
-    memory_mib: int = Field(
-        ge=64, le=2**24, description="What CUDA shows, not what the box says: a 12 GB 3060 shows 11,909."
-    )
-    compute_capability: str = Field(
-        "8.6",
-        pattern=r"^\d{1,2}\.\d$",
-        description="Decides the precision: bf16 from 8.0, fp16 from 7.0. 8.6 is the RTX 30 series.",
-    )
-
-    @property
-    def capability(self) -> tuple[int, int]:
-        """`compute_capability` as (major, minor)."""
-        major, _, minor = self.compute_capability.partition(".")
-        return int(major), int(minor)
-
-    @property
-    def memory(self) -> Bytes:
-        """`memory_mib` in bytes."""
-        return Bytes.mib(self.memory_mib)
-
-
-class SimulatedDevice(DeclaredDevice):
-    """[[devices.simulated]]: a declared memory that computes on the CPU; labelled simulated wherever it is shown."""
-
-
-class ExpectedDevice(DeclaredDevice):
-    """[[devices.expected]]: what this PC has. `tars plan --node FILE` plans with it; at start a missing one is warned about."""
-
-    kind: DeviceKind = Field(DeviceKind.CUDA, strict=False, description="cuda, or cpu for a box's processor and RAM.")
-    memory_free_mib: int | None = Field(
-        None, ge=0, le=2**24, description="What is usually free there beside the desktop; default: all of it."
-    )
-    cpu_threads: int | None = Field(None, ge=1, le=4096, description="For kind = cpu.")
-
-    @model_validator(mode="after")
-    def _free_within_total(self) -> ExpectedDevice:
-        if self.memory_free_mib is not None and self.memory_free_mib > self.memory_mib:
-            raise ValueError("memory_free_mib is more than memory_mib")
-        return self
-
-    @property
-    def memory_free(self) -> Bytes:
-        """Free bytes, all of them where the file does not say."""
-        return self.memory if self.memory_free_mib is None else Bytes.mib(self.memory_free_mib)
-
-
-class DeviceCap(Section):
-    """[[devices.cap]]: TARS holds at most so much there, whatever is free."""
-
-    device: str = Field(min_length=1, description="A device id, a device's name, or `cpu`.")
-    memory_mib: int = Field(ge=0, le=2**24, description="0: leave this device alone.")
-
-    @property
-    def memory(self) -> Bytes:
-        """`memory_mib` in bytes."""
-        return Bytes.mib(self.memory_mib)
-
-
-class DevicesSection(Section):
-    """[devices]: what may be used, and what is left for others."""
-
-    nvml: bool = Field(True, description="Look for NVIDIA GPUs.")
-    cpu: bool = Field(True, description="Offer this PC's processor and RAM.")
-    reserve_mib: int = Field(
-        512,
-        ge=0,
-        le=2**20,
-        description="Kept free on every GPU for the desktop and fragmentation. Half of what llama.cpp's --fit keeps (1,024): "
-        "the planner counts buffers and the CUDA context itself.",
-    )
-    host_memory_reserve_mib: int = Field(
-        2048, ge=0, le=2**24, description="RAM kept for the system and the file cache: a PC that swaps answers nobody."
-    )
-    simulated: tuple[SimulatedDevice, ...] = Field((), strict=False)
-    expected: tuple[ExpectedDevice, ...] = Field((), strict=False)
-    cap: tuple[DeviceCap, ...] = Field((), strict=False)
-
-    @property
-    def reserve(self) -> Bytes:
-        """`reserve_mib` in bytes."""
-        return Bytes.mib(self.reserve_mib)
-
-    @property
-    def host_memory_reserve(self) -> Bytes:
-        """`host_memory_reserve_mib` in bytes."""
-        return Bytes.mib(self.host_memory_reserve_mib)
-
-
-class WorkerSection(Section):
-    """[worker]: how the child processes are watched."""
-
-    start_timeout_seconds: float = Field(
-        600.0,
-        gt=0,
-        le=86_400,
-        description="From spawn to ready. A 20 GB file from a hard disk at 100 MB/s takes 200 s; three times that.",
-    )
-    ping_interval_seconds: float = Field(
-        2.0, gt=0, le=3600, description="Between two signs of life. Cheap: one frame over a pipe."
-    )
-    hang_seconds: float = Field(
-        60.0,
-        gt=0,
-        le=86_400,
-        description="Without progress while it has work: a worker is hung. A prefill chunk of a 33B on a CPU takes seconds.",
-    )
-    backoff_initial_seconds: float = Field(
-        0.5, gt=0, le=3600, description="Before the first restart; doubles with each."
-    )
-    backoff_most_seconds: float = Field(
-        60.0, gt=0, le=86_400, description="The longest wait: a PC that had a bad minute is back within the next."
-    )
-    stop_seconds: float = Field(
-        5.0,
-        gt=0,
-        le=3600,
-        description="Between asking a worker to end and killing it; freeing a full 4090 takes about a second.",
-    )
-
-    @model_validator(mode="after")
-    def _ordered(self) -> WorkerSection:
-        if self.backoff_most_seconds < self.backoff_initial_seconds:
-            raise ValueError("backoff_most_seconds is less than backoff_initial_seconds")
-        return self
-
-
-class ModelSource(Section):
-    """[[model]]: a model file of this PC, added to the catalogue."""
-
-    name: str = Field(min_length=1, max_length=200)
-    kind: ModelKind = Field(ModelKind.CHAT, strict=False, description="chat, embedding or rerank.")
-    path: Path = Field(
-        strict=False, description="A GGUF file, or a sentence-transformers folder; relative to the configuration file."
-    )
-    aliases: tuple[str, ...] = Field((), strict=False, description="Other names that calls may use.")
-    description: str = ""
-
-    @field_validator("path")
-    @classmethod
-    def _home(cls, value: Path) -> Path:
-        return value.expanduser()
-
-
-class DeploySection(Section):
-    """[[deploy]]: a model that should run. A wish of the whole fleet: the planner chooses the PC, unless `device` pins one."""
-
-    model: str = Field(min_length=1, description="A name or alias of the catalogue, or of a [[model]] here.")
-    replicas: int = Field(1, ge=1, le=64)
-    context: int | None = Field(
-        None, ge=64, le=1_048_576, description="Tokens a sequence; default the trained context, at most 4,096."
-    )
-    slots: int = Field(
-        1, ge=1, le=256, description="Sequences served at once by one replica; far cheaper than more replicas."
-    )
-    kv_type: Literal["f16", "q8_0", "q4_0"] = Field(
-        "f16", description="q8_0 halves the KV cache for a hardly measurable loss."
-    )
-    variant: str | None = Field(None, description="Pins the quantisation; default the best that fits.")
-    device: str | None = Field(None, description="Pins the device: an id, a name, or `cpu`.")
-    priority: int = Field(0, ge=-1000, le=1000, description="Higher ones are placed first where not everything fits.")
-
-    def to_deployment(self) -> Deployment:
-        """The planner's form."""
-        return Deployment(
-            model=self.model,
-            replicas=self.replicas,
-            context=self.context,
-            slots=self.slots,
-            kv_type=KvType(self.kv_type),
-            variant=self.variant,
-            device=self.device,
-            priority=self.priority,
-        )
-
-
-class DemoSection(Section):
-    """[demo]: the two small models that come with TARS."""
-
-    models: bool | None = Field(None, description="Deploy them. Default: only where there is no [[deploy]].")
-
-
-class Config(Section):
-    """The whole configuration in force. Make one with `load_config`."""
-
-    node: NodeSection = Field(default_factory=NodeSection)
-    limits: LimitsSection = Field(default_factory=LimitsSection)
-    security: SecuritySection = Field(default_factory=SecuritySection)
-    devices: DevicesSection = Field(default_factory=DevicesSection)
-    worker: WorkerSection = Field(default_factory=WorkerSection)
-    demo: DemoSection = Field(default_factory=DemoSection)
-    model: tuple[ModelSource, ...] = Field((), strict=False)
-    deploy: tuple[DeploySection, ...] = Field((), strict=False)
-
-    @field_validator("model")
-    @classmethod
-    def _one_name_each(cls, value: tuple[ModelSource, ...]) -> tuple[ModelSource, ...]:
-        names = [name for model in value for name in (model.name, *model.aliases)]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(f"two [[model]] tables claim the name {twice[0]}")
-        return value
-
-    @field_validator("deploy")
-    @classmethod
-    def _one_deploy_each(cls, value: tuple[DeploySection, ...]) -> tuple[DeploySection, ...]:
-        names = [deploy.model for deploy in value]
-        twice = sorted({name for name in names if names.count(name) > 1})
-        if twice:
-            raise ValueError(
-                f"two [[deploy]] tables name {twice[0]}; write one with replicas = {names.count(twice[0])}"
-            )
-        return value
-
-    @property
-    def demo_models(self) -> bool:
-        """Whether the two demo models are deployed."""
-        return not self.deploy if self.demo.models is None else self.demo.models
-
-    @property
-    def deployments(self) -> tuple[Deployment, ...]:
-        """What [[deploy]] wants, in the planner's form."""
-        return tuple(deploy.to_deployment() for deploy in self.deploy)
-
-    def redacted(self) -> dict[str, Any]:
-        """Plain JSON values with every secret replaced by `***`."""
-        plain = self.model_dump(mode="json")
-        for key in plain["security"]["api_key"]:
-            key["key"] = "***"
-        return plain
-
-    def check_exposure(self, file: Path | None = None) -> None:
-        """Refuse to listen beyond loopback without an API key (`ConfigError`, with the lines that fix it)."""
-        address = self.node.address
-        if address.is_loopback or self.security.api_key:
-            return
-        maker = "python3 -c 'import secrets; print(secrets.token_urlsafe(24))'"
-        raise ConfigError(
-            f"{address} can be reached from other machines, and no API key is set: anybody there could use your GPUs. "
-            f"Nothing was started. Either add these lines to {file or 'your configuration file'}:\n\n"
-            f'    [[security.api_key]]\n    name = "me"\n    key = "..."   # make one: {maker}\n\n'
-            f'or set the variable    TARS_SECURITY_API_KEY="me:$({maker})"\n'
-            f'or stay on this machine:    listen = "127.0.0.1:{address.port}"   under [node].'
-        )
-
-
-# --- reading --------------------------------------------------------------------------------------------------------
+__all__ = [
+    "DEFAULT_PORT",
+    "ApiKey",
+    "Config",
+    "DeclaredDevice",
+    "DemoSection",
+    "DeploySection",
+    "DeviceCap",
+    "DevicesSection",
+    "ExpectedDevice",
+    "LimitsSection",
+    "ListenAddress",
+    "ModelSource",
+    "NodeSection",
+    "Section",
+    "SecuritySection",
+    "SimulatedDevice",
+    "WorkerSection",
+    "load_config",
+    "variables",
+]
 
 _SHORT_VARIABLES: dict[str, KeyPath] = {"TARS_STATE_DIR": ("node", "state_dir")}
 """Variables with a short name; the long one wins where both are set."""
@@ -592,7 +168,8 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, Key
         if variable.startswith(sections) and variable not in known:
             raise ConfigError(f"environment variable {variable}: no such key.{_nearest(variable, known)}")
     for variable, key in known.items():
-        if variable in environment:
+        # Compose files hand over unset variables as empty ones; an empty array is written as [].
+        if environment.get(variable, "").strip():
             yield variable, key, parse_variable(environment[variable], kinds[key])
 
 

@@ -1,0 +1,159 @@
+"""Listen addresses, exposure, secrets and the words of [[deploy]]."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from tars.config_schema import Config, DeploySection, ExpectedDevice, ListenAddress, NodeSection, SecuritySection
+from tars.core.types import Bytes, Deployment, KvType
+from tars.errors import ConfigError
+from tars.messages.node import DeployParams
+
+KEY = "0123456789abcdef"
+
+
+@pytest.mark.parametrize(
+    ("text", "host", "port", "loopback"),
+    [
+        ("127.0.0.1:8000", "127.0.0.1", 8000, True),
+        ("127.8.9.1:0", "127.8.9.1", 0, True),
+        ("localhost:65535", "localhost", 65535, True),
+        ("[::1]:8000", "::1", 8000, True),
+        ("[::]:8000", "::", 8000, False),
+        ("[fe80::1%eth0]:1", "fe80::1%eth0", 1, False),
+        ("0.0.0.0:8000", "0.0.0.0", 8000, False),
+        ("192.168.1.5:8000", "192.168.1.5", 8000, False),
+        ("pc1.tail.net:8000", "pc1.tail.net", 8000, False),
+        ("localhost.example.org:1", "localhost.example.org", 1, False),
+    ],
+)
+def test_a_listen_address_is_read_and_written_back(text: str, host: str, port: int, loopback: bool) -> None:
+    address = ListenAddress.parse(text)
+    assert (address.host, address.port, address.is_loopback) == (host, port, loopback)
+    assert str(address) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "8000",
+        ":8000",
+        "127.0.0.1",
+        "127.0.0.1:",
+        "a:b",
+        "a:65536",
+        "a:-1",
+        "a:٣",
+        "::1:8000",
+        "[nonsense]:1",
+        "http://a:1",
+        "a b:1",
+        "[::1:1",
+    ],
+)
+def test_a_wrong_listen_address_is_refused_with_the_right_form(text: str) -> None:
+    with pytest.raises(ValidationError, match=r"127\.0\.0\.1:8000|\[::1\]:8000"):
+        NodeSection(listen=text)
+
+
+def test_listening_beyond_loopback_without_a_key_is_refused_with_lines_that_fix_it(tmp_path: Path) -> None:
+    open_node = NodeSection(listen="0.0.0.0:8000")
+    with pytest.raises(ConfigError) as caught:
+        Config(node=open_node).check_exposure(tmp_path / "node.toml")
+    message = caught.value.message
+    assert '[[security.api_key]]\n    name = "me"' in message
+    assert 'listen = "127.0.0.1:8000"' in message
+    assert "node.toml" in message
+    # The command that it names makes a key that is accepted.
+    command = message.partition("make one: python3 -c '")[2].partition("'")[0]
+    made = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout.strip()
+    secured = SecuritySection.model_validate({"api_key": [{"name": "me", "key": made}]})
+    Config(node=open_node, security=secured).check_exposure()
+
+
+def test_loopback_needs_no_key() -> None:
+    for listen in ("127.0.0.1:8000", "localhost:1", "[::1]:2"):
+        Config(node=NodeSection(listen=listen)).check_exposure()
+
+
+def test_a_key_is_never_printed() -> None:
+    config = Config(security=SecuritySection.model_validate({"api_key": [f"ops:{KEY}"]}))
+    assert config.security.api_key[0].key.get_secret_value() == KEY
+    for shown in (repr(config), str(config), str(config.redacted()), config.model_dump_json()):
+        assert KEY not in shown
+    assert config.redacted()["security"]["api_key"] == [{"name": "ops", "key": "***"}]
+
+
+@pytest.mark.parametrize("key", ["", "short", "fifteen-chars-x", "0123456789abcde\n", "пароль-пароль-пароль"])
+def test_a_weak_or_unsendable_key_is_refused_without_showing_it(key: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        SecuritySection.model_validate({"api_key": [{"name": "ops", "key": key}]})
+    assert not key or all(key not in str(error["msg"]) for error in caught.value.errors())
+
+
+def test_a_wildcard_origin_is_refused() -> None:
+    with pytest.raises(ValidationError, match="compared exactly"):
+        SecuritySection.model_validate({"allowed_origins": ["*"]})
+
+
+def test_a_configuration_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        Config().node.name = "other"  # type: ignore[misc]  # that it is frozen is the point
+
+
+def test_a_deploy_table_becomes_a_deployment() -> None:
+    table = DeploySection(
+        model="m", replicas=2, context=2048, slots=3, kv_type="q8_0", variant="Q8_0", device="cpu", priority=4
+    )
+    assert table.to_deployment() == Deployment("m", 2, 2048, 3, KvType.Q8_0, "Q8_0", "cpu", 4)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"replicas": 0},
+        {"replicas": 65},
+        {"replicas": True},
+        {"context": 63},
+        {"context": 1_048_577},
+        {"slots": 0},
+        {"slots": 257},
+        {"kv_type": "f8"},
+        {"replicas": 64, "context": 64, "slots": 256, "kv_type": "q4_0"},
+    ],
+)
+def test_a_deploy_table_has_the_rules_of_models_deploy(fields: dict[str, object]) -> None:
+    def accepts(model: type[DeploySection] | type[DeployParams]) -> bool:
+        try:
+            model.model_validate({"model": "m", **fields})
+        except ValidationError:
+            return False
+        return True
+
+    assert accepts(DeploySection) == accepts(DeployParams)
+
+
+def test_the_demo_models_are_left_out_as_soon_as_something_is_deployed() -> None:
+    assert Config().demo_models
+    deployed = Config(deploy=(DeploySection(model="m"),))
+    assert not deployed.demo_models
+    assert deployed.deployments == (Deployment("m"),)
+    assert Config.model_validate({"deploy": [{"model": "m"}], "demo": {"models": True}}).demo_models
+
+
+def test_a_model_deployed_twice_is_refused_with_the_number_of_replicas_to_write() -> None:
+    with pytest.raises(ValidationError, match="replicas = 2"):
+        Config.model_validate({"deploy": [{"model": "m"}, {"model": "m"}]})
+
+
+def test_an_expected_device_is_free_unless_the_file_says_otherwise() -> None:
+    assert ExpectedDevice(name="x", memory_mib=1000).memory_free == Bytes.mib(1000)
+    assert ExpectedDevice(name="x", memory_mib=1000, memory_free_mib=900).memory_free == Bytes.mib(900)
+    assert ExpectedDevice(name="x", memory_mib=1000, compute_capability="12.0").capability == (12, 0)
+    with pytest.raises(ValidationError, match="more than memory_mib"):
+        ExpectedDevice(name="x", memory_mib=1000, memory_free_mib=1001)
