@@ -166,7 +166,7 @@ class Node:
             middlewares=[access_middleware(access, refuse, PUBLIC_PATHS)],
         )
         dispatcher = add_rpc_routes(application, self.service, options)
-        add_web_routes(application, self.service, options)
+        add_web_routes(application, self.service, options, admission=dispatcher.admission)
         address = self._config.node.address
         return await listen(application, address.host, address.port, access, shutdown_seconds=CLOSE_SECONDS)
 

@@ -9,23 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import itertools
 import logging
-import re
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from time import monotonic
 from typing import Any, Protocol, cast
 
 from jsonrpcserver.async_dispatcher import call as run_element
 from jsonrpcserver.request import Request
 from jsonrpcserver.result import Error, Success
 
-from tars.core.types import Deadline
-from tars.errors import Cancelled, DeadlineExceeded, InternalError, MethodNotFound, Overloaded, TarsError
+from tars.errors import Cancelled, InternalError, MethodNotFound, TarsError
 from tars.messages.base import CallContext, Message
+from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.envelope import BadElement, Call, Element, encode_error, encode_result
 from tars.rpc.method_table import METHODS, MethodSpec
 from tars.rpc.options import RpcOptions
@@ -44,11 +40,6 @@ Handler = Immediate | Waiting | Streaming
 Emit = Callable[[MethodSpec, Message], Awaitable[None]]
 """Takes one delta of a streamed call to the caller; a `TarsError` out of it ends the call."""
 
-_OPERATORS_RESERVE = 16
-"""Calls that are not inference and may still start when `max_concurrent_calls` is reached: a full node must answer its operator."""
-_RETRY_AFTER_MS = 1000
-"""A place is free again within about one short answer."""
-_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _NAME_SHOWN = 64
 """How much of an unknown method's name is said back."""
 
@@ -106,29 +97,25 @@ class Dispatcher:
         log: CallLog,
         options: RpcOptions,
         methods: Mapping[str, MethodSpec] = METHODS,
+        admission: Admission | None = None,
     ) -> None:
         if handlers.keys() != methods.keys():
             raise ValueError(f"handlers and method table differ: {sorted(handlers.keys() ^ methods.keys())}")
         self._options = options
         self._log = log
-        self._active = 0
-        # 64 random bits of this process and a count: as unique as 128 random ones, at a tenth of the price.
-        self._trace_prefix = secrets.token_hex(8)
-        self._trace_count = itertools.count(1)
+        self.admission = admission or Admission(options)
+        """The node's places; the other faces share them."""
         self._specs = methods
         self._methods = {name: self._bound(methods[name], handler) for name, handler in handlers.items()}
 
-    def new_trace_id(self) -> str:
-        """32 hexadecimal digits, as W3C trace context wants them."""
-        return f"{self._trace_prefix}{next(self._trace_count):016x}"
-
     def refusal(self, error: TarsError) -> bytes:
         """The answer to a body of which nothing could be run: its id is null."""
-        return encode_error(None, error.to_json(node=self._log.node_id, trace_id=self.new_trace_id()))
+        return encode_error(None, error.to_json(node=self._log.node_id, trace_id=self.admission.new_trace_id()))
 
     async def answer(self, element: Element, arrival: Arrival = LOCAL, emit: Emit | None = None) -> bytes | None:
         """One element's answer; None for a notification. `emit` gets the deltas of a method that streams, else they are dropped."""
-        trace_id = _trace_id_of(element, arrival) or self.new_trace_id()
+        given = (element.meta.traceparent if isinstance(element, Call) else None) or arrival.traceparent
+        trace_id = trace_id_of(given) or self.admission.new_trace_id()
         if isinstance(element, BadElement):
             return None if element.notification else self._error(element.id, element.error, trace_id)
         name = element.method
@@ -187,52 +174,31 @@ class Dispatcher:
                 return self._failed(running, error)
             except Exception:
                 logger.exception("%s failed with a fault of ours (trace %s)", spec.name, running.trace_id)
-                return self._failed(running, _internal_error())
+                return self._failed(running, internal_error())
             return Success(result)
 
         return guarded
 
     async def _within_bounds(self, running: _Running, handler: Waiting | Streaming, params: Message) -> object:
         """Takes a place among the concurrent calls and holds the work to its deadline."""
-        most = self._options.max_concurrent_calls + (0 if running.spec.is_inference else _OPERATORS_RESERVE)
-        if self._active >= most:
-            raise Overloaded(
-                f"This node already runs {self._active} calls, its limit, so the call was not started. Send it again a little "
-                "later, to another node, or raise limits.max_concurrent_calls.",
-                retry_after_ms=_RETRY_AFTER_MS,
-                details={"limit": self._options.max_concurrent_calls},
+        meta, arrival = running.call.meta, running.arrival
+        given = [ms for ms in (meta.timeout_ms, arrival.timeout_ms) if ms is not None]
+        async with self.admission.within_bounds(
+            min(given, default=None), inference=running.spec.is_inference
+        ) as deadline:
+            context = CallContext(
+                deadline,
+                running.trace_id,
+                running.spec.name,
+                meta.idempotency_key,
+                meta.hops,
+                arrival.caller,
+                arrival.face,
             )
-        seconds = self._budget_ms(running) / 1000
-        meta = running.call.meta
-        context = CallContext(
-            Deadline(monotonic() + seconds),
-            running.trace_id,
-            running.spec.name,
-            meta.idempotency_key,
-            meta.hops,
-            running.arrival.caller,
-            running.arrival.face,
-        )
-        self._active += 1
-        try:
-            async with asyncio.timeout(seconds) as limit:
-                work = handler(params, context)
-                if running.spec.streams:
-                    return await _consume(running, cast(AsyncIterator[Any], work))
-                return await cast(Awaitable[object], work)
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded(
-                f"The call did not end within its {seconds:g} s, so the work was stopped. Give it more with _meta.timeout_ms, or "
-                "ask for less."
-            ) from None
-        finally:
-            self._active -= 1
-
-    def _budget_ms(self, running: _Running) -> int:
-        given = [ms for ms in (running.call.meta.timeout_ms, running.arrival.timeout_ms) if ms is not None]
-        return min(given, default=self._options.default_timeout_ms)
+            work = handler(params, context)
+            if running.spec.streams:
+                return await _consume(running, cast(AsyncIterator[Any], work))
+            return await cast(Awaitable[object], work)
 
     # --- answers ------------------------------------------------------------------------------------------------------
 
@@ -268,20 +234,3 @@ async def _consume(running: _Running, stream: AsyncIterator[Any]) -> object:
             else:
                 result = item
     return result
-
-
-def _trace_id_of(element: Element, arrival: Arrival) -> str | None:
-    """The trace that the caller is in; a malformed `traceparent` starts a new one, as W3C trace context asks."""
-    given = (element.meta.traceparent if isinstance(element, Call) else None) or arrival.traceparent
-    if given is None:
-        return None
-    match = _TRACEPARENT.fullmatch(given)
-    if match is None or match[1] == "ff" or not int(match[2], 16) or not int(match[3], 16):
-        return None
-    return match[2]
-
-
-def _internal_error() -> InternalError:
-    return InternalError(
-        "The node met a fault of its own; the call may or may not have had an effect. Report it with the trace id."
-    )

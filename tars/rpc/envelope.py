@@ -59,19 +59,7 @@ Element = Call | BadElement
 
 def decode(body: bytes, limits: EnvelopeLimits) -> Element | list[Element]:
     """The call, or the batch's calls in order. Raises `ParseError`, `InvalidRequest` (an empty batch) or `LimitExceeded`."""
-    size = len(body)
-    if size > limits.max_body_bytes:
-        raise too_large(limits.max_body_bytes, size)
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as fault:
-        if "depth limit" in str(fault):
-            raise _too_deep(limits.max_depth) from None
-        raise ParseError(
-            "Parse error: the body is not JSON in UTF-8 (RFC 8259; no NaN, no lone surrogates, no byte order mark), so nothing "
-            "was run. Correct it and send it again.",
-            details={"line": fault.lineno, "column": fault.colno},
-        ) from None
+    value = _load(body, limits)
     if type(value) is list:
         if not value:
             raise InvalidRequest("Invalid Request: the batch is empty, so there is nothing to answer. Put calls in it.")
@@ -81,12 +69,17 @@ def decode(body: bytes, limits: EnvelopeLimits) -> Element | list[Element]:
                 "several batches.",
                 details={"limit": limits.max_batch, "actual": len(value), "bound": "batch_length"},
             )
-    # Every container costs two bytes and every string two quotes, so a small body cannot break either bound: no walk for it.
-    if size > 2 * limits.max_depth or size > limits.max_string_bytes:
-        _check_bounds(body, value, limits)
+    _check_bounds(body, value, limits)
     if type(value) is list:
         return [_element(one) for one in value]
     return _element(value)
+
+
+def load_json(body: bytes, limits: EnvelopeLimits) -> Any:
+    """Any JSON within the bounds, for a face whose bodies are no calls. Raises `ParseError` or `LimitExceeded`."""
+    value = _load(body, limits)
+    _check_bounds(body, value, limits)
+    return value
 
 
 def encode_result(request_id: RequestId, result: object) -> bytes:
@@ -176,9 +169,30 @@ def _too_deep(limit: int) -> LimitExceeded:
     )
 
 
+def _load(body: bytes, limits: EnvelopeLimits) -> Any:
+    size = len(body)
+    if size > limits.max_body_bytes:
+        raise too_large(limits.max_body_bytes, size)
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as fault:
+        if "depth limit" in str(fault):
+            raise _too_deep(limits.max_depth) from None
+        raise ParseError(
+            "Parse error: the body is not JSON in UTF-8 (RFC 8259; no NaN, no lone surrogates, no byte order mark), so nothing "
+            "was run. Correct it and send it again.",
+            details={"line": fault.lineno, "column": fault.colno},
+        ) from None
+    return value
+
+
 def _check_bounds(body: bytes, value: object, limits: EnvelopeLimits) -> None:
     """Walks level by level, containers only; strings only where the body is long enough to hold a too long one."""
-    check_strings = len(body) > limits.max_string_bytes
+    size = len(body)
+    # Every container costs two bytes and every string two quotes, so a small body cannot break either bound: no walk for it.
+    if size <= 2 * limits.max_depth and size <= limits.max_string_bytes:
+        return
+    check_strings = size > limits.max_string_bytes
     if not check_strings and body.count(b"{") + body.count(b"[") <= limits.max_depth:
         return
     level: list[Any] = [value]

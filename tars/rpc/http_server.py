@@ -86,9 +86,9 @@ def rpc_handler(dispatcher: Dispatcher, options: RpcOptions) -> Callable[[web.Re
     async def handle(request: web.Request) -> web.StreamResponse:
         headers = request.headers
         try:
-            body = await _read_body(request, limits.max_body_bytes)
+            body = await read_body(request, limits.max_body_bytes)
             decoded = decode(body, limits)
-            arrival = _arrival(request)
+            arrival = arrival_of(request)
         except TarsError as error:
             response = error_response(dispatcher, error)
             if not request.content.at_eof():
@@ -134,7 +134,7 @@ def _only_post(dispatcher: Dispatcher) -> Callable[[web.Request], Awaitable[web.
     return refuse
 
 
-async def _read_body(request: web.Request, limit: int) -> bytes:
+async def read_body(request: web.Request, limit: int) -> bytes:
     """The body, decompressed, at most `limit` bytes: reading stops there, whatever Content-Length promised. Raises `TarsError`."""
     content = request.content
     read = bytearray()
@@ -156,7 +156,8 @@ async def _read_body(request: web.Request, limit: int) -> bytes:
     return bytes(read)
 
 
-def _arrival(request: web.Request) -> Arrival:
+def arrival_of(request: web.Request) -> Arrival:
+    """Who sent it, with how much time and in which trace, as the headers say. Raises `InvalidRequest`."""
     headers = request.headers
     caller = request.get(CALLER, "local")
     timeout = headers.get(_TIMEOUT_HEADER)

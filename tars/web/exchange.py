@@ -10,37 +10,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import re
-import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
-from time import monotonic
 from typing import Any, TypeVar, cast
 
 import orjson
 from aiohttp import hdrs, web
 from pydantic import ValidationError
 
-from tars.core.types import Deadline
-from tars.errors import (
-    Cancelled,
-    DeadlineExceeded,
-    InternalError,
-    InvalidParams,
-    LimitExceeded,
-    Overloaded,
-    ParseError,
-    TarsError,
-)
+from tars.errors import Cancelled, InvalidParams, TarsError
 from tars.messages.base import CallContext, Message
-from tars.rpc.access import CALLER
+from tars.rpc.admission import Admission, internal_error, trace_id_of
+from tars.rpc.envelope import load_json
+from tars.rpc.http_server import arrival_of, read_body
 from tars.rpc.options import RpcOptions
 from tars.rpc.validation import faults
 from tars.serving.service import NodeService
 
 log = logging.getLogger(__name__)
 
-TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 OPENAI_TIMEOUT_HEADER = "X-Stainless-Read-Timeout"
 """The official OpenAI clients say here for how many seconds they wait for the next byte."""
 IDEMPOTENCY_HEADER = "Idempotency-Key"
@@ -56,11 +44,8 @@ SSE_HEADERS = {
 
 MAX_TIMEOUT_MS = 86_400_000
 """A day, as `_meta.timeout_ms` is bounded."""
-_RETRY_AFTER_MS = 1000
-"""A place is free again within about one short answer."""
 _MAX_IDEMPOTENCY_KEY = 200
 """The bound of `_meta.idempotency_key`."""
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 _MAX_FAULTS = 10
 """As `rpc.validation`: a caller mends a call by its first faults."""
 
@@ -74,14 +59,16 @@ BoundsT = TypeVar("BoundsT")
 
 
 class Face:
-    """One face: its name in logs, how it says an error, and the bound on its calls under way."""
+    """One face: its name in logs, how it says an error, and the places that it shares with the others."""
 
-    def __init__(self, name: str, service: NodeService, options: RpcOptions, error_body: ErrorBody):
+    def __init__(
+        self, name: str, service: NodeService, options: RpcOptions, admission: Admission, error_body: ErrorBody
+    ):
         self.name = name
         self.service = service
         self.options = options
+        self.admission = admission
         self._error_body = error_body
-        self.active = 0
 
     def call(self, method: str, handler: Callable[[Exchange], Awaitable[web.StreamResponse]]) -> AiohttpHandler:
         """An aiohttp handler that counts each request as one call of `method`."""
@@ -128,7 +115,11 @@ class Face:
             response = await handler(exchange)
         except TarsError as error:
             exchange.error = error
-            return self.error_response(error, exchange.trace_id)
+            refused = self.error_response(error, exchange.trace_id)
+            if not exchange.request.content.at_eof():
+                # What was not read must not be taken for the next request.
+                refused.force_close()
+            return refused
         except web.HTTPException:
             raise
         except Exception:
@@ -151,7 +142,7 @@ class Exchange:
         self.request = request
         self.method = method
         """May be set until the call is counted: /inference knows it only from the body."""
-        self.trace_id = _trace_id(request.headers.get("traceparent")) or secrets.token_hex(16)
+        self.trace_id = trace_id_of(request.headers.get("traceparent")) or face.admission.new_trace_id()
         self.error: TarsError | None = None
         self._counted = False
 
@@ -162,15 +153,19 @@ class Exchange:
 
     async def json(self) -> Json:
         """The body, a JSON object. Raises `ParseError`, `LimitExceeded` or `InvalidParams`."""
-        return parse_object(await self._body(), self.face.options)
+        limits = self.face.options.envelope
+        value = load_json(await read_body(self.request, limits.max_body_bytes), limits)
+        if not isinstance(value, dict):
+            raise InvalidParams("The body must be a JSON object; nothing was run.")
+        return value
 
     async def message(self, model: type[ModelT]) -> ModelT:
         """The body as `model`. Raises as `json` does, and `InvalidParams` with every fault and its place."""
         return validated(model, await self.json())
 
-    async def whole(self, work: Callable[[CallContext], Awaitable[ResultT]], timeout_ms: int | None = None) -> ResultT:
+    async def whole(self, work: Callable[[CallContext], Awaitable[ResultT]]) -> ResultT:
         """The result of `work`, within the node's bounds and the call's deadline."""
-        async with self._within_bounds(timeout_ms, streams=False) as call:
+        async with self._within_bounds(streams=False) as call:
             return await work(call)
 
     async def stream(
@@ -181,7 +176,7 @@ class Exchange:
         The headers wait for the first frame, so that an error before it has its real status; a later one is sent as `error_frame`, and
         ends the stream. When the caller goes away the frames are closed, which stops the work.
         """
-        return await self._send(self._within_bounds(None, streams=True), frames, error_frame)
+        return await self._send(self._within_bounds(streams=True), frames, error_frame)
 
     async def watch(
         self, frames: AsyncGenerator[bytes, None], error_frame: Callable[[TarsError], bytes]
@@ -230,68 +225,30 @@ class Exchange:
         return response
 
     @asynccontextmanager
-    async def _within_bounds(self, timeout_ms: int | None, *, streams: bool) -> AsyncIterator[CallContext]:
-        """Takes a place among the face's calls and holds the work to its deadline."""
-        options = self.face.options
-        if self.face.active >= options.max_concurrent_calls:
-            raise Overloaded(
-                f"This node already runs {self.face.active} calls, its limit, so the call was not started. Send it again a little "
-                "later, or raise limits.max_concurrent_calls.",
-                retry_after_ms=_RETRY_AFTER_MS,
-                details={"limit": options.max_concurrent_calls},
-            )
-        seconds = self._budget_ms(timeout_ms, streams=streams) / 1000
-        call = CallContext(
-            deadline=Deadline(monotonic() + seconds),
-            trace_id=self.trace_id,
-            method=self.method,
-            idempotency_key=self._idempotency_key(),
-            caller=self.request.get(CALLER, "local"),
-            face=self.face.name,
-        )
-        self.count()
-        self.face.active += 1
-        try:
-            async with asyncio.timeout(seconds) as limit:
-                yield call
-        except TimeoutError:
-            if not limit.expired():
-                raise
-            raise DeadlineExceeded(
-                f"The call did not end within its {seconds:g} s, so the work was stopped. Give it more with the header "
-                f"{TIMEOUT_HEADER}, or ask for less."
-            ) from None
-        finally:
-            self.face.active -= 1
-
-    def _budget_ms(self, timeout_ms: int | None, *, streams: bool) -> int:
-        options = self.face.options
-        given = [] if timeout_ms is None else [timeout_ms]
-        headers = self.request.headers
-        if (said := _milliseconds(headers.get(TIMEOUT_HEADER), 1)) is not None:
-            given.append(said)
+    async def _within_bounds(self, *, streams: bool) -> AsyncIterator[CallContext]:
+        """Takes a place among the node's calls and holds the work to its deadline."""
+        arrival = arrival_of(self.request)
+        idempotency_key = self._idempotency_key()
+        given = [] if arrival.timeout_ms is None else [arrival.timeout_ms]
         # It bounds the wait for the next byte, so it says nothing of how long a stream may take in all.
-        if not streams and (said := _milliseconds(headers.get(OPENAI_TIMEOUT_HEADER), 1000)) is not None:
-            given.append(said)
-        return min(*given, MAX_TIMEOUT_MS) if given else options.default_timeout_ms
+        if not streams and (patience_ms := _patience_ms(self.request.headers.get(OPENAI_TIMEOUT_HEADER))) is not None:
+            given.append(patience_ms)
+        self.count()
+        async with self.face.admission.within_bounds(min(given, default=None)) as deadline:
+            yield CallContext(
+                deadline=deadline,
+                trace_id=self.trace_id,
+                method=self.method,
+                idempotency_key=idempotency_key,
+                caller=arrival.caller,
+                face=self.face.name,
+            )
 
     def _idempotency_key(self) -> str | None:
         key = self.request.headers.get(IDEMPOTENCY_HEADER)
         if key is not None and not 1 <= len(key) <= _MAX_IDEMPOTENCY_KEY:
             raise InvalidParams(f"{IDEMPOTENCY_HEADER} needs 1 to {_MAX_IDEMPOTENCY_KEY} characters; nothing was run.")
         return key
-
-    async def _body(self) -> bytes:
-        limit = self.face.options.envelope.max_body_bytes
-        declared = self.request.content_length
-        if declared is not None and declared > limit:
-            raise _too_large(limit, declared)
-        body = bytearray()
-        async for chunk in self.request.content.iter_any():
-            body += chunk
-            if len(body) > limit:
-                raise _too_large(limit, None)
-        return bytes(body)
 
 
 def validated(model: type[ModelT], value: Json) -> ModelT:
@@ -354,37 +311,9 @@ async def closing(stream: AsyncIterator[ResultT]) -> AsyncGenerator[ResultT, Non
             yield item
 
 
-def parse_object(body: bytes, options: RpcOptions) -> Json:
-    """A JSON object within the bounds of `options.envelope`."""
-    try:
-        value = orjson.loads(body)
-    except orjson.JSONDecodeError as fault:
-        raise ParseError(
-            "The body is not JSON in UTF-8, so nothing was run. Correct it and send it again.",
-            details={"line": fault.lineno, "column": fault.colno},
-        ) from None
-    if not isinstance(value, dict):
-        raise InvalidParams("The body must be a JSON object; nothing was run.")
-    return value
-
-
-def internal_error() -> InternalError:
-    """What a caller hears of a bug of ours."""
-    return InternalError(
-        "The node met a fault of its own; the call may or may not have had an effect. Report it with the trace id."
-    )
-
-
 def caller_left() -> Cancelled:
     """For the count of calls: nobody is left to read it."""
     return Cancelled("The caller went away before the answer was complete; the work was stopped.")
-
-
-def _too_large(limit: int, actual: int | None) -> LimitExceeded:
-    return LimitExceeded(
-        f"The body is larger than the {limit:,} bytes that are taken, so nothing was run. Send less at once.",
-        details={"limit": limit, "actual": actual},
-    )
 
 
 def _fields(value: object) -> object:
@@ -393,15 +322,10 @@ def _fields(value: object) -> object:
     raise TypeError
 
 
-def _milliseconds(text: str | None, scale: float) -> int | None:
-    """A header's positive number times `scale`; None where it is not one (a header of ours that is no number is refused by nobody)."""
+def _patience_ms(seconds: str | None) -> int | None:
+    """For how long an OpenAI client waits, in ms; None where it does not say so in a number."""
     try:
-        value = float(text) if text is not None else math.nan
+        value = float(seconds) if seconds is not None else math.nan
     except ValueError:
         return None
-    return max(1, int(value * scale)) if 0 < value < math.inf else None
-
-
-def _trace_id(traceparent: str | None) -> str | None:
-    match = _TRACEPARENT.fullmatch(traceparent) if traceparent else None
-    return match[1] if match else None
+    return min(max(1, int(value * 1000)), MAX_TIMEOUT_MS) if 0 < value < math.inf else None

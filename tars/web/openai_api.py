@@ -18,6 +18,7 @@ from tars.errors import InternalError, MethodNotFound, TarsError, UnknownModel
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatResult, CompleteParams, CompleteResult, Delta, Usage
 from tars.messages.node import ModelDescription
+from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
 from tars.web.exchange import Exchange, Face, closing, event, json_response, translated, validated
@@ -37,14 +38,14 @@ DONE = b"data: [DONE]\n\n"
 PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 
-def openai_face(service: NodeService, options: RpcOptions) -> Face:
+def openai_face(service: NodeService, options: RpcOptions, admission: Admission) -> Face:
     """The face that answers in OpenAI's shapes."""
-    return Face("openai", service, options, lambda error, node, trace_id: error_body(error, trace_id))
+    return Face("openai", service, options, admission, lambda error, node, trace_id: error_body(error, trace_id))
 
 
-def add_openai_routes(app: web.Application, service: NodeService, options: RpcOptions) -> None:
+def add_openai_routes(app: web.Application, service: NodeService, options: RpcOptions, admission: Admission) -> None:
     """Serve the API under /v1."""
-    face = openai_face(service, options)
+    face = openai_face(service, options, admission)
     api = OpenAIApi(service)
     app.add_routes(
         [

@@ -13,6 +13,7 @@ from aiohttp import hdrs, web
 from tars.errors import InternalError, InvalidParams, TarsError
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatParams, ChatResult, CompleteParams, CompleteResult, Delta, EmbedParams
+from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
 from tars.web import metrics
@@ -22,9 +23,9 @@ LIVE: dict[str, str] = {hdrs.CACHE_CONTROL: "no-store"}
 """What says how the node is now must never come out of a cache."""
 
 
-def rest_face(service: NodeService, options: RpcOptions) -> Face:
+def rest_face(service: NodeService, options: RpcOptions, admission: Admission) -> Face:
     """The face that answers in JSON-RPC's shapes, without its envelope."""
-    return Face("rest", service, options, error_body)
+    return Face("rest", service, options, admission, error_body)
 
 
 def error_body(error: TarsError, node: str, trace_id: str) -> Json:
@@ -32,9 +33,9 @@ def error_body(error: TarsError, node: str, trace_id: str) -> Json:
     return {"error": error.to_json(node=node, trace_id=trace_id)}
 
 
-def add_rest_routes(app: web.Application, service: NodeService, options: RpcOptions) -> None:
+def add_rest_routes(app: web.Application, service: NodeService, options: RpcOptions, admission: Admission) -> None:
     """Serve the facade."""
-    face = rest_face(service, options)
+    face = rest_face(service, options, admission)
     rest = RestFacade(service)
     app.add_routes(
         [

@@ -11,6 +11,7 @@ import secrets
 from aiohttp import web
 
 from tars.errors import TarsError
+from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
 from tars.web import status_page
@@ -26,12 +27,22 @@ PUBLIC_PATHS = status_page.PUBLIC_PATHS | {"/health"}
 
 
 def add_web_routes(
-    app: web.Application, service: NodeService, options: RpcOptions, *, feed: StatusFeed | None = None
+    app: web.Application,
+    service: NodeService,
+    options: RpcOptions,
+    *,
+    admission: Admission | None = None,
+    feed: StatusFeed | None = None,
 ) -> None:
-    """Serve the OpenAI API, the REST facade, the metrics and the status page. `feed` is given by tests that want a faster page."""
-    add_openai_routes(app, service, options)
-    add_rest_routes(app, service, options)
-    status_page.add_status_page(app, service, options, feed)
+    """Serve the OpenAI API, the REST facade, the metrics and the status page.
+
+    `admission` is `Dispatcher.admission`, so that the bound on calls under way is one for all faces; `feed` is given by tests that
+    want a faster page.
+    """
+    admission = admission or Admission(options)
+    add_openai_routes(app, service, options, admission)
+    add_rest_routes(app, service, options, admission)
+    status_page.add_status_page(app, service, options, admission, feed)
 
 
 def render_refusal(request: web.Request, error: TarsError, *, node: str = "") -> web.Response:

@@ -13,6 +13,7 @@ from importlib.resources import files
 
 from aiohttp import hdrs, web
 
+from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
 from tars.web.exchange import Exchange, event
@@ -49,7 +50,11 @@ HEARTBEAT = b": the node could not be described this time\n\n"
 
 
 def add_status_page(
-    app: web.Application, service: NodeService, options: RpcOptions, feed: StatusFeed | None = None
+    app: web.Application,
+    service: NodeService,
+    options: RpcOptions,
+    admission: Admission,
+    feed: StatusFeed | None = None,
 ) -> None:
     """Serve the page, its files and its events; the events end when the application shuts down."""
     feed = feed or StatusFeed(service)
@@ -57,7 +62,7 @@ def add_status_page(
     for name in CONTENT_TYPES:
         if name != "index.html":
             app.router.add_get(f"/static/{name}", _file(name))
-    app.router.add_get("/events", rest_face(service, options).look(_events(feed)))
+    app.router.add_get("/events", rest_face(service, options, admission).look(_events(feed)))
 
     async def close(_: web.Application) -> None:
         await feed.close()

@@ -1,0 +1,90 @@
+"""What every face does with a call before it runs: a place among the calls under way, a deadline, a trace id.
+
+Law of this file: one `Admission` per node, shared by JSON-RPC, OpenAI and REST, so that the bound on calls under way is the node's and not
+a face's. It knows no method and no HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import re
+import secrets
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from time import monotonic
+
+from tars.core.types import Deadline
+from tars.errors import DeadlineExceeded, InternalError, Overloaded
+from tars.rpc.options import RpcOptions
+
+_OPERATORS_RESERVE = 16
+"""Calls that are not inference and may still start when `max_concurrent_calls` is reached: a full node must answer its operator."""
+_RETRY_AFTER_MS = 1000
+"""A place is free again within about one short answer."""
+_TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+
+
+class Admission:
+    """The node's places for calls under way."""
+
+    def __init__(self, options: RpcOptions) -> None:
+        self._options = options
+        self._active = 0
+        # 64 random bits of this process and a count: as unique as 128 random ones, at a tenth of the price.
+        self._trace_prefix = secrets.token_hex(8)
+        self._trace_count = itertools.count(1)
+
+    @property
+    def active(self) -> int:
+        """Calls that hold a place now."""
+        return self._active
+
+    def new_trace_id(self) -> str:
+        """32 hexadecimal digits, as W3C trace context wants them."""
+        return f"{self._trace_prefix}{next(self._trace_count):016x}"
+
+    @asynccontextmanager
+    async def within_bounds(self, timeout_ms: int | None, *, inference: bool = True) -> AsyncIterator[Deadline]:
+        """Holds a place and stops the work at its deadline (`timeout_ms` from now; None is the node's default).
+
+        Raises `Overloaded` where no place is free, `DeadlineExceeded` when the time is over.
+        """
+        most = self._options.max_concurrent_calls + (0 if inference else _OPERATORS_RESERVE)
+        if self._active >= most:
+            raise Overloaded(
+                f"This node already runs {self._active} calls, its limit, so the call was not started. Send it again a little "
+                "later, to another node, or raise limits.max_concurrent_calls.",
+                retry_after_ms=_RETRY_AFTER_MS,
+                details={"limit": self._options.max_concurrent_calls},
+            )
+        seconds = (self._options.default_timeout_ms if timeout_ms is None else timeout_ms) / 1000
+        deadline = Deadline(monotonic() + seconds)
+        self._active += 1
+        try:
+            async with asyncio.timeout(seconds) as limit:
+                yield deadline
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise DeadlineExceeded(
+                f"The call did not end within its {seconds:g} s, so the work was stopped. Give it more with _meta.timeout_ms (over "
+                "HTTP also the header X-Request-Timeout-Ms), or ask for less."
+            ) from None
+        finally:
+            self._active -= 1
+
+
+def trace_id_of(traceparent: str | None) -> str | None:
+    """The trace that the caller is in; a malformed `traceparent` starts a new one, as W3C trace context asks."""
+    match = _TRACEPARENT.fullmatch(traceparent) if traceparent is not None else None
+    if match is None or match[1] == "ff" or not int(match[2], 16) or not int(match[3], 16):
+        return None
+    return match[2]
+
+
+def internal_error() -> InternalError:
+    """What a caller hears of a fault of ours; the log has the rest under the trace id."""
+    return InternalError(
+        "The node met a fault of its own; the call may or may not have had an effect. Report it with the trace id."
+    )
