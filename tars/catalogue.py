@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tars.builtin_models import QUALITY, UNKNOWN_QUALITY, BuiltinModel, builtin_models, ordered
@@ -22,8 +23,33 @@ from tars.model_files import inspect, inspect_folder
 log = logging.getLogger(__name__)
 
 MOST_NAME = 200
+NAMELESS = "model"
+"""For a file whose name has no letter or digit of ASCII."""
 NEAREST = 3
 """Names offered for an unknown one."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What a good file or folder says about its model."""
+
+    kind: ModelKind
+    variant: Variant
+    stem: str
+    """The file's own name as a model's name."""
+    title: str = ""
+    """The name in its metadata, likewise; empty when there is none."""
+    licence: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Problem:
+    """Why an entry's file cannot be used, and how to look again once it has changed."""
+
+    error: ModelError
+    attach: Callable[[], object]
+    place: Callable[[], Path | None]
+    state: object
 
 
 class Catalogue:
@@ -34,8 +60,7 @@ class Catalogue:
         self._names: dict[str, str] = {}
         """Lower-case name or alias -> entry's name."""
         self._paths: dict[tuple[str, str], Path] = {}
-        self._problems: dict[str, Callable[[], object]] = {}
-        """Name of an entry whose file cannot be used -> how to look again, which raises the reason."""
+        self._problems: dict[str, _Problem] = {}
 
     @classmethod
     def load(cls, builtin: bool = True, extra: Iterable[ModelSource] = ()) -> Catalogue:
@@ -59,7 +84,7 @@ class Catalogue:
         """The entry of this name or alias (in any case).
 
         Raises `UnknownModel` with the nearest names; `BadModelFile` or `ModelFileMissing` for a configured model whose file cannot be used:
-        it is looked at again on each call, so that a corrected file needs no restart.
+        it is looked at again once it has changed, so that a corrected file needs no restart.
         """
         entry = self.find(name)
         if entry is None:
@@ -89,36 +114,8 @@ class Catalogue:
         file cannot be or a name that is taken by another model.
         """
         path = Path(path).expanduser().absolute()
-        wanted = None if kind is None else _kind(kind)
-        if path.is_dir():
-            if wanted is ModelKind.CHAT:
-                raise ConfigError(
-                    "the model's path is a folder, which only an embedding model is; a chat model is one .gguf file"
-                )
-            folder = inspect_folder(path)
-            found = wanted or (ModelKind.RERANK if folder.reranker else ModelKind.EMBEDDING)
-            variant = Variant("fp32", folder.shape, QUALITY["FP32"], local=True)
-            return self._place(path, found, variant, name, _slug(path.name), None, "", aliases, description)
-        if wanted not in (None, ModelKind.CHAT):
-            raise ConfigError(
-                f"the model's path is a file, but its kind is {wanted}: such a model is a sentence-transformers folder"
-            )
-        file = inspect(path)
-        quantisation = file.header.quantisation
-        variant = Variant(
-            quantisation, file.shape, QUALITY.get(quantisation.upper(), UNKNOWN_QUALITY), file=path.name, local=True
-        )
-        return self._place(
-            path,
-            ModelKind.CHAT,
-            variant,
-            name,
-            _slug(path.stem),
-            _slug(file.header.name),
-            file.header.licence,
-            aliases,
-            description,
-        )
+        found = _look_into(path, None if kind is None else _kind(kind))
+        return self._place(path, found, name, tuple(aliases), description)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -137,7 +134,7 @@ class Catalogue:
                 )
             self.add_file(path, entry.name, entry.kind)
 
-        self._try(entry.name, attach)
+        self._try(entry.name, attach, place)
 
     def _add_source(self, source: ModelSource) -> None:
         # A kind that nobody wrote is left to the file.
@@ -148,62 +145,58 @@ class Catalogue:
             assumed = kind or (ModelKind.EMBEDDING if path.is_dir() else ModelKind.CHAT)
             entry = self._register(ModelEntry(name, assumed, (), tuple(source.aliases), source.description))
         elif kind is not None and kind is not entry.kind:
-            raise ConfigError(
-                f"the model {entry.name!r} is of kind {entry.kind}, not {kind}; give this file another name"
-            )
+            raise _other_kind(entry, kind)
         else:
             self._add_aliases(entry.name, source.aliases)
 
         def attach() -> None:
             self.add_file(path, entry.name, kind, description=source.description)
 
-        self._try(entry.name, attach)
+        self._try(entry.name, attach, lambda: path)
 
-    def _try(self, name: str, attach: Callable[[], object]) -> None:
+    def _try(self, name: str, attach: Callable[[], object], place: Callable[[], Path | None]) -> None:
+        state = _state(place())
         try:
             attach()
         except ModelError as error:
             log.warning("the model %s cannot be served now: %s", name, error.message)
             # A model that has another good file is served from that one.
             if not any(self.path_of(self.entries[name], variant) for variant in self.entries[name].variants):
-                self._problems[name] = attach
+                self._problems[name] = _Problem(error, attach, place, state)
 
     def _look_again(self, name: str) -> None:
-        try:
-            self._problems[name]()
-        except ModelFileMissing:
-            # Known by its counts, it can still be planned for; whoever needs the file asks `path_of`.
-            if not self.entries[name].variants:
-                raise
-        else:
-            self._problems.pop(name, None)
+        """Attach the file now if it has changed since it was found bad; else raise what was wrong with it."""
+        problem = self._problems[name]
+        if _state(problem.place()) != problem.state:
+            del self._problems[name]
+            self._try(name, problem.attach, problem.place)
+            if name not in self._problems:
+                return
+        error = self._problems[name].error
+        # Known by its counts, a model can still be planned for; whoever needs its file asks `path_of`.
+        if not (isinstance(error, ModelFileMissing) and self.entries[name].variants):
+            # A new one each time: an exception that is raised again and again gathers tracebacks.
+            raise type(error)(error.message, details=error.details)
 
     def _place(
-        self,
-        path: Path,
-        kind: ModelKind,
-        variant: Variant,
-        name: str | None,
-        stem: str,
-        title: str | None,
-        licence: str,
-        aliases: Iterable[str],
-        description: str,
+        self, path: Path, found: _Found, name: str | None, aliases: tuple[str, ...], description: str
     ) -> ModelEntry:
         """Put a file that was found good under its name."""
+        variant = found.variant
         entry = self.find(name) if name else self._same_file(path, variant)
         if entry is None:
-            chosen = name or self._free_name(title, stem)
-            more = (stem,) if not name and stem != chosen and stem not in self._names else ()
-            entry = self._register(ModelEntry(chosen, kind, (), (*aliases, *more), description or f"From {path.name}."))
+            chosen = name or self._free_name(found)
+            if not name and found.stem != chosen and found.stem not in self._names:
+                aliases = (*aliases, found.stem)
+            entry = self._register(
+                ModelEntry(chosen, found.kind, (), aliases, description or "A model file of this PC.")
+            )
         else:
             if not entry.variants:
                 # Registered by its name alone: only its file could say that it ranks and does not embed.
-                entry = self.entries[entry.name] = replace(entry, kind=kind)
-            if entry.kind is not kind:
-                raise ConfigError(
-                    f"the model {entry.name!r} is of kind {entry.kind}, not {kind}; give this file another name"
-                )
+                entry = self.entries[entry.name] = replace(entry, kind=found.kind)
+            if entry.kind is not found.kind:
+                raise _other_kind(entry, found.kind)
             _check_same_model(entry, variant)
             self._add_aliases(entry.name, aliases)
             entry = self.entries[entry.name]
@@ -215,7 +208,7 @@ class Catalogue:
             entry,
             variants=ordered([*others, variant]),
             description=entry.description or description,
-            licence=entry.licence or licence,
+            licence=entry.licence or found.licence,
         )
         self.entries[entry.name] = entry
         self._paths[entry.name, variant.name] = path
@@ -223,22 +216,22 @@ class Catalogue:
         return entry
 
     def _same_file(self, path: Path, variant: Variant) -> ModelEntry | None:
-        """The entry that has this path already, or that knows a file of this name and these counts."""
+        """The entry that has this path already, or the built-in one that knows a file of this name and these counts."""
         for (name, _), known in self._paths.items():
             if known == path:
                 return self.entries[name]
         for entry in self.entries.values():
             for each in entry.variants:
-                if each.file == path.name and _counts_of(each.shape) == _counts_of(variant.shape):
+                if each.repo and each.file == path.name and _counts_of(each.shape) == _counts_of(variant.shape):
                     return entry
         return None
 
-    def _free_name(self, title: str | None, stem: str) -> str:
-        for name in (title, stem):
+    def _free_name(self, found: _Found) -> str:
+        for name in (found.title, found.stem):
             if name and name not in self._names:
                 return name
         raise ConfigError(
-            f"another model is called {stem!r} already; give this file a name of its own in a [[model]] table (name, path)"
+            f"another model is called {found.stem!r} already; give this file a name of its own in a [[model]] table (name, path)"
         )
 
     def _register(self, entry: ModelEntry) -> ModelEntry:
@@ -275,6 +268,54 @@ class Catalogue:
         return UnknownModel(
             f"There is no model {shown!r} here.{hint}", details={"known": sorted(self.entries), "nearest": nearest}
         )
+
+
+def _look_into(path: Path, wanted: ModelKind | None) -> _Found:
+    """Inspect a file or a folder; see `Catalogue.add_file` for what is raised."""
+    is_folder = path.is_dir() or (wanted not in (None, ModelKind.CHAT) and not path.exists())
+    if is_folder:
+        if wanted is ModelKind.CHAT:
+            raise ConfigError(
+                "the model's path is a folder, which only an embedding model is; a chat model is one .gguf file"
+            )
+        folder = inspect_folder(path)
+        return _Found(
+            kind=wanted or (ModelKind.RERANK if folder.reranker else ModelKind.EMBEDDING),
+            variant=Variant("fp32", folder.shape, QUALITY["FP32"], local=True),
+            stem=_slug(path.name) or NAMELESS,
+        )
+    if wanted not in (None, ModelKind.CHAT):
+        raise ConfigError(
+            f"the model's path is no folder, but its kind is {wanted}: such a model is a sentence-transformers folder"
+        )
+    file = inspect(path)
+    quantisation = file.header.quantisation
+    quality = QUALITY.get(quantisation.upper(), UNKNOWN_QUALITY)
+    return _Found(
+        kind=ModelKind.CHAT,
+        variant=Variant(quantisation, file.shape, quality, file=path.name, local=True),
+        stem=_slug(path.stem) or NAMELESS,
+        title=_slug(file.header.name),
+        licence=file.header.licence,
+    )
+
+
+def _state(path: Path | None) -> object:
+    """Something that changes when the file, or a file in the folder, does; None when there is nothing."""
+    if path is None:
+        return None
+    try:
+        if path.is_dir():
+            with os.scandir(path) as rows:
+                return sorted((row.name, row.stat().st_size, row.stat().st_mtime_ns) for row in rows)
+        found = path.stat()
+    except (OSError, ValueError):
+        return None
+    return (found.st_size, found.st_mtime_ns)
+
+
+def _other_kind(entry: ModelEntry, kind: ModelKind) -> ConfigError:
+    return ConfigError(f"the model {entry.name!r} is of kind {entry.kind}, not {kind}; give this file another name")
 
 
 def _counts_of(shape: ModelShape) -> tuple[object, ...]:
