@@ -7,7 +7,9 @@ A load that was measured replaces the sum (`MemoryEstimate.measured`); that is t
 
 from __future__ import annotations
 
-from tars.core.tuning import MICRO_BATCH_CUDA, card_flash_attention
+from dataclasses import replace
+
+from tars.core.tuning import settings_for
 from tars.core.types import (
     Bytes,
     DeviceKind,
@@ -171,9 +173,14 @@ def estimate_replica(
 ) -> MemoryEstimate:
     """What the planner counts for one replica with these settings on this device.
 
-    A simulated card is counted as the card that it stands for (all layers on it, a CUDA context, flash attention as its compute capability
-    has it), although the CPU computes: so a plan of a fleet that is not there is the plan that the real cards would get.
+    A simulated card is counted as the card that it stands for, with that card's settings, although the CPU computes: so a plan of a fleet
+    that is not there is the plan that the real cards would get. Where the card shares the host's RAM, what "stays on the host" counts too.
     """
+    if device.simulated and device.kind is DeviceKind.CUDA:
+        device = replace(device, simulated=False)
+        settings = settings_for(
+            device, kind, shape, context=settings.context, slots=settings.slots, kv_type=settings.kv_type
+        )
     if kind is not ModelKind.CHAT:
         return estimate_encoder(
             shape,
@@ -182,14 +189,15 @@ def estimate_replica(
             precision=settings.precision,
             device_kind=device.kind,
         )
-    pretended = device.simulated and device.kind is DeviceKind.CUDA
+    if device.unified_memory:
+        shape = replace(shape, host_bytes=Bytes(0))
     return estimate(
         shape,
         context=settings.context,
         slots=settings.slots,
         kv_type=settings.kv_type,
-        micro_batch=MICRO_BATCH_CUDA if pretended else settings.micro_batch,
-        flash_attention=settings.flash_attention or (pretended and card_flash_attention(device)),
+        micro_batch=settings.micro_batch,
+        flash_attention=settings.flash_attention,
         device_kind=device.kind,
-        gpu_layers=-1 if pretended else settings.gpu_layers,
+        gpu_layers=settings.gpu_layers,
     )

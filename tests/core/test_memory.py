@@ -193,11 +193,17 @@ def test_a_replica_is_estimated_with_its_own_settings():
 
 def test_a_simulated_card_is_counted_as_the_card_it_stands_for():
     real, simulated = device(), device(simulated=True)
-    for kind, shape in ((ModelKind.CHAT, MISTRAL), (ModelKind.CHAT, LLAMA_2)):
+    for kind, shape in ((ModelKind.CHAT, MISTRAL), (ModelKind.CHAT, LLAMA_2), (ModelKind.EMBEDDING, MINILM)):
         settings = settings_for(simulated, kind, shape, context=4096)
         assert settings.gpu_layers == 0
         expected = estimate_replica(real, kind, shape, settings_for(real, kind, shape, context=4096))
         assert estimate_replica(simulated, kind, shape, settings) == expected
+
+
+def test_a_board_that_shares_the_hosts_memory_holds_the_embedding_table_too():
+    board = device(unified_memory=True)
+    settings = settings_for(board, ModelKind.CHAT, MISTRAL, context=4096)
+    assert estimate_replica(board, ModelKind.CHAT, MISTRAL, settings).weights == MISTRAL.tensor_bytes
 
 
 def test_an_embedding_replica_is_an_encoder():
