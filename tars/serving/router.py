@@ -78,25 +78,26 @@ class Router:
         self._seconds: dict[ReplicaId, float] = {}
 
     def resolve(self, name: str | None, kind: ModelKind) -> ServedModel:
-        """The deployed model that `name` (or an alias) means; None means the only one of its kind.
+        """The deployed model that `name` (or an alias) means; None means the only one of its kind that can answer.
 
         Raises `UnknownModel`, `WrongModelKind` or, where None is ambiguous, `InvalidParams`.
         """
         models = self._fleet.models()
         of_kind = [model for model in models if model.kind is kind]
         if name is None:
-            if len(of_kind) == 1:
-                return of_kind[0]
+            usable = [model for model in of_kind if model.unavailable is None] or of_kind
+            if len(usable) == 1:
+                return usable[0]
             if not of_kind:
                 raise UnknownModel(
                     f"no {kind.value} model is deployed here; deploy one with `tars deploy MODEL` "
                     "or start the node with --model FILE",
                     details={"known": [model.name for model in models]},
                 )
-            names = ", ".join(model.name for model in of_kind)
+            names = ", ".join(model.name for model in usable)
             raise InvalidParams(
                 f"several {kind.value} models are served here: {names}; say which one in `model`",
-                details={"known": [model.name for model in of_kind]},
+                details={"known": [model.name for model in usable]},
             )
         for model in models:
             if name == model.name or name in model.aliases:

@@ -201,6 +201,11 @@ def test_no_name_among_several_models_is_refused_with_their_names():
         Router(fleet).resolve(None, ModelKind.CHAT)
 
 
+def test_no_name_means_the_only_model_that_can_answer():
+    fleet = FakeFleet(models=(CHAT, ServedModel("big", ModelKind.CHAT, (), DoesNotFit("too big"))))
+    assert Router(fleet).resolve(None, ModelKind.CHAT) == CHAT
+
+
 def test_no_name_and_no_model_says_how_to_get_one():
     with pytest.raises(UnknownModel, match="tars deploy"):
         Router(FakeFleet(models=())).resolve(None, ModelKind.CHAT)
