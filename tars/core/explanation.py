@@ -31,7 +31,7 @@ def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot]) -> str:
         lines.append(f"{model}: {count} nowhere{' else' if lines else ''}.")
     others = [verdict for verdict in plan.verdicts.get(model, ()) if not verdict.accepted]
     if others:
-        lines.append("Not elsewhere, because:" if lines else f"{model} is not placed:")
+        lines.append("Not elsewhere, because:" if alike else "Device by device:")
         lines += [f"  {_where(verdict, homes)}: {verdict.reason}{_numbers(verdict)}" for verdict in others]
     if refusal is not None and refusal.remedy:
         lines.append(f"What would help: {refusal.remedy}")

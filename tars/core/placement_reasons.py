@@ -197,7 +197,8 @@ def _why_here(standing: Standing, standings: Sequence[Standing], entry: ModelEnt
             return "no GPU has room; small enough to be useful on a CPU"
         return "the only device with room" if len(standings) > 1 else "the only device"
     if not on_cpu and all(each.device.kind is DeviceKind.CPU for each in rivals):
-        return "a GPU answers faster than a CPU"
+        gpus = sum(each.device.kind is not DeviceKind.CPU for each in standings)
+        return "the only GPU with room" if gpus > 1 else "a GPU answers faster than a CPU"
     if entry.kind is not ModelKind.CHAT and all(
         each.device.memory_total >= standing.device.memory_total
         for each in rivals
@@ -271,8 +272,9 @@ def _remedy(standings: Sequence[Standing], entry: ModelEntry, deployment: Deploy
     if found:
         text = "; or ".join(found)
         return f"{text[:1].upper()}{text[1:]}."
-    least = min(usable, key=lambda each: each.smallest.need)
-    largest = max(usable, key=lambda each: each.device.capacity)
+    cards = [each for each in usable if each.device.kind is not DeviceKind.CPU] or usable
+    least = min(cards, key=lambda each: each.smallest.need)
+    largest = max(cards, key=lambda each: each.device.capacity)
     return (
         f"No device here is large enough: it needs {least.smallest.need} ({least.smallest.variant.name}) and {largest.place} "
         f"offers {largest.device.capacity}, the most. Add a larger card, or choose a smaller model."

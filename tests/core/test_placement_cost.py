@@ -1,0 +1,84 @@
+"""What one replica costs on one device, and whether it may go there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from fleets import MODELS, cpu, gpu, node
+
+from tars.core.placement_cost import MeasuredKey, barred, cost_on, pinned_to, too_slow, wanted_variants
+from tars.core.types import Bytes, Deployment, DeviceId, KvType
+
+PHI3 = MODELS["phi-3-mini"]
+
+
+def test_a_deployments_context_slots_and_kv_type_decide_the_cost() -> None:
+    variant = wanted_variants(PHI3, Deployment("phi-3-mini", variant="Q4_K_M"))[0]
+    base = Deployment("phi-3-mini", context=2048)
+
+    def kv(deployment: Deployment) -> int:
+        return cost_on(gpu("a"), PHI3, variant, deployment, {}).memory.kv_cache
+
+    # Field notes: 384 KiB a token.
+    assert kv(base) == 2048 * 384 * 1024
+    assert kv(replace(base, slots=10)) == 10 * kv(base)
+    assert kv(replace(base, kv_type=KvType.Q8_0)) * 64 == kv(base) * 34
+
+
+def test_a_measurement_counts_only_for_the_same_load() -> None:
+    deployment = Deployment("phi-3-mini", context=2048, variant="Q4_K_M")
+    variant = wanted_variants(PHI3, deployment)[0]
+    cost = cost_on(gpu("a"), PHI3, variant, deployment, {})
+    key = MeasuredKey(DeviceId("a/gpu-0"), f"phi-3-mini:Q4_K_M:{int(cost.memory.weights)}", 2048, 1, KvType.F16)
+    measured = {key: Bytes.gib(2)}
+    assert cost_on(gpu("a"), PHI3, variant, deployment, measured).need == Bytes.gib(2)
+    for other in (replace(deployment, slots=2), replace(deployment, context=1024)):
+        assert cost_on(gpu("a"), PHI3, variant, other, measured).memory.measured is None
+    assert cost_on(gpu("b"), PHI3, variant, deployment, measured).memory.measured is None
+
+
+def test_variants_come_best_first_and_only_the_pinned_one_if_one_is() -> None:
+    assert [each.name for each in wanted_variants(PHI3, Deployment("phi-3-mini"))] == ["Q8_0", "Q4_K_M"]
+    assert [each.name for each in wanted_variants(PHI3, Deployment("phi-3-mini", variant="q4_k_m"))] == ["Q4_K_M"]
+    assert wanted_variants(PHI3, Deployment("phi-3-mini", variant="Q2_K")) == ()
+
+
+@pytest.mark.parametrize(
+    ("pin", "meant"),
+    [
+        ("pc1/gpu-0", True),
+        ("gpu-0", True),
+        ("NVIDIA GeForce RTX 3060", True),
+        ("geforce rtx 3060", True),
+        (" RTX 3060 ", True),
+        ("3060", False),
+        ("cpu", False),
+        ("", False),
+    ],
+)
+def test_a_pin_means_a_device_by_its_whole_id_or_name(pin: str, meant: bool) -> None:
+    device = replace(gpu("pc1"), name="NVIDIA GeForce RTX 3060")
+    assert pinned_to(device, pin) is meant
+
+
+def test_cpu_means_the_processor() -> None:
+    assert pinned_to(cpu("a"), "cpu")
+    assert not pinned_to(gpu("a"), "cpu")
+
+
+def test_draining_nodes_and_pins_bar_a_device() -> None:
+    home = node("a", gpu("a"))
+    assert barred(home, gpu("a"), Deployment("phi-2")) is None
+    assert barred(replace(home, draining=True), gpu("a"), Deployment("phi-2")) == "a is draining"
+    assert barred(home, gpu("a"), Deployment("phi-2", device="cpu")) == "pinned to cpu"
+
+
+def test_only_large_chat_models_that_nobody_pinned_are_too_slow_for_a_cpu() -> None:
+    large, small = MODELS["deepseek-33b"], MODELS["qwen-0.5b"]
+    assert too_slow(cpu("a"), large, large.variants[0], Deployment("x"))
+    assert not too_slow(cpu("a"), large, large.variants[0], Deployment("x", device="cpu"))
+    assert not too_slow(gpu("a"), large, large.variants[0], Deployment("x"))
+    assert not too_slow(cpu("a"), small, small.variants[0], Deployment("x"))
+    encoder = replace(large, kind=MODELS["minilm"].kind)
+    assert not too_slow(cpu("a"), encoder, large.variants[0], Deployment("x"))
