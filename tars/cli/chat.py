@@ -17,7 +17,16 @@ import click
 import orjson
 from rich.console import Console
 
-from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json, report_failure
+from tars.cli.connection import (
+    Connection,
+    Exit,
+    ask,
+    connection_options,
+    pass_connection,
+    print_json,
+    read_standard_input,
+    report_failure,
+)
 from tars.cli.output import chat_footer, plain
 from tars.client import Client, GenerationOptions
 from tars.errors import TarsError
@@ -103,7 +112,7 @@ def chat(
     settings = cast(GenerationOptions, {name: value for name, value in given.items() if value is not None})
     conversation = Conversation(system, settings)
     if question is None and not sys.stdin.isatty():
-        question = sys.stdin.read().strip()
+        question = read_standard_input().strip()
     if question is None:
         if connection.as_json:
             raise click.UsageError("--json needs a question: tars chat --json 'How do I add a second PC?'")

@@ -17,7 +17,17 @@ from rich.live import Live
 
 import tars
 from tars.cli.chat import chat
-from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json, report_failure
+from tars.cli.connection import (
+    Connection,
+    Exit,
+    ask,
+    checked_text,
+    connection_options,
+    pass_connection,
+    print_json,
+    read_standard_input,
+    report_failure,
+)
 from tars.cli.output import deploy_view, embeddings_view, models_view, plain, status_view
 from tars.cli.planning import explain, plan
 from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
@@ -111,7 +121,7 @@ def embed(
     if file is not None and texts:
         raise click.UsageError("give texts or --file, not both")
     if texts == ("-",):
-        texts = tuple(_lines(sys.stdin.read()))
+        texts = tuple(_lines(read_standard_input()))
     elif file is not None:
         try:
             texts = tuple(_lines(file.read()))
@@ -238,10 +248,11 @@ cli.add_command(explain)
 def run(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code; raises nothing. `arguments` None takes the process's."""
     connection = Connection()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        code = cli.main(
-            list(arguments) if arguments is not None else None, prog_name="tars", standalone_mode=False, obj=connection
-        )
+        for argument in arguments:
+            checked_text(argument, "an argument")
+        code = cli.main(arguments, prog_name="tars", standalone_mode=False, obj=connection)
         sys.stdout.flush()
         return int(code or Exit.OK)
     except click.ClickException as error:

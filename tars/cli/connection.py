@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from enum import IntEnum
@@ -152,6 +153,23 @@ def ask(connection: Connection, use: Callable[[Client], Awaitable[Answer]]) -> A
     return asyncio.run(session())
 
 
+def checked_text(text: str, where: str) -> str:
+    """`text`, or wrong usage: bytes that are no UTF-8 arrive as lone surrogates, which JSON cannot carry."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise click.UsageError(f"{where} is not UTF-8 text") from None
+    return text
+
+
+def read_standard_input() -> str:
+    """All of standard input as text; wrong usage where it is none."""
+    try:
+        return checked_text(sys.stdin.read(), "standard input")
+    except UnicodeDecodeError:
+        raise click.UsageError("standard input is not UTF-8 text") from None
+
+
 def print_json(value: BaseModel | dict[str, Any]) -> None:
     """One JSON document on one line of standard output."""
     document = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
@@ -161,28 +179,30 @@ def print_json(value: BaseModel | dict[str, Any]) -> None:
 def report_failure(error: Exception, connection: Connection) -> Exit:
     """Say on standard error what happened and what to do; with `--json` also `{"error": ...}` on standard output. Returns the exit code."""
     console = connection.console(stderr=True)
-    if isinstance(error, NodeNotReachable):
-        if connection.as_json:
-            print_json({"error": error.to_json()})
-        console.print(f"error: no node answers at {plain(connection.url)}.")
-        console.print("Start one with `tars-node`, or name another address with --url or TARS_URL.")
-        return Exit.NOT_REACHABLE
+
+    def say(line: str) -> None:
+        # Not folded: an error is searched for, and pasted.
+        console.print(plain(line), soft_wrap=True)
+
     if isinstance(error, TarsError):
         if connection.as_json:
             print_json({"error": error.to_json()})
-        console.print(f"error: {plain(error.message)}")
+        say(f"error: {error.message}")
         for line in _details(error):
-            console.print(f"  {plain(line)}")
+            say(f"  {line}")
+        if isinstance(error, NodeNotReachable):
+            say("`tars-node` starts a node on this machine; --url or TARS_URL names another address.")
+            return Exit.NOT_REACHABLE
         if error.kind in HINTS:
-            console.print(HINTS[error.kind])
+            say(HINTS[error.kind])
         if error.retryable and error.retry_after_ms:
-            console.print(f"it is worth trying again in {error.retry_after_ms / 1000:.1f} s")
+            say(f"it is worth trying again in {error.retry_after_ms / 1000:.1f} s")
         return Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED
     # What is left is a file that cannot be read, or a bug. Neither shows a traceback; TARS_DEBUG asks for one.
     if isinstance(error, OSError):
-        console.print(f"error: {plain(error.strerror or type(error).__name__)}: {plain(str(error.filename or ''))}")
+        say(f"error: {error.strerror or type(error).__name__}: {error.filename or ''}")
         return Exit.FAILED
-    console.print(
+    say(
         f"error: this is a bug in TARS ({type(error).__name__}); please report it with the output of TARS_DEBUG=1 tars ..."
     )
     return Exit.FAILED

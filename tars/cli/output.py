@@ -38,6 +38,9 @@ SHOWN_VALUES = 6
 SHOWN_PAIRS = 12
 """Texts in the similarity table at most; a 13th column no longer fits 100 columns."""
 
+SHOWN_ERRORS = 5
+"""Recent errors in `tars status`: the newest ones, few enough that the models stay in view."""
+
 STATE_STYLES = {
     "ready": "green",
     "loading": "yellow",
@@ -138,7 +141,7 @@ def status_view(node: NodeDescription) -> Group:
         parts += [Text(), Text("recent errors", style="bold")]
         parts += [
             Text(f"  {plain(error.method)}: {plain(error.error_kind)}: {plain(error.message)} (trace {error.trace_id})")
-            for error in node.recent_errors[-5:]
+            for error in node.recent_errors[:SHOWN_ERRORS]  # newest first
         ]
     return Group(*parts)
 
@@ -207,9 +210,8 @@ def models_view(models: ModelsResult) -> RenderableType:
     table = _table("model", "kind", "state", "replicas", "variants", "file here", "description")
     for model in models.models:
         replicas = f"{model.replicas_ready}/{model.replicas_wanted}" if model.deployed else "-"
-        names = model.name + (f" ({', '.join(model.aliases)})" if model.aliases else "")
         table.add_row(
-            _cell(names),
+            _cell(model.name),
             _cell(model.model_kind),
             _state(model.state),
             _cell(replicas),
@@ -357,7 +359,8 @@ def embeddings_view(result: EmbedResult, texts: Sequence[str]) -> Group:
         rows.add_row(_cell(place), _cell(_short(text) + cut), _cell(f"{shown} ..."))
     parts: list[RenderableType] = [head, rows]
     if 1 < len(vectors) <= SHOWN_PAIRS:
-        pairs = _table("cosine", *(str(place + 1) for place in range(len(vectors))))
+        columns = [str(place + 1) for place in range(len(vectors))]
+        pairs = _table("cosine", *columns, right=columns)
         for place, one in enumerate(vectors):
             pairs.add_row(_cell(place + 1), *(_cell(f"{cosine(one, other):.2f}") for other in vectors))
         parts += [Text(), pairs]

@@ -84,6 +84,18 @@ def test_an_empty_pipe_is_wrong_usage(node: Any, tars: Callable[..., Any], monke
     assert not node.calls
 
 
+@pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+def test_a_pipe_without_text_is_wrong_usage(node: Any, locale: str) -> None:
+    ran = subprocess.run(
+        [*IN_A_PROCESS, "chat", "--url", node.url],
+        input=b"\xff\xfe\x00", capture_output=True, timeout=30, env={**os.environ, "LC_ALL": locale}, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 2
+    assert b"not UTF-8" in ran.stderr
+    assert b"Traceback" not in ran.stderr
+    assert not node.calls
+
+
 def test_an_error_of_the_node_is_told_with_what_to_do(node: Any, tars: Callable[..., Any]) -> None:
     node.answers["inference.chat"] = StillLoading("help-desk is loading (read, 40 %)", retry_after_ms=1500)
     ran = tars("chat", "hello")

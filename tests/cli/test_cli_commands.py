@@ -104,7 +104,7 @@ def test_no_node_is_exit_code_3_and_says_how_to_start_one(
     ran = tars(*command, "--url", f"127.0.0.1:{free_port}")
     assert ran.code == 3
     assert ran.out == ""
-    assert f"no node answers at http://127.0.0.1:{free_port}" in ran.err
+    assert f"No node answers at http://127.0.0.1:{free_port}" in ran.err
     assert "`tars-node`" in ran.err
     assert "Traceback" not in ran.err
 
@@ -163,6 +163,8 @@ def test_an_error_of_the_node_is_exit_code_1(
         ("plan", "--node", "/no/such/file.toml"),
         ("deploy",),
         ("deploy", "m", "--kv-type", "f64"),
+        ("chat", "bytes that are no UTF-8: \udcff"),
+        ("embed", "\udcff"),
     ],
 )
 def test_wrong_usage_is_exit_code_2_and_calls_nothing(

@@ -121,8 +121,9 @@ def test_status_shows_devices_replicas_and_errors(make: SimpleNamespace) -> None
         ],
         recent_errors=[
             RecentError(
-                at=1.0, method="inference.chat", error_kind="unknown_model", message="no such model", trace_id="t9"
+                at=9.0 - n, method="inference.chat", error_kind="unknown_model", message="gone", trace_id=f"t{n}"
             )
+            for n in range(9)
         ],
     )
     text = drawn(output.status_view(node))
@@ -137,7 +138,7 @@ def test_status_shows_devices_replicas_and_errors(make: SimpleNamespace) -> None
     assert "loading: read 40 %" in row(text, "phi-2")
     assert "failed (2 restarts)" in row(text, "broken")
     assert "not a GGUF file" in text
-    assert "t9" in row(text, "unknown_model")
+    assert [f"trace t{n}" in text for n in range(6)] == [True] * 5 + [False]  # newest first
 
 
 def test_status_of_a_node_without_models_says_what_to_do(make: SimpleNamespace) -> None:
@@ -223,8 +224,8 @@ def test_models_show_replicas_ready_of_wanted() -> None:
 
     served = model("a", aliases=["b"], deployed=True, replicas_wanted=2, replicas_ready=1, state="loading", local=True)
     text = drawn(output.models_view(ModelsResult(models=[served, model("c")])))
-    assert row(text, "a (b)").split()[2:5] == ["chat", "loading", "1/2"]
-    assert "Q8_0, Q4_K_M" in row(text, "a (b)")
+    assert row(text, "1/2").split()[:4] == ["a", "chat", "loading", "1/2"]
+    assert "Q8_0, Q4_K_M" in row(text, "1/2")
     assert "available" in row(text, "c ")
     assert "knows no model" in drawn(output.models_view(ModelsResult(models=[])))
 
