@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable
@@ -239,7 +240,7 @@ def _bad(path: Path, message: str) -> BadModelFile:
 def _missing(path: Path) -> ModelFileMissing:
     log.warning("%s: no such model file", path)
     return ModelFileMissing(
-        "The model's file is not on this PC (any more). Put it where the configuration says, or correct the path there."
+        "The model's file is not where it was said to be on this PC. Correct the path, or put the file there."
     )
 
 
@@ -323,11 +324,13 @@ def _modules(path: Path) -> list[dict[str, Any]]:
         rows = json.loads(file.read_bytes())
     except (OSError, ValueError, RecursionError):
         return []
-    # A module's folder stands below the model's: nothing else is read, whatever the file says.
+    # A module's folder stands directly in the model's: nothing else is read, whatever the file says.
     return [
         row
         for row in _list(rows)
-        if isinstance(row, dict) and isinstance(row.get("path"), str) and row["path"] in ("", Path(row["path"]).name)
+        if isinstance(row, dict)
+        and isinstance(row.get("path"), str)
+        and re.fullmatch(r"([A-Za-z0-9_][A-Za-z0-9_.-]*)?", row["path"])
     ]
 
 
@@ -348,7 +351,12 @@ def _safetensors(file: Path) -> tuple[int, int]:
                 continue
             begin, stop = row["data_offsets"]
             size = DTYPE_BYTES[row["dtype"]]
-            if not 0 <= begin <= stop or (stop - begin) % size:
+            if (
+                type(begin) is not int
+                or type(stop) is not int
+                or not 0 <= begin <= stop < 2**62
+                or (stop - begin) % size
+            ):
                 raise ValueError(name)
             parameters += (stop - begin) // size
             end = max(end, stop)
@@ -378,7 +386,7 @@ def _encoder_shape(
     heads = count("num_attention_heads", "n_head", "n_heads")
     positions = count("max_position_embeddings", "n_positions", default=512)
     longest = sentence.get("max_seq_length")
-    architecture = str(config.get("model_type", "bert"))
+    architecture = str(config.get("model_type", "bert"))[:50]
     return ModelShape(
         architecture="nomic-bert" if architecture == "nomic_bert" else architecture,
         layers=count("num_hidden_layers", "n_layer", "n_layers"),

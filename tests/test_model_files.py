@@ -11,6 +11,8 @@ import struct
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from tars import model_files
 from tars.errors import BadModelFile, DiskFull, ModelFileMissing
@@ -210,9 +212,10 @@ def test_the_weights_may_lie_in_the_transformer_modules_folder(folder):
 
 
 def test_nothing_outside_the_folder_is_read(folder):
-    outside = [{"path": "../encoder", "type": "x.Transformer"}, {"path": "/etc", "type": "x.Transformer"}]
-    (folder / "modules.json").write_text(json.dumps(outside))
+    outside = ["..", ".", "../encoder", "/etc", "a/../..", "a\0b", 7, None]
+    (folder / "modules.json").write_text(json.dumps([{"path": path, "type": "x.Transformer"} for path in outside]))
     assert model_files._modules(folder) == []
+    assert inspect_folder(folder).shape.tensor_bytes == 800
 
 
 def test_several_weight_files_are_added_up(folder):
@@ -272,6 +275,39 @@ def test_a_folder_without_weights_or_counts_is_refused(folder):
 def test_damaged_weights_are_refused(folder, content, said):
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(BadModelFile, match=said):
+        inspect_folder(folder)
+
+
+@settings(max_examples=60, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=st.sampled_from(["config.json", "modules.json", "sentence_bert_config.json", "model.safetensors"]),
+    at=st.integers(0, 300),
+    change=st.binary(min_size=1, max_size=12),
+)
+def test_a_mutated_folder_raises_nothing_but_a_bad_model_file(folder, name, at, change):
+    whole = {
+        "config.json": json.dumps(CONFIG).encode(),
+        "modules.json": b'[{"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"}]',
+        "sentence_bert_config.json": b'{"max_seq_length": 256}',
+        "model.safetensors": safetensors({"a": ("F32", 400), "b": ("F16", 200)}),
+    }
+    content = bytearray(whole[name])
+    content[at : at + len(change)] = change
+    for each, good in whole.items():
+        (folder / each).write_bytes(bytes(content) if each == name else good)
+    try:
+        found = inspect_folder(folder)
+    except BadModelFile:
+        return
+    assert found.shape.layers >= 1
+    assert found.shape.tensor_bytes >= 0
+
+
+@pytest.mark.parametrize("offsets", ['["a", "b"]', "[0, 1e300]", "[0, 1, 2]", "[-4, 0]", "[0, 1e9999]", "7", "null"])
+def test_offsets_that_are_no_offsets_are_refused(folder, offsets):
+    header = ('{"a": {"dtype": "F32", "shape": [1], "data_offsets": ' + offsets + "}}").encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
+    with pytest.raises(BadModelFile, match="damaged"):
         inspect_folder(folder)
 
 
