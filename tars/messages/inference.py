@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -76,8 +76,9 @@ class TokenLogprob(Message):
     token: str
     token_id: int
     logprob: float
-    top: list[tuple[str, float]] = Field(
-        default_factory=list, description="[token text, logprob], best first.", strict=False
+    # Not strict on the pairs themselves (a field's own strict=False reaches only the list): JSON has no tuples.
+    top: list[Annotated[tuple[str, float], Field(strict=False)]] = Field(
+        default_factory=list, description="[token text, logprob], best first."
     )
 
 

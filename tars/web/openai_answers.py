@@ -105,7 +105,9 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob] | None) -> Json | None:
         return None
 
     def one(token: str, logprob: float) -> Json:
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode("utf-8", "surrogatepass"))}
+        # Half a character is shown as U+FFFD, and its true bytes are lost: null says so.
+        whole = None if "\ufffd" in token else list(token.encode("utf-8", "surrogatepass"))
+        return {"token": token, "logprob": logprob, "bytes": whole}
 
     return {
         "content": [
@@ -127,7 +129,8 @@ def completion_logprobs(logprobs: Sequence[TokenLogprob] | None, offset: int = 0
     return {
         "tokens": [entry.token for entry in logprobs],
         "token_logprobs": [entry.logprob for entry in logprobs],
-        "top_logprobs": [dict(entry.top) for entry in logprobs],
+        # Two halves of characters look the same here: the likelier one, which comes first, stays.
+        "top_logprobs": [dict(reversed(entry.top)) for entry in logprobs],
         "text_offset": offsets,
     }
 

@@ -15,6 +15,8 @@ function showNotice(text) {
   document.body.classList.toggle("stale", Boolean(text));
 }
 
+byId("node-name").textContent = location.host;
+
 const connection = watchNode({
   description(node) {
     showNotice("");

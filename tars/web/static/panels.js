@@ -56,6 +56,7 @@ function tile(label, extra = null) {
   const element = h("div", { class: "tile" }, h("div", { class: "label" }, label), h("div", { class: "value" }, value, unit), extra);
   return {
     element,
+    name: element.firstElementChild,
     set(number, unitText = "", alarm = false) {
       if (value.data !== number) value.data = number;
       setText(unit, unitText);
@@ -71,8 +72,11 @@ export function showNumbers(node) {
   if (!tiles) {
     const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
     const path = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    const base = document.createElementNS("http://www.w3.org/2000/svg", "path");
+    base.setAttribute("class", "base");
+    base.setAttribute("d", "M0 23L100 23");
     for (const [name, value] of [["class", "spark"], ["viewBox", "0 0 100 26"], ["preserveAspectRatio", "none"], ["aria-hidden", "true"]]) svg.setAttribute(name, value);
-    svg.append(path);
+    svg.append(base, path);
     tiles = { ready: tile("Models ready"), active: tile("Calls now"), total: tile("Calls in all"), failed: tile("Failed"), rate: tile("Last minute", svg), path };
     byId("tiles").append(...["ready", "active", "total", "failed", "rate"].map((name) => tiles[name].element));
   }
@@ -82,6 +86,8 @@ export function showNumbers(node) {
   tiles.total.set(count(node.calls.total));
   const share = node.calls.total ? (node.calls.failed / node.calls.total) * 100 : 0;
   tiles.failed.set(count(node.calls.failed), node.calls.failed ? `${share < 1 ? share.toFixed(1) : Math.round(share)} %` : "");
+  const seen = Math.round((history[history.length - 1][0] - history[0][0]) / 1000);
+  setText(tiles.rate.name, seen < RATE_SECONDS ? `Last ${Math.max(1, seen)} s` : "Last minute");
   tiles.rate.set(count(callsInLastMinute()), "calls");
   tiles.path.setAttribute("d", sparkline());
 }
