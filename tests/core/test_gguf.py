@@ -249,6 +249,10 @@ def test_damaged_metadata_are_refused(value):
     assert refused(file_of([value], pair_count=pairs) + bytes(64))
 
 
+def test_a_text_longer_than_any_real_one_is_refused():
+    assert "claims to be" in refused(file_of([pair("key", STRING, text(bytes(17 * 2**20)))]))
+
+
 @pytest.mark.parametrize(
     "rows",
     [

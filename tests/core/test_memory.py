@@ -124,6 +124,13 @@ def test_without_flash_attention_the_scores_grow_the_compute_buffer():
     assert estimate(MISTRAL, context=4096).compute < without / 2
 
 
+def test_on_a_cpu_every_slot_has_its_row_of_logits():
+    def compute(slots):
+        return estimate(MISTRAL, context=1024, slots=slots, device_kind=DeviceKind.CPU, flash_attention=False).compute
+
+    assert compute(9) - compute(1) == 8 * 4 * 32000
+
+
 def test_layers_that_stay_on_the_host_are_not_counted_on_the_card():
     full = estimate(MISTRAL, context=4096)
     half = estimate(MISTRAL, context=4096, gpu_layers=16)

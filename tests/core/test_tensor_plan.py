@@ -73,8 +73,8 @@ TABLE = [
 def test_a_real_file_comes_out_of_its_counts(row):
     shape = planned_shape(row.counts, row.quantisation)
     if row.card_mib is not None:
-        # The aim is 1 %; the rules give 0.1 %, and a wrong rule (one layer's type) would show above that.
-        assert (shape.tensor_bytes - shape.host_bytes) / 2**20 == pytest.approx(row.card_mib, rel=0.001)
+        # The aim is 1 %; the rules are exact, and the table is rounded to MiB: one tensor of another type shows.
+        assert (shape.tensor_bytes - shape.host_bytes) / 2**20 == pytest.approx(row.card_mib, abs=0.6)
     if row.file_bytes is not None:
         assert shape.file_bytes == pytest.approx(row.file_bytes, rel=0.002)
     assert kv_bytes_per_token(shape) == row.kv_kib * 1024
