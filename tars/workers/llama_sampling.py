@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,11 +32,19 @@ CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
 PENALTY_WINDOW = 64
 """Tokens that the penalties look back on, the prompt's end included: llama.cpp's default."""
 
-NESTING_MOST = 200
-"""Brackets within brackets in a grammar: llama.cpp parses them by recursion."""
+REPETITION_MOST = 1_000
+"""Largest repeat count in a schema: half of llama.cpp's own bound. The converter writes each one out: a billion would eat the memory."""
 
-GRAMMAR_MOST = 1_048_576
-"""Characters of a grammar made from a JSON schema."""
+NESTING_MOST = 2 * REPETITION_MOST
+"""Brackets within brackets: llama.cpp parses them by recursion, and the converter nests one level per optional repetition."""
+
+GRAMMAR_MOST = 262_144
+"""Characters of a grammar, made from a JSON schema or given (`GenerationParams.grammar` has the same bound)."""
+
+REPETITION_KEYS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
+
+QUANTIFIER = re.compile(r"\{[\s,]*(\d+)[\s,]*(\d*)[\s]*\}")
+"""`{3}`, `{3,}`, `{,3}`, `{3,5}` in a regular expression."""
 
 LOGPROB_LEAST = -9999.0
 """What stands for minus infinity, as in OpenAI's API: JSON has no infinities."""
@@ -210,15 +219,9 @@ def _has_surrogate(text: str) -> bool:
 
 
 def _from_schema(schema: dict[str, Any]) -> str:
+    check_schema(schema)
     try:
-        encoded = json.dumps(schema)
-        if '"$ref": "http' in encoded:
-            raise BadGrammar(
-                "The JSON schema refers to another address; TARS fetches nothing. Put the parts under `$defs`."
-            )
-        text = str(json_schema_to_gbnf(encoded))
-    except BadGrammar:
-        raise
+        text = str(json_schema_to_gbnf(json.dumps(schema)))
     except Exception:  # noqa: BLE001  # a converter written for honest schemas throws anything (KeyError, AssertionError, RecursionError)
         raise BadGrammar(
             "The JSON schema cannot be turned into a grammar. Supported: type, properties, required, items, enum, const, anyOf, oneOf, "
@@ -227,6 +230,32 @@ def _from_schema(schema: dict[str, Any]) -> str:
     if len(text) > GRAMMAR_MOST:
         raise BadGrammar(f"The JSON schema makes a grammar of more than {GRAMMAR_MOST} characters. Make it smaller.")
     return text
+
+
+def check_schema(schema: Any) -> None:
+    """Raise `BadGrammar` for what would make the converter fetch something, or write out a repetition without end."""
+    left = [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, list):
+            left += part
+        if not isinstance(part, dict):
+            continue
+        left += part.values()
+        reference = part.get("$ref")
+        if isinstance(reference, str) and not reference.startswith("#"):
+            raise BadGrammar(
+                "The JSON schema refers to another document; TARS fetches nothing. Put the parts under `$defs`."
+            )
+        counts = [part[key] for key in REPETITION_KEYS & part.keys()]
+        pattern = part.get("pattern")
+        if isinstance(pattern, str):
+            # Nine digits are more than the bound already: no integer of megabytes is made.
+            counts += [int(text[:9]) for pair in QUANTIFIER.findall(pattern) for text in pair if text]
+        if any(isinstance(count, int | float) and count > REPETITION_MOST for count in counts):
+            raise BadGrammar(
+                f"The JSON schema repeats something more than {REPETITION_MOST} times, which grammars cannot. Lower it."
+            )
 
 
 def token_logprob(model: Model, logits: Logits, token: int, alternatives: int) -> TokenLogprob:
