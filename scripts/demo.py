@@ -24,7 +24,7 @@ from tars.cli.chat import answer
 from tars.cli.connection import Connection
 from tars.cli.output import cosine, plain
 from tars.cli.waiting import wait_until_ready
-from tars.client import Client
+from tars.client import Client, GenerationOptions
 from tars.core.types import Bytes
 from tars.errors import TarsError
 from tars.messages.inference import ChatMessage
@@ -40,6 +40,9 @@ SENTENCES = (
     "My cat sleeps on the radiator",
 )
 """Two that mean the same in other words, and one that does not."""
+
+MOST_TOKENS = 200
+"""The help desk's answers have a few dozen tokens and end by themselves; a demo must end in any case."""
 
 LOAD_SECONDS = 300.0
 """Both demo models load in seconds; the first import of torch from a cold, slow disk has taken a minute and more."""
@@ -164,9 +167,8 @@ async def chat_once(client: Client, console: Console) -> None:
     """Ask `QUESTION`, showing the answer as it streams."""
     console.print(Text.assemble(("\ninference.chat   ", "bold"), QUESTION))
     question = [ChatMessage(role="user", content=QUESTION)]
-    result = await answer(
-        client, question, {"temperature": 0.0}, lambda text: console.out(plain(text), end="", highlight=False)
-    )
+    settings: GenerationOptions = {"temperature": 0.0, "max_tokens": MOST_TOKENS}
+    result = await answer(client, question, settings, lambda text: console.out(plain(text), end="", highlight=False))
     console.print()
     if not result.message.content.strip():
         raise TarsError("the chat model answered nothing")
