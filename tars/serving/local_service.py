@@ -282,10 +282,14 @@ class LocalNodeService:
 
     async def remove(self, model: str) -> RemoveResult:
         """Unloading goes on after the answer."""
-        entry = self._coordinator.catalogue.resolve(model)
-        removed = self._coordinator.deployments.remove(entry.name)
+        # Not `resolve`: a model whose file is bad, or that left the configuration, must still be removable.
+        entry = self._coordinator.catalogue.find(model)
+        name = model if entry is None else entry.name
+        removed = self._coordinator.deployments.remove(name)
+        if entry is None and not removed:
+            self._coordinator.catalogue.resolve(model)
         self._coordinator.wake()
-        return RemoveResult(model=entry.name, removed=removed)
+        return RemoveResult(model=name, removed=removed)
 
     # --- inference ---------------------------------------------------------------------------------------------------
 

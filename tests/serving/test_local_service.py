@@ -104,6 +104,12 @@ async def test_removing_a_model_twice_says_that_it_was_gone(bench, service):
         await service.remove("no-such-model")
 
 
+async def test_a_saved_wish_for_a_model_that_the_catalogue_lost_can_be_removed(bench, service):
+    bench.deployments.deploy(Deployment("was-in-the-configuration"))
+    assert (await service.remove("was-in-the-configuration")).removed
+    assert bench.deployments.wanted() == ()
+
+
 async def test_describe_shows_device_replica_and_errors(bench, service):
     await service.deploy(DeployParams(model="tiny"))
     await bench.coordinator.reconcile()
