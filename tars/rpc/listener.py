@@ -19,6 +19,9 @@ _KEEPALIVE_SECONDS = 75.0
 """Longer than the 60 s after which common proxies drop an idle connection, so that they close first and no call meets a closing one."""
 _BACKLOG = 1024
 """Connections that wait to be accepted: a burst of 256 callers must not be refused by the kernel."""
+_LINGERING_SECONDS = 2.0
+"""How long the rest of a refused body is read and thrown away, so that its sender meets the refusal and not a reset. aiohttp's 10 s
+would let a compression bomb keep the processor busy for as long."""
 _SHUTDOWN_SECONDS = 5.0
 """How long running answers may still take after `close`; the node has drained before it calls that."""
 
@@ -54,6 +57,7 @@ async def listen(
         handler_cancellation=True,
         access_log=None,
         keepalive_timeout=_KEEPALIVE_SECONDS,
+        lingering_time=_LINGERING_SECONDS,
         shutdown_timeout=shutdown_seconds,
         handle_signals=False,
     )
