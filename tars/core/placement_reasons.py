@@ -288,20 +288,30 @@ def _smaller_wishes(usable: Sequence[Standing], entry: ModelEntry, deployment: D
         spot = _fits_where(usable, entry, changed, replaces_all=replaces_all)
         if spot is not None:
             found = True
-            yield f"set {text}: fits on {spot[0].place} ({spot[1].need} of {spot[2]} free)"
+            yield f"set {text}: {_spot(spot)}"
     if found or entry.kind is not ModelKind.CHAT:
         return
+    smallest = min(entry.variants, key=lambda each: each.shape.tensor_bytes).name
     for context in _contexts(usable, deployment):
         for kv_type in (KvType.Q8_0, KvType.Q4_0):
-            changed = replace(deployment, context=context, kv_type=kv_type, variant=None, slots=1)
+            changed = replace(
+                deployment,
+                context=context,
+                kv_type=kv_type,
+                slots=1,
+                variant=None if deployment.variant is None else smallest,
+            )
             spot = _fits_where(usable, entry, changed, replaces_all=False)
             if spot is not None:
-                slots = " and slots = 1" if deployment.slots > 1 else ""
-                yield (
-                    f'set context = {context} with kv_type = "{kv_type}"{slots}: fits on {spot[0].place} '
-                    f"as {spot[1].variant.name} ({spot[1].need} of {spot[2]} free)"
-                )
+                slots = ", slots = 1" if deployment.slots > 1 else ""
+                variant = f', variant = "{smallest}"' if changed.variant != deployment.variant else ""
+                yield f'set context = {context}, kv_type = "{kv_type}"{slots}{variant}: {_spot(spot)}'
                 return
+
+
+def _spot(spot: tuple[Standing, Cost, Bytes]) -> str:
+    standing, cost, free = spot
+    return f"fits on {standing.place} ({cost.need} of {free} free)"
 
 
 def _changes(

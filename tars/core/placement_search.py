@@ -16,6 +16,11 @@ Score = tuple[tuple[int, ...], int, int, int, float, int, int]
 node; chat replicas on GPUs; other replicas on GPUs; quality; embeddings on small cards; load in proportion to the cards."""
 
 
+STEPS_MOST = 500_000
+"""Looks at one device for one replica, about 0.7 us each: 10 devices and 20 replicas get all of 200 orders, 100 and 200 get 25, so that
+a fleet ten times larger than TARS is for is planned in about a second."""
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One variant on one device: bytes needed, and its quality. `variant` is the caller's index."""
@@ -84,10 +89,12 @@ def hash_fraction(*parts: object) -> int:
 
 def search(ground: Ground, wishes: Sequence[Wish], *, orders: int) -> list[Placed]:
     """The best placement found. What is missing from the result fits nowhere beside the rest."""
-    items = [(index, copy) for index, wish in enumerate(wishes) for copy in range(wish.missing)]
+    items = [(index, copy) for index, wish in enumerate(wishes) if any(wish.options) for copy in range(wish.missing)]
+    if not items:
+        return []
     best: list[Placed] = []
     best_score: Score | None = None
-    for number in range(max(2, orders)):
+    for number in range(max(2, min(orders, STEPS_MOST // (len(items) * len(ground.free))))):
         # Two rules a seed: packing tightest places most, the preferences choose well where memory is plenty.
         order = _order(wishes, items, number // 2)
         placed, filling = _fill(ground, wishes, order, tightest=number % 2 == 1)
