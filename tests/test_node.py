@@ -204,7 +204,10 @@ async def test_sigterm_lets_a_running_answer_end(tmp_path):
 async def test_any_gguf_is_served_by_its_path_and_what_does_not_fit_is_refused_with_numbers(tmp_path, tiny_gguf):
     config = tmp_path / "c.toml"
     config.write_text('[devices]\ncpu = false\nnvml = false\n[[devices.simulated]]\nname = "Tiny"\nmemory_mib = 900\n')
-    async with running_node(tmp_path / "s", "--model", tiny_gguf, "--config", config) as node, Client(node.url) as client:
+    async with (
+        running_node(tmp_path / "s", "--model", tiny_gguf, "--config", config) as node,
+        Client(node.url) as client,
+    ):
         await node.ready()
         described = await client.describe()
         (device,) = described.devices
