@@ -198,19 +198,6 @@ class Inventory:
         return (self._reading.reason,) if self._reading.lost and self._reading.reason else ()
 
 
-def cuda_visible_device(device: DeviceSnapshot) -> str | None:
-    """What CUDA_VISIBLE_DEVICES must say so that a worker sees this card and no other; None where it computes on the CPU.
-
-    The uuid, because CUDA numbers cards fastest first and NVML by PCI bus: with two unlike cards the same number is another card.
-    """
-    if device.simulated or device.kind is not DeviceKind.CUDA:
-        return None
-    uuid = device.id.partition("/gpu-")[2]
-    if uuid and not uuid.startswith(("index-", "expected-")):
-        return uuid if uuid.startswith("MIG-") else f"GPU-{uuid}"
-    return None if device.index is None else str(device.index)
-
-
 def _visible(gpus: Sequence[GpuReading], variable: str | None) -> tuple[GpuReading, ...]:
     """The cards that CUDA_VISIBLE_DEVICES leaves: all without it; numbers (PCI order) and uuids or their beginnings, as CUDA reads it."""
     if variable is None:

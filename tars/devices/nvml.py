@@ -25,7 +25,7 @@ UNIFIED_MEMORY_NOTE = "shares the host's memory (NVML reports none of its own)"
 
 @dataclass(frozen=True, slots=True)
 class GpuReading:
-    """One card at one moment. `index` counts in PCI bus order, which is CUDA's only with CUDA_DEVICE_ORDER=PCI_BUS_ID.
+    """One card at one moment. `index` counts in PCI bus order, which is CUDA's own with CUDA_DEVICE_ORDER=PCI_BUS_ID (workers set it).
 
     Memory is None where NVML does not tell; `unified_memory` is True where it says that the card has none of its own.
     `process_memory` maps process ids to bytes, a value of None being 'not told' (WSL2, Windows); None where the list is not told.

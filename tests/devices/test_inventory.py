@@ -12,7 +12,7 @@ from pretend_card import GTX_1660S, RTX_3060
 from tars.config import DeviceCap, DevicesSection, ExpectedDevice, SimulatedDevice
 from tars.core.types import Bytes, DeviceId, DeviceKind, NodeId, Precision
 from tars.devices import cpu
-from tars.devices.inventory import Inventory, cuda_visible_device
+from tars.devices.inventory import Inventory
 from tars.devices.nvml import GpuReading, NvmlReading
 
 NODE = NodeId("n1")
@@ -25,14 +25,13 @@ PRINT_SNAPSHOT = """
 import dataclasses, json, sys
 from tars.config import DevicesSection
 from tars.core.types import Bytes
-from tars.devices.inventory import Inventory, cuda_visible_device
+from tars.devices.inventory import Inventory
 
 settings, held = json.loads(sys.argv[1])
 inventory = Inventory("n1", DevicesSection(**settings))
 devices = inventory.snapshot({id: Bytes(size) for id, size in held.items()})
 print(json.dumps({
     "devices": [dataclasses.asdict(device) | {"capacity": device.capacity} for device in devices],
-    "cuda": [cuda_visible_device(device) for device in devices],
     "processes": inventory.process_memory(),
     "reason": inventory.no_gpu_reason,
     "warnings": inventory.warnings,
@@ -70,7 +69,6 @@ def test_an_rtx_3060_is_advertised_in_full(pretend_nvml):
     assert not gpu["unified_memory"]
     assert gpu["notes"] == []
     assert host["id"] == "n1/cpu"
-    assert found["cuda"] == [RTX_3060, None]
     assert found["processes"] == {gpu["id"]: {"4242": Bytes.mib(128)}}
     assert (found["reason"], found["warnings"]) == (None, [])
 
@@ -103,7 +101,7 @@ def test_a_card_that_tells_nothing_gets_no_model(pretend_nvml):
     assert gpu["capacity"] == 0
     assert gpu["precision"] == "fp32"
     assert any("nothing is placed on it" in note for note in gpu["notes"])
-    assert found["cuda"][0] == "0"
+    assert gpu["index"] == 0
 
 
 def test_a_driver_that_is_not_loaded_leaves_the_cpu_and_a_reason(pretend_nvml):
@@ -136,7 +134,7 @@ def test_what_tars_holds_counts_as_its_own(pretend_nvml):
 )
 def test_cuda_visible_devices_hides_cards_from_tars_too(pretend_nvml, variable, uuids):
     found = snapshot(pretend_nvml.environment("two-cards") | {"CUDA_VISIBLE_DEVICES": variable}, cpu=False)
-    assert found["cuda"] == uuids
+    assert [device["id"] for device in found["devices"]] == [f"n1/gpu-{uuid.removeprefix('GPU-')}" for uuid in uuids]
     assert (found["reason"] is None) == bool(uuids)
     if not uuids:
         assert "CUDA_VISIBLE_DEVICES" in found["reason"]
@@ -244,7 +242,7 @@ def test_cards_come_first_then_simulated_devices_then_the_cpu(host):
     devices = inventory.snapshot({})
     assert [device.id for device in devices] == ["n1/gpu-aa", "n1/sim-0", "n1/cpu"]
     assert [device.simulated for device in devices] == [False, True, False]
-    assert [cuda_visible_device(device) for device in devices] == ["GPU-aa", None, None]
+    assert [device.index for device in devices] == [0, None, None]
 
 
 def test_switched_off_probes_offer_nothing(host):
