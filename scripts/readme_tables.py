@@ -73,9 +73,8 @@ BLOCKS: dict[str, Callable[[], str]] = {"methods": methods, "errors": errors, "l
 def rewritten(readme: str) -> str:
     """`readme` with every generated block as the tree has it now."""
     for name, make in BLOCKS.items():
-        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->\n.*?<!-- /{name} -->"
-        readme, count = re.subn(pattern, lambda _, block=block: block, readme, flags=re.S)
+        block = f"<!-- {name} -->\n{make()}\n<!-- /{name} -->".replace("\\", r"\\")
+        readme, count = re.subn(rf"<!-- {name} -->\n.*?<!-- /{name} -->", block, readme, flags=re.S)
         if count != 1:
             raise SystemExit(f"README.md needs exactly one <!-- {name} --> ... <!-- /{name} --> block, it has {count}")
     return readme

@@ -13,7 +13,9 @@ from collections.abc import Sequence
 from typing import Literal, TextIO
 
 import click
+from rich.console import RenderableType
 from rich.live import Live
+from rich.text import Text
 
 import tars
 from tars.cli.chat import chat
@@ -32,6 +34,7 @@ from tars.cli.output import deploy_view, embeddings_view, models_view, plain, st
 from tars.cli.planning import explain, plan
 from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
 from tars.client import Client
+from tars.errors import PeerUnreachable
 from tars.messages.node import PingResult
 
 WATCH_SECONDS = 1.0
@@ -86,19 +89,28 @@ def status(connection: Connection, watch: bool, wait: bool, wait_timeout: float)
 
 def _watch(connection: Connection) -> int:
     console = connection.console()
+    answered = False
     with contextlib.ExitStack() as stack:
         live = None
         if console.is_terminal and not connection.as_json:
             live = stack.enter_context(Live(console=console, auto_refresh=False))
         while True:
-            # A call per round, each with its own connection: a node that was restarted in between is simply asked again.
-            description = ask(connection, lambda client: client.describe())
-            if connection.as_json:
-                print_json(description)
-            elif live is not None:
-                live.update(status_view(description), refresh=True)
+            try:
+                # Each round has a connection of its own: a node that was restarted in between is simply asked again.
+                description = ask(connection, lambda client: client.describe())
+                answered = True
+            except PeerUnreachable as error:
+                if not answered:
+                    raise
+                shown: RenderableType = Text(f"{plain(error.message)} Still watching.")
             else:
-                console.print(status_view(description))
+                shown = status_view(description)
+                if connection.as_json:
+                    print_json(description)
+            if live is not None:
+                live.update(shown, refresh=True)
+            elif not connection.as_json:
+                console.print(shown)
             sys.stdout.flush()
             time.sleep(WATCH_SECONDS)
 

@@ -197,6 +197,13 @@ def test_the_api_key_travels_in_the_header(
     assert answering.calls[-1][2]["Authorization"] == "Bearer key-from-line"
 
 
+def test_without_a_command_the_help_is_shown(tars: Callable[..., Any]) -> None:
+    ran = tars()
+    assert ran.code == 2
+    assert "Usage: tars" in ran.err
+    assert "Traceback" not in ran.err
+
+
 def test_help_names_every_command_and_the_exit_codes(tars: Callable[..., Any]) -> None:
     ran = tars("--help")
     assert ran.code == 0
@@ -302,6 +309,24 @@ def test_watching_shows_each_state_until_ctrl_c(
     assert ran.code == 130
     counts = [orjson.loads(line)["replicas"][0]["calls_total"] for line in ran.out.splitlines()]
     assert counts == [0, 1]
+
+
+def test_watching_outlasts_a_node_that_goes_away_and_comes_back(
+    answering: Any, tars: Callable[..., Any], make: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states = iter([make.description(name="before"), PeerUnreachable("gone"), make.description(name="after")])
+    answering.answers["node.describe"] = lambda _params: next(states)
+
+    def ctrl_c_after_three(_seconds: float) -> None:
+        if len(answering.calls) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("tars.cli.commands.time.sleep", ctrl_c_after_three)
+    ran = tars("status", "--watch")
+    assert ran.code == 130
+    assert [word for word in ("before", "gone Still watching", "after") if word in ran.out] == [
+        "before", "gone Still watching", "after",
+    ]  # fmt: skip
 
 
 # --- endings ------------------------------------------------------------------------------------------------------------
