@@ -40,7 +40,9 @@ class WholeAnswer(web.Response):
             or self.compression
             or self.chunked
             or self.cookies
+            or super().keep_alive is False
             or not request.keep_alive
+            or request.method == hdrs.METH_HEAD
             or request.version != HttpVersion11
             or not isinstance(request, web.Request)
             or request.app.on_response_prepare
