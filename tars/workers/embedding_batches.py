@@ -14,7 +14,7 @@ PAD_TO = 16
 
 def padded(length: int, most: int) -> int:
     """`length` rounded up to `PAD_TO`, never above `most` (the model's position table ends there)."""
-    return max(1, min(most, -(-length // PAD_TO) * PAD_TO))
+    return min(most, -(-max(1, length) // PAD_TO) * PAD_TO)
 
 
 def next_batch(lengths: Sequence[int], budget: int, most: int) -> list[int]:

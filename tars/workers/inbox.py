@@ -53,8 +53,5 @@ class Inbox:
             if wait:
                 self._condition.wait_for(lambda: self._submissions or self._cancelled or self._closed)
             taken = Taken(self._submissions, self._cancelled, self._closed)
-            if self._submissions:
-                self._submissions = []
-            if self._cancelled:
-                self._cancelled = set()
+            self._submissions, self._cancelled = [], set()
             return taken
