@@ -304,11 +304,9 @@ async def beat(response: web.StreamResponse, seconds: float) -> None:
             await response.write(b": still here\n\n")
 
 
-async def closing(stream: AsyncIterator[ResultT]) -> AsyncGenerator[ResultT, None]:
-    """The same items; the service's stream is closed promptly whatever happens, which is what stops the GPU."""
-    async with aclosing(cast("AsyncGenerator[ResultT, None]", stream)) as items:
-        async for item in items:
-            yield item
+def closing(stream: AsyncIterator[ResultT]) -> AbstractAsyncContextManager[AsyncIterator[ResultT]]:
+    """`async with closing(stream) as items`: the service's stream is closed promptly whatever happens, which is what stops the GPU."""
+    return aclosing(cast("AsyncGenerator[ResultT, None]", stream))
 
 
 def caller_left() -> Cancelled:

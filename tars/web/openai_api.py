@@ -94,9 +94,10 @@ class OpenAIApi:
         if not request.stream:
 
             async def run(call: CallContext) -> ChatResult:
-                async for item in closing(self._service.chat(params, call)):
-                    if isinstance(item, ChatResult):
-                        return item
+                async with closing(self._service.chat(params, call)) as items:
+                    async for item in items:
+                        if isinstance(item, ChatResult):
+                            return item
                 raise _no_result()
 
             return json_response(chat_answer(answer_id, created, await exchange.whole(run)))
@@ -105,14 +106,15 @@ class OpenAIApi:
 
         async def frames(call: CallContext) -> AsyncGenerator[bytes, None]:
             opening = event(chunks.role())
-            async for item in closing(self._service.chat(params, call)):
-                if isinstance(item, Delta):
-                    yield opening + event(chunks.text(item))
-                else:
-                    usage = event(chunks.usage(item.usage)) if request.wants_usage else b""
-                    yield opening + event(chunks.end(item)) + usage + DONE
-                    return
-                opening = b""
+            async with closing(self._service.chat(params, call)) as items:
+                async for item in items:
+                    if isinstance(item, Delta):
+                        yield opening + event(chunks.text(item))
+                    else:
+                        usage = event(chunks.usage(item.usage)) if request.wants_usage else b""
+                        yield opening + event(chunks.end(item)) + usage + DONE
+                        return
+                    opening = b""
             raise _no_result()
 
         return await exchange.stream(frames, _error_frame(exchange))
@@ -138,16 +140,17 @@ class OpenAIApi:
             usages: list[Usage] = []
             for index, params in enumerate(runs):
                 opening = event(chunks.echo(index, params.prompt)) if request.echo else b""
-                async for item in closing(self._service.complete(params, _numbered(call, index, runs))):
-                    if isinstance(item, Delta):
-                        yield opening + event(chunks.text(index, item))
-                        opening = b""
+                async with closing(self._service.complete(params, _numbered(call, index, runs))) as items:
+                    async for item in items:
+                        if isinstance(item, Delta):
+                            yield opening + event(chunks.text(index, item))
+                            opening = b""
+                        else:
+                            usages.append(item.usage)
+                            yield opening + event(chunks.end(index, item))
+                            break
                     else:
-                        usages.append(item.usage)
-                        yield opening + event(chunks.end(index, item))
-                        break
-                else:
-                    raise _no_result()
+                        raise _no_result()
             yield (event(chunks.usage(usages)) if request.wants_usage else b"") + DONE
 
         return await exchange.stream(frames, _error_frame(exchange))
@@ -166,9 +169,10 @@ class OpenAIApi:
         return json_response(embeddings_answer(result))
 
     async def _completed(self, params: CompleteParams, call: CallContext) -> CompleteResult:
-        async for item in closing(self._service.complete(params, call)):
-            if isinstance(item, CompleteResult):
-                return item
+        async with closing(self._service.complete(params, call)) as items:
+            async for item in items:
+                if isinstance(item, CompleteResult):
+                    return item
         raise _no_result()
 
     def _deployed(self) -> list[ModelDescription]:

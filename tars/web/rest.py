@@ -97,25 +97,27 @@ class RestFacade:
 
         def start(call: CallContext) -> AsyncIterator[Delta | ChatResult | CompleteResult]:
             if isinstance(params, ChatParams):
-                return closing(self._service.chat(params, call))
-            return closing(self._service.complete(params, call))
+                return self._service.chat(params, call)
+            return self._service.complete(params, call)
 
         if not streams:
 
             async def run(call: CallContext) -> ChatResult | CompleteResult:
-                async for item in start(call):
-                    if not isinstance(item, Delta):
-                        return item
+                async with closing(start(call)) as items:
+                    async for item in items:
+                        if not isinstance(item, Delta):
+                            return item
                 raise _no_result()
 
             return json_response(await exchange.whole(run))
 
         async def frames(call: CallContext) -> AsyncGenerator[bytes, None]:
-            async for item in start(call):
-                if not isinstance(item, Delta):
-                    yield event(item, "result")
-                    return
-                yield event(item)
+            async with closing(start(call)) as items:
+                async for item in items:
+                    if not isinstance(item, Delta):
+                        yield event(item, "result")
+                        return
+                    yield event(item)
             raise _no_result()
 
         return await exchange.stream(

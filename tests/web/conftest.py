@@ -6,6 +6,7 @@ import asyncio
 import base64
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -71,6 +72,9 @@ class FakeService:
         """Set when a stream was closed before its end."""
         self.all_ended = asyncio.Event()
         """Set while no call is under way, after one was."""
+        self.unsayable = False
+        """The second piece holds a lone surrogate, as no engine should give."""
+        self.streams: list[AsyncIterator[object]] = []
         self.params: list[ChatParams | CompleteParams | EmbedParams] = []
         self.calls: list[CallContext] = []
         self.started: list[str] = []
@@ -106,22 +110,33 @@ class FakeService:
         if len(self.ended) == len(self.started):
             self.all_ended.set()
 
-    async def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
-        async for item in self._generate(params, call):
-            if isinstance(item, Delta):
-                yield item
-            else:
-                yield ChatResult(
-                    model="help-desk", message=ChatMessage(role="assistant", content="".join(self.pieces)), **item
-                )
+    def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
+        return self._kept(self._chat(params, call))
 
-    async def complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | CompleteResult]:
-        async for item in self._generate(params, call):
-            yield (
-                item
-                if isinstance(item, Delta)
-                else CompleteResult(model="help-desk", text="".join(self.pieces), **item)
-            )
+    def complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | CompleteResult]:
+        return self._kept(self._complete(params, call))
+
+    def _kept(self, stream):
+        """Held until the test ends: a stream that a face forgets to close is not closed by the garbage collector instead."""
+        self.streams.append(stream)
+        return stream
+
+    async def _chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
+        async with aclosing(self._generate(params, call)) as items:
+            async for item in items:
+                if isinstance(item, Delta):
+                    yield item
+                else:
+                    said = ChatMessage(role="assistant", content="".join(self.pieces))
+                    yield ChatResult(model="help-desk", message=said, **item)
+
+    async def _complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | CompleteResult]:
+        async with aclosing(self._generate(params, call)) as items:
+            async for item in items:
+                if isinstance(item, Delta):
+                    yield item
+                else:
+                    yield CompleteResult(model="help-desk", text="".join(self.pieces), **item)
 
     async def _generate(self, params, call):
         self.params.append(params)
@@ -132,7 +147,10 @@ class FakeService:
             raise UnknownModel("no such model", details={"known": ["help-desk"]})
         try:
             for index, piece in enumerate(self.pieces):
-                yield Delta(text=piece, token_ids=[index], logprobs=[logprob(piece)] if self.logprobs else None)
+                delta = Delta(text=piece, token_ids=[index], logprobs=[logprob(piece)] if self.logprobs else None)
+                if self.unsayable and index == 1:
+                    delta = delta.model_copy(update={"text": "\ud800"})
+                yield delta
                 if self.gate is not None:
                     self.waiting.set()
                     await self.gate.wait()

@@ -368,3 +368,11 @@ async def test_each_prompt_of_a_call_has_an_idempotency_key_of_its_own(node, ser
     async with node.http.post(f"{node.url}/v1/completions", json={"prompt": ["a", "b"]}, headers=headers) as response:
         assert response.status == 200
     assert [call.idempotency_key for call in service.calls] == ["k#0", "k#1"]
+
+
+async def test_a_piece_that_json_cannot_say_ends_the_stream_with_an_error_and_stops_the_work(node, service):
+    service.unsayable = True
+    async with node.http.post(f"{node.url}/v1/chat/completions", json={"messages": HELLO, "stream": True}) as response:
+        last = (await response.text()).strip().split("\n\n")[-1]
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "internal"
+    assert service.closed.is_set()

@@ -14,13 +14,20 @@ BOUND = 5.0
 
 
 async def test_all_watchers_share_one_description_each_time(service):
-    feed = StatusFeed(service, interval_seconds=0.01)
-    async with aclosing(feed.watch()) as first, aclosing(feed.watch()) as second:
-        assert await anext(first) is await anext(second) is service.description
-        service.described = 0
-        async with asyncio.timeout(BOUND):
-            await asyncio.gather(anext(first), anext(second))
-        assert service.described == 1
+    allowed = asyncio.Semaphore(2)
+    given = []
+
+    async def describe():
+        await allowed.acquire()
+        given.append(service.description.model_copy())
+        return given[-1]
+
+    service.describe = describe
+    feed = StatusFeed(service, interval_seconds=0.001)
+    async with aclosing(feed.watch()) as first, aclosing(feed.watch()) as second, asyncio.timeout(BOUND):
+        assert (await anext(first), await anext(second)) == (given[0], given[1]), "each sees something at once"
+        allowed.release()
+        assert await anext(first) is await anext(second) is given[2]
 
 
 async def test_nothing_is_asked_of_the_node_while_nobody_looks(service):

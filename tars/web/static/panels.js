@@ -88,7 +88,8 @@ export function showNumbers(node) {
   tiles.failed.set(count(node.calls.failed), node.calls.failed ? `${share < 1 ? share.toFixed(1) : Math.round(share)} %` : "");
   const seen = Math.round((history[history.length - 1][0] - history[0][0]) / 1000);
   setText(tiles.rate.name, seen < RATE_SECONDS ? `Last ${Math.max(1, seen)} s` : "Last minute");
-  tiles.rate.set(count(callsInLastMinute()), "calls");
+  const recent = callsInLastMinute();
+  tiles.rate.set(count(recent), recent === 1 ? "call" : "calls");
   tiles.path.setAttribute("d", sparkline());
 }
 
