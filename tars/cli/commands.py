@@ -30,12 +30,12 @@ from tars.cli.connection import (
     read_standard_input,
     report_failure,
 )
-from tars.cli.output import deploy_view, embeddings_view, models_view, plain, status_view
+from tars.cli.output import deploy_view, embeddings_view, models_view, not_served, not_served_view, plain, status_view
 from tars.cli.planning import explain, plan
 from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
 from tars.client import Client
 from tars.errors import PeerUnreachable
-from tars.messages.node import PingResult
+from tars.messages.node import NodeDescription, PingResult
 
 WATCH_SECONDS = 1.0
 """How often `tars status --watch` asks: devices are probed once a second, so asking oftener shows nothing new."""
@@ -58,7 +58,9 @@ def cli() -> None:
 
 @cli.command()
 @click.option("--watch", is_flag=True, help="Show it live until Ctrl-C.")
-@click.option("--wait", is_flag=True, help="Wait until every replica is ready, with progress; 1 if one failed.")
+@click.option(
+    "--wait", is_flag=True, help="Wait until every model is ready, with progress; exit code 1 if one cannot be served."
+)
 @click.option(
     "--wait-timeout",
     type=click.FloatRange(min=0, min_open=True),
@@ -75,16 +77,18 @@ def status(connection: Connection, watch: bool, wait: bool, wait_timeout: float)
         raise click.UsageError("--watch and --wait exclude each other")
     if watch:
         return _watch(connection)
-    if wait:
-        description = ask(connection, lambda client: wait_until_ready(client, connection, wait_timeout))
-    else:
-        description = ask(connection, lambda client: client.describe())
+
+    async def both(client: Client) -> tuple[NodeDescription, list[str]]:
+        description = await (wait_until_ready(client, connection, wait_timeout) if wait else client.describe())
+        return description, not_served(await client.models())
+
+    description, missing = ask(connection, both)
     if connection.as_json:
         print_json(description)
     else:
         connection.console().print(status_view(description))
-    failed = any(replica.state == "failed" for replica in description.replicas)
-    return Exit.FAILED if wait and failed else Exit.OK
+        connection.console().print(not_served_view(missing))
+    return Exit.FAILED if wait and missing else Exit.OK
 
 
 def _watch(connection: Connection) -> int:

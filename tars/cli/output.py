@@ -146,6 +146,21 @@ def status_view(node: NodeDescription) -> Group:
     return Group(*parts)
 
 
+def not_served(models: ModelsResult) -> list[str]:
+    """Deployed models that are refused or have failed: a node's description shows replicas, and these may have none."""
+    return [model.name for model in models.models if model.deployed and model.state in {"refused", "failed"}]
+
+
+def not_served_view(names: Sequence[str]) -> Group:
+    """One line for each of `not_served`."""
+    return Group(
+        *(
+            Text.assemble(("not served ", "bold red"), plain(name), f": `tars explain {plain(name)}` says why")
+            for name in names
+        )
+    )
+
+
 def _devices_table(devices: Sequence[DeviceDescription]) -> Table:
     table = _table("device", "memory", "TARS", "free", "total", "precision", "state", right=("TARS", "free", "total"))
     for device in devices:
