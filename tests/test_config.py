@@ -138,6 +138,8 @@ def test_all_mistakes_are_told_at_once_in_the_order_of_the_file(tmp_path: Path) 
 def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
     message = refusal(tmp_path, "[limits]\nmax_batch = 7\n", TARS_LIMITS_MAX_BATCH="many")
     assert message == "environment variable TARS_LIMITS_MAX_BATCH: limits.max_batch must be a whole number, not 'many'."
+    replaced = refusal(tmp_path, '[[deploy]]\nmodel = "a"\n', TARS_DEPLOY='[{"model": "b", "slots": 0}]')
+    assert replaced.startswith("environment variable TARS_DEPLOY: deploy[0].slots: ")
     assert "Did you mean TARS_NODE_LISTEN?" in refusal(tmp_path, "", TARS_NODE_LISTN="x")
     assert load(tmp_path, "", TARS_ENDPOINT="somebody else's").node.name
 
@@ -191,8 +193,8 @@ def test_the_commented_lines_of_the_shipped_configurations_are_right_too(tmp_pat
         lines = []
         for line in file.read_text().splitlines():
             bare = line.removeprefix("# ")
-            looks_like_toml = (
-                bare.startswith("[[") or (bare.partition(" = ")[0].replace("_", "").isalnum() and " = " in bare)
+            looks_like_toml = bare.startswith("[[") or (
+                bare.partition(" = ")[0].replace("_", "").isalnum() and " = " in bare
             )
             lines.append(bare if line.startswith("# ") and looks_like_toml else line)
         text = "\n".join(lines).replace('key = "..."', f'key = "{KEY}"')

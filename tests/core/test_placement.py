@@ -202,6 +202,14 @@ def test_replicas_of_a_model_avoid_sharing_a_node() -> None:
     assert places(made) == {"phi-2": ["a/gpu-0", "b/gpu-0"]}
 
 
+def test_a_further_replica_goes_to_another_node_than_the_loaded_one() -> None:
+    nodes = [node("a", gpu("a", "RTX 4090"), gpu("a", "RTX 4090", number=1)), node("b", gpu("b", "GTX 1660 SUPER"))]
+    first = plan(nodes, MODELS, [Deployment("phi-2")])
+    assert [each.node for each in first.assignments] == ["a"]
+    second = plan(holding(nodes, first.assignments), MODELS, [Deployment("phi-2", replicas=2)], first.assignments)
+    assert sorted(each.node for each in second.assignments) == ["a", "b"]
+
+
 def test_a_draining_node_gets_nothing_and_loses_what_it_has() -> None:
     nodes = [node("a", gpu("a")), node("b", gpu("b"))]
     first = plan(nodes, MODELS, [Deployment("phi-2")])
