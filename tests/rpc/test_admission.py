@@ -1,0 +1,86 @@
+"""Places, deadlines and trace ids, the same for every face."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import AsyncExitStack
+from time import monotonic
+
+import pytest
+
+from tars.errors import DeadlineExceeded, Overloaded
+from tars.rpc.admission import Admission, internal_error, trace_id_of
+from tars.rpc.options import RpcOptions
+
+
+async def test_a_full_node_refuses_inference_and_still_hears_its_operator():
+    admission = Admission(RpcOptions(max_concurrent_calls=2))
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(admission.within_bounds(None))
+        with pytest.raises(Overloaded) as refused:
+            await stack.enter_async_context(admission.within_bounds(None))
+        assert refused.value.details == {"limit": 2}
+        assert refused.value.retry_after_ms
+        await stack.enter_async_context(admission.within_bounds(None, inference=False))
+        assert admission.active == 3
+    assert admission.active == 0
+
+
+async def test_a_place_is_free_again_after_a_failure():
+    admission = Admission(RpcOptions(max_concurrent_calls=1))
+    with pytest.raises(KeyError):
+        async with admission.within_bounds(None):
+            raise KeyError
+    async with admission.within_bounds(None):
+        assert admission.active == 1
+
+
+async def test_work_over_its_deadline_is_stopped():
+    admission = Admission(RpcOptions())
+    with pytest.raises(DeadlineExceeded, match=r"0\.02 s"):
+        async with admission.within_bounds(20):
+            await asyncio.Event().wait()
+    assert admission.active == 0
+
+
+async def test_a_timeout_of_the_works_own_is_not_the_calls():
+    with pytest.raises(TimeoutError) as own:
+        async with Admission(RpcOptions()).within_bounds(60_000):
+            raise TimeoutError("a lower layer's")
+    assert not isinstance(own.value, DeadlineExceeded)
+
+
+async def test_the_deadline_is_the_asked_one_or_the_nodes():
+    admission = Admission(RpcOptions(default_timeout_ms=5_000))
+    for asked, seconds in ((None, 5), (1_000, 1)):
+        async with admission.within_bounds(asked) as deadline:
+            assert seconds - 0.5 < deadline.remaining(monotonic()) <= seconds
+
+
+def test_new_trace_ids_are_valid_and_differ():
+    admission = Admission(RpcOptions())
+    ids = [admission.new_trace_id() for _ in range(100)]
+    assert len(set(ids)) == 100
+    assert all(trace_id_of(f"00-{one}-00f067aa0ba902b7-01") == one for one in ids)
+    assert Admission(RpcOptions()).new_trace_id() not in ids
+
+
+@pytest.mark.parametrize(
+    "traceparent",
+    [
+        None,
+        "",
+        "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7",
+        "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+        f"00-{'0' * 32}-00f067aa0ba902b7-01",
+        f"00-4bf92f3577b34da6a3ce929d0e0e4736-{'0' * 16}-01",
+        "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+    ],
+)
+def test_a_malformed_traceparent_starts_a_new_trace(traceparent):
+    assert trace_id_of(traceparent) is None
+
+
+def test_a_fault_of_ours_tells_nothing_but_how_to_report_it():
+    assert internal_error().message.endswith("Report it with the trace id.")
