@@ -30,7 +30,8 @@ from tars.cli.connection import (
     read_standard_input,
     report_failure,
 )
-from tars.cli.output import deploy_view, embeddings_view, models_view, not_served, not_served_view, plain, status_view
+from tars.cli.output import embeddings_view, models_view, not_served, not_served_view, plain, status_view
+from tars.cli.plan_output import deploy_view
 from tars.cli.planning import explain, plan
 from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
 from tars.client import Client

@@ -10,23 +10,16 @@ import math
 from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from tars.core.types import Bytes
 from tars.messages.inference import ChatResult, EmbedResult
 from tars.messages.node import (
-    AssignmentDescription,
-    DeployResult,
     DeviceDescription,
-    ExplainResult,
     ModelsResult,
     NodeDescription,
-    PlanResult,
-    RefusalDescription,
     ReplicaDescription,
-    VerdictDescription,
 )
 
 BAR_CELLS = 24
@@ -64,22 +57,25 @@ def plain(text: str) -> str:
     )
 
 
-def _cell(text: object, style: str = "") -> Text:
+def cell(text: object, style: str = "") -> Text:
+    """Text of a table's cell: no markup, no control characters, folded rather than cut."""
     return Text(plain(str(text)), style=style, overflow="fold")
 
 
 def _state(state: str) -> Text:
-    return _cell(state, STATE_STYLES.get(state, ""))
+    return cell(state, STATE_STYLES.get(state, ""))
 
 
-def _table(*columns: str, right: Iterable[str] = ()) -> Table:
+def table_of(*columns: str, right: Iterable[str] = ()) -> Table:
+    """A borderless table; the columns named in `right` are aligned to the right."""
     table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, justify="right" if column in set(right) else "left", overflow="fold")
     return table
 
 
-def _device_label(name: str, simulated: bool = False) -> str:
+def device_label(name: str, simulated: bool = False) -> str:
+    """A device's name for a narrow column; a simulated one is always labelled so."""
     # Every NVIDIA card begins with the maker's name: six columns that tell nothing apart.
     short = name.removeprefix("NVIDIA ")
     return f"{short} (simulated)" if simulated else short
@@ -162,7 +158,7 @@ def not_served_view(names: Sequence[str]) -> Group:
 
 
 def _devices_table(devices: Sequence[DeviceDescription]) -> Table:
-    table = _table("device", "memory", "TARS", "free", "total", "precision", "state", right=("TARS", "free", "total"))
+    table = table_of("device", "memory", "TARS", "free", "total", "precision", "state", right=("TARS", "free", "total"))
     for device in devices:
         state = []
         if device.utilisation_percent is not None:
@@ -172,37 +168,39 @@ def _devices_table(devices: Sequence[DeviceDescription]) -> Table:
         if device.compute_capability is not None:
             state.append(f"cc {device.compute_capability}")
         table.add_row(
-            _cell(_device_label(device.name, device.simulated)),
+            cell(device_label(device.name, device.simulated)),
             memory_bar(device),
-            _cell(Bytes(device.memory_held_bytes)),
-            _cell(Bytes(device.memory_free_bytes)),
-            _cell(Bytes(device.memory_total_bytes)),
-            _cell(device.precision),
-            _cell(", ".join(state) or "-"),
+            cell(Bytes(device.memory_held_bytes)),
+            cell(Bytes(device.memory_free_bytes)),
+            cell(Bytes(device.memory_total_bytes)),
+            cell(device.precision),
+            cell(", ".join(state) or "-"),
         )
     return table
 
 
 def _replicas_table(replicas: Sequence[ReplicaDescription]) -> Table:
-    table = _table("model", "kind", "variant", "device", "state", "memory", "calls", "speed", right=("memory", "calls"))
+    table = table_of(
+        "model", "kind", "variant", "device", "state", "memory", "calls", "speed", right=("memory", "calls")
+    )
     for replica in replicas:
         memory = (
             str(Bytes(replica.info.memory_bytes)) if replica.info else f"about {Bytes(replica.estimated_bytes)} planned"
         )
-        state = _cell(replica_progress(replica), STATE_STYLES.get(replica.state, ""))
+        state = cell(replica_progress(replica), STATE_STYLES.get(replica.state, ""))
         if replica.restarts:
             state.append(f" ({replica.restarts} restarts)")
         if replica.last_error and replica.state != "ready":
             state.append(f"\n{plain(replica.last_error)}", style="red")
         table.add_row(
-            _cell(replica.model),
-            _cell(replica.model_kind),
-            _cell(replica.variant),
-            _cell(_device_label(replica.device_name, replica.simulated)),
+            cell(replica.model),
+            cell(replica.model_kind),
+            cell(replica.variant),
+            cell(device_label(replica.device_name, replica.simulated)),
             state,
-            _cell(memory),
-            _cell(replica.calls_total),
-            _cell(_speed(replica)),
+            cell(memory),
+            cell(replica.calls_total),
+            cell(_speed(replica)),
         )
     return table
 
@@ -222,134 +220,19 @@ def models_view(models: ModelsResult) -> RenderableType:
     """`tars models`: deployed ones first, as the node orders them."""
     if not models.models:
         return Text("this node knows no model")
-    table = _table("model", "kind", "state", "replicas", "variants", "file here", "description")
+    table = table_of("model", "kind", "state", "replicas", "variants", "file here", "description")
     for model in models.models:
         replicas = f"{model.replicas_ready}/{model.replicas_wanted}" if model.deployed else "-"
         table.add_row(
-            _cell(model.name),
-            _cell(model.model_kind),
+            cell(model.name),
+            cell(model.model_kind),
             _state(model.state),
-            _cell(replicas),
-            _cell(", ".join(model.variants)),
-            _cell("yes" if model.local else "no"),
-            _cell(model.description),
+            cell(replicas),
+            cell(", ".join(model.variants)),
+            cell("yes" if model.local else "no"),
+            cell(model.description),
         )
     return table
-
-
-def plan_view(plan: PlanResult) -> Group:
-    """`tars plan`: one row a replica in the order of the devices, the reasons, then what was refused and what would make it fit."""
-    table = _table(
-        "model", "variant", "node", "device", "needed", "free before", "after",
-        right=("needed", "free before", "after"),
-    )  # fmt: skip
-    reasons = []
-    for assignment, before in free_before(plan):
-        device = next((device for device in plan.devices if device.id == assignment.device), None)
-        table.add_row(
-            _cell(assignment.model),
-            _cell(assignment.variant),
-            _cell(assignment.node_name or assignment.node[:8]),
-            _cell(_device_label(assignment.device_name, device is not None and device.simulated)),
-            _cell(Bytes(assignment.needed_bytes)),
-            _cell(Bytes(before)),
-            _cell(Bytes(before - assignment.needed_bytes)),
-        )
-        # Below the table: beside it, a sentence would be folded into a column of three words.
-        reasons.append(Padding(Text(f"{plain(assignment.model)}: {plain(assignment.reason)}"), (0, 0, 0, 2)))
-    parts: list[RenderableType] = [table if plan.assignments else Text("nothing is placed")]
-    if reasons:
-        parts += [Text(), Text("why", style="bold"), *reasons]
-    parts += _idle_devices(plan)
-    for refusal in plan.refusals:
-        parts += [Text(), refusal_view(refusal)]
-    return Group(*parts)
-
-
-def _idle_devices(plan: PlanResult) -> list[RenderableType]:
-    used = {assignment.device for assignment in plan.assignments}
-    names = {assignment.node: assignment.node_name for assignment in plan.assignments}
-    lines: list[RenderableType] = []
-    for device in plan.devices:
-        if device.id not in used:
-            # A device's id begins with its node's; a device's description does not repeat the node's name.
-            node = names.get(device.id.partition("/")[0])
-            label = _device_label(device.name, device.simulated) + (f" of {node}" if node else "")
-            lines.append(Text(f"  {plain(label)}: {Bytes(device.memory_capacity_bytes)} usable"))
-    return [Text(), Text("nothing placed on", style="bold"), *lines] if lines else []
-
-
-def free_before(plan: PlanResult) -> list[tuple[AssignmentDescription, int]]:
-    """Each assignment with the bytes that its device would have free without it: capacity less the other replicas there.
-
-    The same number that the planner's reasons compare with. Order: the devices' order, then the plan's own.
-    """
-    order = {device.id: place for place, device in enumerate(plan.devices)}
-    left = {device.id: device.memory_capacity_bytes for device in plan.devices}
-    for assignment in plan.assignments:
-        left[assignment.device] = left.get(assignment.device, 0) - assignment.needed_bytes
-    ordered = sorted(plan.assignments, key=lambda assignment: order.get(assignment.device, len(order)))
-    return [(assignment, left[assignment.device] + assignment.needed_bytes) for assignment in ordered]
-
-
-def refusal_view(refusal: RefusalDescription) -> Group:
-    """A model that fits nowhere: bytes needed against bytes free per device, and the remedy."""
-    missing = f" ({refusal.replicas_missing} replicas missing)" if refusal.replicas_missing > 1 else ""
-    return Group(
-        Text.assemble(("refused ", "bold red"), plain(refusal.model), missing),
-        _verdicts_table(refusal.verdicts),
-        Text.assemble(("what would help: ", "bold"), plain(refusal.remedy)),
-    )
-
-
-def _verdicts_table(verdicts: Sequence[VerdictDescription]) -> Table:
-    table = _table("  device", "variant", "needed", "free", "verdict", "why", right=("needed", "free"))
-    for verdict in verdicts:
-        table.add_row(
-            _cell(f"  {_device_label(verdict.device_name)}"),
-            _cell(verdict.variant),
-            _cell(Bytes(verdict.needed_bytes)),
-            _cell(Bytes(verdict.free_bytes)),
-            _accepted(verdict),
-            _cell(verdict.reason),
-        )
-    return table
-
-
-def _accepted(verdict: VerdictDescription) -> Text:
-    return _cell("yes", "green") if verdict.accepted else _cell("no", "red")
-
-
-def explain_view(explanation: ExplainResult) -> Group:
-    """`tars explain`: the node's own words, then the bytes of every device beside each other."""
-    parts: list[RenderableType] = [Text(plain(explanation.text.rstrip()))]
-    if explanation.verdicts:
-        table = _table("device", "variant", "needed", "free", "", right=("needed", "free"))
-        for verdict in explanation.verdicts:
-            table.add_row(
-                _cell(_device_label(verdict.device_name)),
-                _cell(verdict.variant),
-                _cell(Bytes(verdict.needed_bytes)),
-                _cell(Bytes(verdict.free_bytes)),
-                _accepted(verdict),
-            )
-        parts += [Text(), table]
-    return Group(*parts)
-
-
-def deploy_view(result: DeployResult) -> Group:
-    """`tars deploy`: where the replicas go; loading goes on after the answer."""
-    if not result.accepted:
-        return Group(Text(f"{plain(result.model)}: not accepted; `tars explain {plain(result.model)}` says why"))
-    lines = [
-        Text(
-            f"{plain(result.model)} {plain(a.variant)} -> {plain(_device_label(a.device_name))}"
-            + (f" on {plain(a.node_name)}" if a.node_name else "")
-            + f", {Bytes(a.needed_bytes)}: {plain(a.reason)}"
-        )
-        for a in result.assignments
-    ]
-    return Group(*(lines or [Text(f"{plain(result.model)}: accepted")]))
 
 
 def cosine(one: Sequence[float], other: Sequence[float]) -> float:
@@ -367,17 +250,17 @@ def embeddings_view(result: EmbedResult, texts: Sequence[str]) -> Group:
     head = Text(
         f"{plain(result.model)}: {len(vectors)} x {result.dimensions} dimensions, {result.usage.prompt_tokens} tokens"
     )
-    rows = _table("#", "text", "first values")
+    rows = table_of("#", "text", "first values")
     for place, (text, vector) in enumerate(zip(texts, vectors, strict=True), start=1):
         shown = " ".join(f"{value:+.3f}" for value in vector[:SHOWN_VALUES])
         cut = " (cut at the model's limit)" if place - 1 in result.truncated else ""
-        rows.add_row(_cell(place), _cell(_short(text) + cut), _cell(f"{shown} ..."))
+        rows.add_row(cell(place), cell(_short(text) + cut), cell(f"{shown} ..."))
     parts: list[RenderableType] = [head, rows]
     if 1 < len(vectors) <= SHOWN_PAIRS:
         columns = [str(place + 1) for place in range(len(vectors))]
-        pairs = _table("cosine", *columns, right=columns)
+        pairs = table_of("cosine", *columns, right=columns)
         for place, one in enumerate(vectors):
-            pairs.add_row(_cell(place + 1), *(_cell(f"{cosine(one, other):.2f}") for other in vectors))
+            pairs.add_row(cell(place + 1), *(cell(f"{cosine(one, other):.2f}") for other in vectors))
         parts += [Text(), pairs]
     elif len(vectors) > SHOWN_PAIRS:
         parts.append(Text(f"similarities are shown for up to {SHOWN_PAIRS} texts; `--json` gives all vectors"))
@@ -394,7 +277,7 @@ def chat_footer(result: ChatResult) -> Text:
     served = result.served_by
     parts = [
         plain(result.model),
-        f"on {plain(_device_label(served.device, served.simulated))}",
+        f"on {plain(device_label(served.device, served.simulated))}",
         f"{result.usage.completion_tokens} tokens",
     ]
     if result.timings.first_token_ms is not None:

@@ -14,7 +14,7 @@ import click
 
 from tars.catalogue import Catalogue
 from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json
-from tars.cli.output import explain_view, plan_view
+from tars.cli.plan_output import explain_view, plan_view
 from tars.core.explanation import explain as explain_words
 from tars.core.placement import plan as place
 from tars.core.types import Deployment, ModelKind, NodeSnapshot
