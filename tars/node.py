@@ -35,6 +35,7 @@ from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
 from tars.serving.local_service import LocalNodeService
 from tars.state_folder import StateFolder
 from tars.web.routes import PUBLIC_PATHS, add_web_routes, render_refusal
+from tars.workers.engines_installed import probe_engines
 from tars.workers.supervisor import ReplicaWorker, WorkerOptions
 
 log = logging.getLogger(__name__)
@@ -119,11 +120,14 @@ class Node:
         config = self._config
         self._folder.open()
         node_id = self._folder.node_id()
-        self._inventory = inventory = await asyncio.to_thread(Inventory, node_id, config.devices)
+        inventory, engines = await asyncio.gather(
+            asyncio.to_thread(Inventory, node_id, config.devices), asyncio.to_thread(probe_engines)
+        )
+        self._inventory = inventory
         options = worker_options(config)
         self.coordinator = Coordinator(
             NodeSnapshot(node_id, config.node.name, priority=config.node.priority),
-            probe=inventory.snapshot,
+            probe=lambda held: engines.annotate(inventory.snapshot(held)),
             catalogue=self._prepared.catalogue,
             deployments=Deployments(self._folder, self._prepared.declared),
             measured=MeasuredMemory(self._folder),

@@ -59,6 +59,8 @@ class NodeReport:
         self._say(f"TARS {__version__}  node {name}  {url}  (id {node_id})")
         for device in snapshot.devices:
             self._say(f"  device   {describe_device_line(device)}")
+            for reason in dict.fromkeys(reason for _, reason in device.cannot_run):
+                self._say(f"           {reason}")
         for warning in warnings:
             self._say(f"  note     {warning}")
 

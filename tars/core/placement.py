@@ -143,7 +143,7 @@ def _want(deployment: Deployment, entry: ModelEntry, places: list[_Place], measu
                 for cost in costs
                 if allowed
                 and cost.need <= place.device.capacity
-                and barred(place.node, place.device, deployment) is None
+                and barred(place.node, place.device, entry, deployment) is None
                 and not too_slow(place.device, entry, cost.variant, deployment)
             )
         )
@@ -178,7 +178,7 @@ def _still_valid(want: _Want, place: _Place, assignment: Assignment, measured: M
     """The assignment with current bytes, or None where the deployment or the node no longer allows it."""
     deployment = want.deployment
     variant = next((each for each in wanted_variants(want.entry, deployment) if each.name == assignment.variant), None)
-    if variant is None or barred(place.node, place.device, deployment) is not None:
+    if variant is None or barred(place.node, place.device, want.entry, deployment) is not None:
         return None
     cost = cost_on(place.device, want.entry, variant, deployment, measured)
     asked = (cost.settings.context, cost.settings.slots, cost.settings.kv_type)

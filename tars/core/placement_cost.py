@@ -117,13 +117,13 @@ def pinned_to(device: DeviceSnapshot, pin: str) -> bool:
     return words in (device.id.casefold(), device.id.rpartition("/")[2].casefold(), name, short, f"geforce {short}")
 
 
-def barred(node: NodeSnapshot, device: DeviceSnapshot, deployment: Deployment) -> str | None:
+def barred(node: NodeSnapshot, device: DeviceSnapshot, entry: ModelEntry, deployment: Deployment) -> str | None:
     """Why nothing of this deployment may go to this device, whatever its size; None where it may."""
     if node.draining:
         return f"{node.name} is draining"
     if deployment.device is not None and not pinned_to(device, deployment.device):
         return f"pinned to {deployment.device}"
-    return None
+    return device.why_not(entry.kind)
 
 
 def too_slow(device: DeviceSnapshot, entry: ModelEntry, variant: Variant, deployment: Deployment) -> bool:

@@ -90,7 +90,7 @@ def _verdict(standing: Standing, variant: str, accepted: bool, needed: Bytes, re
 
 
 def _no_room(standing: Standing, cost: Cost, entry: ModelEntry, deployment: Deployment) -> str:
-    bar = barred(standing.node, standing.device, deployment)
+    bar = barred(standing.node, standing.device, entry, deployment)
     if bar is not None:
         return bar
     if not wanted_variants(entry, deployment):
@@ -259,8 +259,11 @@ def _remedy(standings: Sequence[Standing], entry: ModelEntry, deployment: Deploy
     if deployment.device is not None and not any(pinned_to(each.device, deployment.device) for each in standings):
         known = ", ".join(sorted({each.device.name for each in standings}))
         return f"No device is called {deployment.device}; there are: {known}."
-    usable = [each for each in standings if barred(each.node, each.device, deployment) is None]
+    usable = [each for each in standings if barred(each.node, each.device, entry, deployment) is None]
     if not usable:
+        engines = sorted({why for each in standings if (why := each.device.why_not(entry.kind)) is not None})
+        if engines:
+            return f"{engines[0][:1].upper()}{engines[0][1:]}."
         return "Every device it may use is on a node that drains: resume one (node.resume) or add a PC."
     found = list(_smaller_wishes(usable, entry, deployment))[:REMEDIES_MOST]
     if would_fit_fresh:

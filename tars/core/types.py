@@ -104,8 +104,14 @@ class DeviceSnapshot:
     unified_memory: bool = False
     """True where the device shares the host's RAM (NVML says NotSupported for memory)."""
     cpu_threads: int | None = None
+    cannot_run: tuple[tuple[ModelKind, str], ...] = ()
+    """Kinds of model that the engines installed on this node cannot run on this device, each with the reason and what to do."""
     notes: tuple[str, ...] = ()
     """What a person should know, such as `WSL2: per-process memory is not available`."""
+
+    def why_not(self, kind: ModelKind) -> str | None:
+        """Why no model of this kind can run here; None where one can."""
+        return next((reason for barred, reason in self.cannot_run if barred is kind), None)
 
     @property
     def capacity(self) -> Bytes:

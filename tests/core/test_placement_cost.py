@@ -8,7 +8,7 @@ import pytest
 from fleets import MODELS, cpu, gpu, node
 
 from tars.core.placement_cost import MeasuredKey, barred, cost_on, pinned_to, too_slow, wanted_variants
-from tars.core.types import Bytes, Deployment, DeviceId, KvType
+from tars.core.types import Bytes, Deployment, DeviceId, KvType, ModelKind
 
 PHI3 = MODELS["phi-3-mini"]
 
@@ -69,9 +69,12 @@ def test_cpu_means_the_processor() -> None:
 
 def test_draining_nodes_and_pins_bar_a_device() -> None:
     home = node("a", gpu("a"))
-    assert barred(home, gpu("a"), Deployment("phi-2")) is None
-    assert barred(replace(home, draining=True), gpu("a"), Deployment("phi-2")) == "a is draining"
-    assert barred(home, gpu("a"), Deployment("phi-2", device="cpu")) == "pinned to cpu"
+    assert barred(home, gpu("a"), PHI3, Deployment("phi-2")) is None
+    assert barred(replace(home, draining=True), gpu("a"), PHI3, Deployment("phi-2")) == "a is draining"
+    assert barred(home, gpu("a"), PHI3, Deployment("phi-2", device="cpu")) == "pinned to cpu"
+    without_cuda = replace(gpu("a"), cannot_run=((ModelKind.CHAT, "built without CUDA"),))
+    assert barred(home, without_cuda, PHI3, Deployment("phi-2")) == "built without CUDA"
+    assert barred(home, without_cuda, replace(PHI3, kind=ModelKind.EMBEDDING), Deployment("phi-2")) is None
 
 
 def test_only_large_chat_models_that_nobody_pinned_are_too_slow_for_a_cpu() -> None:
