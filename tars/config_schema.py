@@ -6,6 +6,7 @@ Law of this file: frozen, strict and closed models; no file and no environment i
 from __future__ import annotations
 
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,7 +70,9 @@ class Section(BaseModel):
 
 
 def _host_label() -> str:
-    return socket.gethostname().partition(".")[0] or "node"
+    """The host's name up to the first dot, with what `node.name` does not allow replaced: an odd name must not keep a node from starting."""
+    label = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().partition(".")[0]).lstrip("_-")
+    return label[:63] or "node"
 
 
 class NodeSection(Section):

@@ -101,6 +101,24 @@ def test_a_wildcard_origin_is_refused() -> None:
         SecuritySection.model_validate({"allowed_origins": ["*"]})
 
 
+@pytest.mark.parametrize(
+    ("host", "name"),
+    [
+        ("pc1.lan", "pc1"),
+        ("Jürgens PC", "J-rgens-PC"),
+        ("_odd", "odd"),
+        ("", "node"),
+        ("--", "node"),
+        ("x" * 90, "x" * 63),
+    ],
+)
+def test_a_node_is_called_after_its_host_however_that_is_called(
+    monkeypatch: pytest.MonkeyPatch, host: str, name: str
+) -> None:
+    monkeypatch.setattr("socket.gethostname", lambda: host)
+    assert Config().node.name == name
+
+
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(ValidationError):
         Config().node.name = "other"  # type: ignore[misc]  # that it is frozen is the point
