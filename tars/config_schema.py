@@ -456,10 +456,12 @@ class Config(Section):
         return tuple(deploy.to_deployment() for deploy in self.deploy)
 
     def redacted(self) -> dict[str, Any]:
-        """Plain JSON values with every secret replaced by `***`."""
+        """Plain JSON values for callers: every secret is `***`, and of a path only its last part is shown."""
         plain = self.model_dump(mode="json")
         for key in plain["security"]["api_key"]:
             key["key"] = "***"
+        for place, path in [(plain["node"], "state_dir"), *((model, "path") for model in plain["model"])]:
+            place[path] = f".../{Path(place[path]).name}"
         return plain
 
     def check_exposure(self, file: Path | None = None) -> None:

@@ -87,6 +87,7 @@ def test_a_key_is_never_printed() -> None:
     for shown in (repr(config), str(config), str(config.redacted()), config.model_dump_json()):
         assert KEY not in shown
     assert config.redacted()["security"]["api_key"] == [{"name": "ops", "key": "***"}]
+    assert str(config.node.state_dir.parent) not in str(config.redacted())
 
 
 @pytest.mark.parametrize("key", ["", "short", "fifteen-chars-x", "0123456789abcde\n", "пароль-пароль-пароль"])
