@@ -70,7 +70,7 @@ class Section(BaseModel):
 
 
 def _host_label() -> str:
-    """The host's name up to the first dot, with what `node.name` does not allow replaced: an odd name must not keep a node from starting."""
+    """The host's name up to the first dot, without what `node.name` does not allow: an odd name must not stop a node from starting."""
     label = re.sub(r"[^A-Za-z0-9_-]", "-", socket.gethostname().partition(".")[0]).lstrip("_-")
     return label[:63] or "node"
 
