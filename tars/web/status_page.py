@@ -1,4 +1,4 @@
-"""The status page at `/`: its files, and the node's description once a second at `/events`.
+"""The status page at `/`: its files, and the node's description once a second at `/events` (with the deployed models, when they change).
 
 Law of this file: it hands out bytes; what they look like is `static/`'s. The files are read once, served from memory and under their
 own names only (field notes: no `web.static`), with a content policy that lets the page talk to its own node and to nobody else.
@@ -62,7 +62,7 @@ def add_status_page(
     for name in CONTENT_TYPES:
         if name != "index.html":
             app.router.add_get(f"/static/{name}", _file(name))
-    app.router.add_get("/events", rest_face(service, options, admission).look(_events(feed)))
+    app.router.add_get("/events", rest_face(service, options, admission).look(_events(service, feed)))
 
     async def close(_: web.Application) -> None:
         await feed.close()
@@ -84,12 +84,24 @@ def _file(name: str) -> Callable[[web.Request], Awaitable[web.Response]]:
     return serve
 
 
-def _events(feed: StatusFeed) -> Callable[[Exchange], Awaitable[web.StreamResponse]]:
+def _events(service: NodeService, feed: StatusFeed) -> Callable[[Exchange], Awaitable[web.StreamResponse]]:
     async def serve(exchange: Exchange) -> web.StreamResponse:
         async def frames() -> AsyncGenerator[bytes, None]:
+            shown = b""
             async with aclosing(feed.watch()) as descriptions:
                 async for description in descriptions:
-                    yield HEARTBEAT if description is None else event(description, "description")
+                    if description is None:
+                        yield HEARTBEAT
+                        continue
+                    # A deployed model that fits nowhere has no replica, and the description does not know it.
+                    deployed = [model for model in service.models().models if model.deployed]
+                    models = event({"models": deployed}, "models")
+                    yield (
+                        event(description, "description")
+                        if models == shown
+                        else models + event(description, "description")
+                    )
+                    shown = models
 
         return await exchange.watch(frames(), lambda error: HEARTBEAT)
 

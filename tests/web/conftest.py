@@ -80,6 +80,11 @@ class FakeService:
         self.started: list[str] = []
         self.ended: list[tuple[str, TarsError | None, str]] = []
         self.description = describe_node()
+        self.known_models = [
+            model_entry("help-desk", "chat", aliases=["demo"]),
+            model_entry("all-MiniLM-L6-v2", "embedding"),
+            model_entry("mistral-7b", "chat", deployed=False),
+        ]
         self.state = "ready"
         self.described = 0
 
@@ -94,13 +99,7 @@ class FakeService:
         return {"security": {"api_key": "***"}}
 
     def models(self) -> ModelsResult:
-        return ModelsResult(
-            models=[
-                model_entry("help-desk", "chat", aliases=["demo"]),
-                model_entry("all-MiniLM-L6-v2", "embedding"),
-                model_entry("mistral-7b", "chat", deployed=False),
-            ]
-        )
+        return ModelsResult(models=self.known_models)
 
     def call_started(self, method: str) -> None:
         self.started.append(method)

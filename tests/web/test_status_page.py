@@ -66,8 +66,8 @@ async def read_description(response) -> dict:
         while True:
             line = await response.content.readline()
             assert line, "the stream ended"
-            if line.startswith(b"data: "):
-                return json.loads(line.removeprefix(b"data: "))
+            if line == b"event: description\n":
+                return json.loads((await response.content.readline()).removeprefix(b"data: "))
 
 
 async def test_events_describe_the_node_again_and_again(node, service):
@@ -181,6 +181,39 @@ async def test_the_page_shows_the_node_and_follows_it_without_reload(node, servi
     assert await page.locator(".device").count() == 1
     assert await page.evaluate("window.stillTheSamePage")
     assert {url.startswith(node.url + "/") for url in page.asked} == {True}, page.asked
+
+
+async def test_events_tell_the_deployed_models_once_and_again_when_they_change(node, service):
+    async def events_until_models(response) -> tuple[list[str], list[str]]:
+        before: list[str] = []
+        async with asyncio.timeout(BOUND):
+            while (name := (await response.content.readuntil(b"\n")).decode().strip()) != "event: models":
+                before += [name] if name.startswith("event: ") else []
+            data = await response.content.readuntil(b"\n")
+        return before, [model["name"] for model in json.loads(data.removeprefix(b"data: "))["models"]]
+
+    async with node.http.get(f"{node.url}/events") as response:
+        assert await events_until_models(response) == ([], ["help-desk", "all-MiniLM-L6-v2"])
+        for _ in range(3):
+            await read_description(response)
+        service.known_models = service.known_models[:1]
+        before, names = await events_until_models(response)
+        assert names == ["help-desk"]
+        assert set(before) <= {"event: description"}
+
+
+@pytest.mark.browser
+async def test_a_deployed_model_that_fits_nowhere_is_shown_too(node, service, page):
+    refused = service.known_models[2].model_copy(update={"deployed": True, "state": "refused"})
+    await page.goto(node.url)
+    await page.wait_for_selector(".device")
+    assert await page.locator(".replica").count() == 2
+    service.known_models = [*service.known_models[:2], refused]
+    row = page.locator(".replica", has_text="mistral-7b")
+    await row.wait_for()
+    assert "refused" in await row.inner_text()
+    assert "tars explain mistral-7b says why" in await row.inner_text()
+    assert "of 3" in await page.inner_text("#tiles")
 
 
 @pytest.mark.browser

@@ -1,7 +1,7 @@
 // The status page of a TARS node: joins the connection, the panels and the "try it" box.
 import { apiKey, watchNode } from "./connection.js";
 import { clock } from "./dom.js";
-import { showDevices, showErrors, showMethods, showNode, showNumbers, showReplicas } from "./panels.js";
+import { rememberModels, showDevices, showErrors, showMethods, showNode, showNumbers, showReplicas } from "./panels.js";
 import { offerModels, showEndpoints } from "./try_it.js";
 
 const byId = (id) => document.getElementById(id);
@@ -18,6 +18,7 @@ function showNotice(text) {
 byId("node-name").textContent = location.host;
 
 const connection = watchNode({
+  models: rememberModels,
   description(node) {
     showNotice("");
     keyForm.hidden = true;

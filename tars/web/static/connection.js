@@ -63,7 +63,7 @@ export async function errorMessage(response) {
 
 /**
  * Watch the node's description for as long as the page is looked at.
- * `on.description(object)`, `on.unreachable(since: Date, reason)`, `on.keyNeeded(wrong: boolean)`.
+ * `on.models(list)` whenever the deployed models changed, `on.description(object)`, `on.unreachable(since: Date, reason)`, `on.keyNeeded(wrong: boolean)`.
  * Returns {restart()} for when a key was entered.
  */
 export function watchNode(on) {
@@ -76,6 +76,7 @@ export function watchNode(on) {
     if (response.status === 401) return "key";
     if (!response.ok) throw new Error(await errorMessage(response));
     for await (const { event, data } of serverSentEvents(response.body, alive)) {
+      if (event === "models") on.models(JSON.parse(data).models);
       if (event !== "description") continue;
       attempt = 0;
       since = null;

@@ -4,7 +4,7 @@ import { bytes, clock, count, duration, facts, h, keyed, setText } from "./dom.j
 const byId = (id) => document.getElementById(id);
 
 const STATE_KINDS = {
-  ready: "good", loading: "busy", starting: "busy", restarting: "busy", draining: "busy", stopping: "busy", failed: "bad",
+  ready: "good", loading: "busy", starting: "busy", restarting: "busy", draining: "busy", stopping: "busy", failed: "bad", refused: "bad",
 };
 
 function showState(pill, state) {
@@ -23,6 +23,15 @@ export function showNode(node) {
     ["on", node.platform + (node.wsl2 ? " (WSL2)" : "")],
   ]);
 }
+
+let deployed = [];
+
+/** Keep the deployed models: one that fits nowhere has no replica, and must be seen all the same. */
+export function rememberModels(models) {
+  deployed = models;
+}
+
+const absentOf = (node) => deployed.filter((model) => !node.replicas.some((replica) => replica.model === model.name));
 
 /* ---- numbers ---- */
 
@@ -81,7 +90,9 @@ export function showNumbers(node) {
     byId("tiles").append(...["ready", "active", "total", "failed", "rate"].map((name) => tiles[name].element));
   }
   const ready = node.replicas.filter((replica) => replica.state === "ready").length;
-  tiles.ready.set(`${ready}`, `of ${node.replicas.length}`, node.replicas.some((replica) => replica.state === "failed"));
+  const absent = absentOf(node).length;
+  const alarm = absent > 0 || node.replicas.some((replica) => replica.state === "failed");
+  tiles.ready.set(`${ready}`, `of ${node.replicas.length + absent}`, alarm);
   tiles.active.set(count(node.calls.active));
   tiles.total.set(count(node.calls.total));
   const share = node.calls.total ? (node.calls.failed / node.calls.total) * 100 : 0;
@@ -207,8 +218,17 @@ function replicaRow() {
   };
 }
 
+function absentRow({ absent }) {
+  const state = h("span", { class: "pill" });
+  const kind = h("span", { class: "tag" }, KINDS[absent.model_kind] ?? absent.model_kind);
+  const why = h("p", { class: "small muted" }, "Loaded nowhere. ", h("span", { class: "mono" }, `tars explain ${absent.name}`), " says why.");
+  const element = h("article", { class: "replica" }, h("div", { class: "replica-head" }, h("h3", {}, absent.name), h("div", { class: "tags" }, kind), state), why);
+  return { element, update: (row) => showState(state, row.absent.state) };
+}
+
 export function showReplicas(node) {
-  keyed(byId("replicas"), node.replicas, (replica) => replica.id, replicaRow, "No model is deployed. Start with: tars models deploy NAME");
+  const rows = [...node.replicas, ...absentOf(node).map((absent) => ({ id: `absent ${absent.name}`, absent }))];
+  keyed(byId("replicas"), rows, (row) => row.id, (row) => (row.absent ? absentRow(row) : replicaRow()), "No model is deployed here.");
 }
 
 /* ---- calls and errors ---- */
