@@ -6,7 +6,7 @@ import asyncio
 from collections import Counter, deque
 from collections.abc import Callable
 
-from tars.errors import TarsError
+from tars.errors import Cancelled, TarsError
 from tars.messages.node import CallCounters, RecentError
 
 KEEP_ERRORS = 50
@@ -37,11 +37,11 @@ class CallLog:
         self._idle.clear()
 
     def ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
-        """Count its end, and keep its error."""
+        """Count its end, and keep its error; a caller who went away, or pressed Stop, met no error."""
         self._active -= 1
         if not self._active:
             self._idle.set()
-        if error is None:
+        if error is None or isinstance(error, Cancelled):
             return
         self._failed += 1
         self._errors.append(

@@ -1,6 +1,6 @@
 """Counting calls."""
 
-from tars.errors import Overloaded
+from tars.errors import Cancelled, Overloaded
 from tars.serving.call_log import KEEP_ERRORS, CallLog
 
 
@@ -24,3 +24,10 @@ def test_keeps_only_the_newest_errors_newest_first():
         log.ended("m", Overloaded(str(number)), "t")
     assert [error.message for error in log.recent_errors()][:2] == [str(KEEP_ERRORS + 4), str(KEEP_ERRORS + 3)]
     assert len(log.recent_errors()) == KEEP_ERRORS
+
+
+def test_a_caller_who_stops_is_no_failure():
+    log = CallLog(lambda: 0.0)
+    log.started("m")
+    log.ended("m", Cancelled("gone"), "t")
+    assert (log.counters().failed, log.recent_errors(), log.active) == (0, [], 0)
