@@ -54,11 +54,11 @@ class Shape:
 
     vocabulary: int = 2048
     context: int = 1024
-    layers: int = 4
+    layers: int = 3
     width: int = 256
     heads: int = 4
     kv_heads: int = 2
-    hidden: int = 768
+    hidden: int = 512
     norm_epsilon: float = 1e-5
     rope_base: float = 10_000.0
 
@@ -463,11 +463,11 @@ def examine_file(path: Path, help_desk: HelpDesk) -> bool:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=help_desk_gguf())
-    parser.add_argument("--steps", type=int, default=1_800)
+    parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--minutes", type=float, help="train for this long instead of for --steps; not reproducible")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=2.5e-3)
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--full-precision", action="store_true", help="no bfloat16: slower on CPUs that have it")
