@@ -55,7 +55,9 @@ class NativeLog:
         self._callback = api.llama_log_callback(self._take)
 
     def install(self) -> None:
-        """Replace llama_cpp's own callback; this object must live as long as the library."""
+        """Replace llama_cpp's own callback."""
+        # For ever: the library calls it until the process ends, also for a model that was freed.
+        _installed.append(self)
         api.llama_log_set(self._callback, ctypes.c_void_p(0))
 
     def _take(self, level: int, text: bytes, user_data: object) -> None:
@@ -67,6 +69,9 @@ class NativeLog:
             self.lines.append(line)
         if self._level in (WARNING, ERROR):
             print(line, file=sys.stderr, flush=True)
+
+
+_installed: list[NativeLog] = []
 
 
 def free_device_memory() -> int | None:

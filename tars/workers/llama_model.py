@@ -102,6 +102,8 @@ class Model:
         self.end_tokens = frozenset(
             token for token in range(self.tokens) if library.vocab_is_eog(self.vocabulary_pointer, token)
         )
+        self.continuing_tokens = [token for token, piece in enumerate(self.pieces) if piece and 0x80 <= piece[0] < 0xC0]
+        """Tokens that begin inside a character of UTF-8."""
         longest = max(map(len, self.pieces), default=0)
         lossless = api.llama_vocab_type(self.vocabulary_pointer) in LOSSLESS_VOCABULARIES
         self._longest_piece = max([longest, *(len(self.special_text(t)) for t in self.end_tokens)]) if lossless else 0

@@ -4,26 +4,28 @@ Law of this file: one `Sampler` per sequence, made and used in the engine thread
 penalties, top-k, top-p, min-p, temperature, draw. A grammar is asked about the drawn token first and only then, if it objects, about the
 whole vocabulary, because that costs milliseconds.
 
+llama.cpp's grammars do not check that bytes make UTF-8 (a stray first byte swallows the quote after it), so under a grammar tokens are also
+held to that: otherwise "the text is JSON" would be true only of well-behaved models.
+
 A token that a grammar forbids must never be "accepted": llama.cpp then throws through C and the process dies. So permitted tokens are
 filtered in here, and a grammar that permits none ends the call with `BadGrammar`.
 """
 
 from __future__ import annotations
 
+import codecs
 import ctypes
-import json
 import math
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from llama_cpp import llama_cpp as api
-from llama_cpp.llama_grammar import json_schema_to_gbnf
 
 from tars.errors import BadGrammar, InvalidParams, ReplicaFailed
 from tars.messages.inference import GenerationParams, TokenLogprob
 from tars.workers import llama_library as library
+from tars.workers.json_schema_grammar import schema_grammar
 from tars.workers.llama_model import Logits, Model
 
 CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
@@ -32,19 +34,8 @@ CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
 PENALTY_WINDOW = 64
 """Tokens that the penalties look back on, the prompt's end included: llama.cpp's default."""
 
-REPETITION_MOST = 1_000
-"""Largest repeat count in a schema: half of llama.cpp's own bound. The converter writes each one out: a billion would eat the memory."""
-
-NESTING_MOST = 2 * REPETITION_MOST
-"""Brackets within brackets: llama.cpp parses them by recursion, and the converter nests one level per optional repetition."""
-
-GRAMMAR_MOST = 262_144
-"""Characters of a grammar, made from a JSON schema or given (`GenerationParams.grammar` has the same bound)."""
-
-REPETITION_KEYS = frozenset({"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"})
-
-QUANTIFIER = re.compile(r"\{[\s,]*(\d+)[\s,]*(\d*)[\s]*\}")
-"""`{3}`, `{3,}`, `{,3}`, `{3,5}` in a regular expression."""
+NESTING_MOST = 200
+"""Brackets within brackets in a grammar: llama.cpp parses them by recursion."""
 
 LOGPROB_LEAST = -9999.0
 """What stands for minus infinity, as in OpenAI's API: JSON has no infinities."""
@@ -64,6 +55,8 @@ class Sampler:
         self._plain_greedy = params.temperature == 0 and not bias and not penalised and text is None
         if self._plain_greedy:
             return
+        self._unfinished = b""
+        """Under a grammar: bytes of a character that the tokens so far began."""
         self._candidates = np.zeros(model.tokens, dtype=CANDIDATE)
         self._ids = np.arange(model.tokens, dtype=np.int32)
         if text is not None:
@@ -117,6 +110,7 @@ class Sampler:
                 token = self._draw(self._permitted(logits))
             if token not in self._model.end_tokens:
                 api.llama_sampler_accept(self._grammar, token)
+                self._unfinished = unfinished(self._unfinished + self._model.pieces[token]) or b""
         if token not in self._model.end_tokens:
             library.sampler_accept(self._chain, token)
         return token
@@ -140,14 +134,26 @@ class Sampler:
         return int(array.data[array.selected].id)
 
     def _permits(self, token: int) -> bool:
+        if not self._is_text(token):
+            return False
         one = np.array([(token, 1.0, 0.0)], dtype=CANDIDATE)
         api.llama_sampler_apply(self._grammar, ctypes.byref(_native(one)))
         return bool(np.isfinite(one["logit"][0]))
 
+    def _is_text(self, token: int) -> bool:
+        """Whether the bytes so far and this token's may begin a text; the end may only stand between characters."""
+        if token in self._model.end_tokens:
+            return not self._unfinished
+        return unfinished(self._unfinished + self._model.pieces[token]) is not None
+
     def _permitted(self, logits: Logits) -> np.ndarray[Any, Any]:
         candidates = self._fill(logits)
+        if self._unfinished:
+            # Only tokens that begin with a continuation byte can be right; there are a few hundred.
+            candidates = candidates[[token for token in self._model.continuing_tokens if self._is_text(token)]]
         api.llama_sampler_apply(self._grammar, ctypes.byref(_native(candidates)))
-        permitted = np.ascontiguousarray(candidates[np.isfinite(candidates["logit"])])
+        finite = candidates[np.isfinite(candidates["logit"])]
+        permitted = np.ascontiguousarray(finite[[self._is_text(int(token)) for token in finite["id"]]])
         if not len(permitted):
             raise BadGrammar(
                 "The grammar came to a point where no token of this model may follow. Allow the characters that it asks for, "
@@ -174,10 +180,22 @@ def _biases(given: dict[str, float], tokens: int) -> dict[int, float]:
     return biases
 
 
+def unfinished(data: bytes) -> bytes | None:
+    """The bytes of a character that `data` ends inside of (none: b""), or None where `data` cannot begin UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    try:
+        decoder.decode(data)
+    except UnicodeDecodeError:
+        return None
+    rest = decoder.getstate()[0]
+    # Python waits for the third byte of what can only become a surrogate, and refuses it then.
+    return None if len(rest) > 1 and rest[0] == 0xED and rest[1] >= 0xA0 else rest
+
+
 def grammar_text(params: GenerationParams) -> str | None:
     """The GBNF grammar that a call asks for, from its schema where it has one; None without. Raises `BadGrammar`."""
     if params.json_schema is not None:
-        text = _from_schema(params.json_schema)
+        text = schema_grammar(params.json_schema)
     elif params.grammar is not None:
         text = params.grammar
     else:
@@ -216,46 +234,6 @@ def nesting(grammar: str) -> int:
 
 def _has_surrogate(text: str) -> bool:
     return any("\ud800" <= character <= "\udfff" for character in text)
-
-
-def _from_schema(schema: dict[str, Any]) -> str:
-    check_schema(schema)
-    try:
-        text = str(json_schema_to_gbnf(json.dumps(schema)))
-    except Exception:  # noqa: BLE001  # a converter written for honest schemas throws anything (KeyError, AssertionError, RecursionError)
-        raise BadGrammar(
-            "The JSON schema cannot be turned into a grammar. Supported: type, properties, required, items, enum, const, anyOf, oneOf, "
-            "allOf, $ref within the schema, pattern, format, and minimum and maximum counts."
-        ) from None
-    if len(text) > GRAMMAR_MOST:
-        raise BadGrammar(f"The JSON schema makes a grammar of more than {GRAMMAR_MOST} characters. Make it smaller.")
-    return text
-
-
-def check_schema(schema: Any) -> None:
-    """Raise `BadGrammar` for what would make the converter fetch something, or write out a repetition without end."""
-    left = [schema]
-    while left:
-        part = left.pop()
-        if isinstance(part, list):
-            left += part
-        if not isinstance(part, dict):
-            continue
-        left += part.values()
-        reference = part.get("$ref")
-        if isinstance(reference, str) and not reference.startswith("#"):
-            raise BadGrammar(
-                "The JSON schema refers to another document; TARS fetches nothing. Put the parts under `$defs`."
-            )
-        counts = [part[key] for key in REPETITION_KEYS & part.keys()]
-        pattern = part.get("pattern")
-        if isinstance(pattern, str):
-            # Nine digits are more than the bound already: no integer of megabytes is made.
-            counts += [int(text[:9]) for pair in QUANTIFIER.findall(pattern) for text in pair if text]
-        if any(isinstance(count, int | float) and count > REPETITION_MOST for count in counts):
-            raise BadGrammar(
-                f"The JSON schema repeats something more than {REPETITION_MOST} times, which grammars cannot. Lower it."
-            )
 
 
 def token_logprob(model: Model, logits: Logits, token: int, alternatives: int) -> TokenLogprob:
