@@ -86,9 +86,7 @@ def wait_for_the_right_answer(name: str, port: int, process: subprocess.Popen[by
         raise SystemExit(f"bench: {name} gives the wrong answer: {answer}")
 
 
-def measure(
-    competitors_python: str, seconds: int, rounds: int, console: Console
-) -> dict[str, dict[int, list[float]]]:
+def measure(competitors_python: str, seconds: int, rounds: int, console: Console) -> dict[str, dict[int, list[float]]]:
     rates: dict[str, dict[int, list[float]]] = {name: {count: [] for count in CONNECTIONS} for name in SERVERS}
     with ExitStack() as stack:
         ports = {name: stack.enter_context(served(name, competitors_python)) for name in SERVERS}
