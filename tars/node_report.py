@@ -13,10 +13,14 @@ from collections.abc import Sequence
 import orjson
 
 from tars import __version__
+from tars.config import DEFAULT_PORT
 from tars.core.types import Bytes, DeviceKind, DeviceSnapshot, ModelKind, NodeSnapshot, ReplicaState
 from tars.mesh.coordinator import Coordinator, LiveReplica
 
 log = logging.getLogger("tars.node")
+
+DEFAULT_URL = f"http://127.0.0.1:{DEFAULT_PORT}"
+"""Where the `tars` command looks when it is not told."""
 
 
 class JsonLines(logging.Formatter):
@@ -88,10 +92,11 @@ class NodeReport:
         live = [each for each in coordinator.replicas.values() if each.worker.state is ReplicaState.READY]
         seconds = time.monotonic() - self._began
         self._say(f"  {len(live)} model{'s' * (len(live) != 1)} ready after {seconds:.1f} s. Try:")
+        tars = "tars" if url == DEFAULT_URL else f"tars --url {url}"
         if any(each.kind is ModelKind.CHAT for each in live):
-            self._say('    tars chat "How do I add a second PC?"')
+            self._say(f'    {tars} chat "How do I add a second PC?"')
         if any(each.kind is ModelKind.EMBEDDING for each in live):
-            self._say('    tars embed "a sentence" "another one"')
+            self._say(f'    {tars} embed "a sentence" "another one"')
         self._say(f"    {url}/  in a browser     {url}/v1  for OpenAI clients     Ctrl-C to stop")
 
     def stopping(self, active_calls: int, grace: float) -> None:

@@ -27,6 +27,7 @@ async def test_says_what_it_found_what_it_loads_and_what_it_took_each_once(bench
     bench.workers[0].loaded(512 * 2**20)
     report.progress(bench.coordinator)
     report.ready("http://127.0.0.1:8000", bench.coordinator)
+    report.ready("http://127.0.0.1:9000", bench.coordinator)
     report.stopping(1, 10)
     report.stopped()
     said = capsys.readouterr().out
@@ -34,7 +35,8 @@ async def test_says_what_it_found_what_it_loads_and_what_it_took_each_once(bench
     assert "ready    tiny Q8_0 on Card gpu-a: 512 MiB" in said
     assert "note     no NVIDIA driver" in said
     assert "1 model ready" in said
-    assert "tars chat" in said
+    assert '    tars chat "' in said
+    assert '    tars --url http://127.0.0.1:9000 chat "' in said
     assert "tars embed" not in said
     assert "up to 10 s for 1 running call" in said
 
