@@ -14,6 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import pytest_asyncio
 
 from tars.core.types import Deadline, ReplicaState
 from tars.errors import (
@@ -88,6 +89,20 @@ async def make() -> AsyncIterator[Make]:
     assert not [pid for pid in pids if psutil.pid_exists(pid)]
 
 
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared() -> AsyncIterator[ReplicaWorker]:
+    """One worker for all tests that do it no harm; afterwards it must never have been restarted."""
+    worker = ReplicaWorker(spec(), options(hang_seconds=5.0), lambda worker: None)
+    await worker.start()
+    await worker.wait_ready(20)
+    yield worker
+    assert (worker.restarts, worker.active_calls, worker.queued_calls) == (0, 0, 0)
+    await worker.stop(0)
+
+
+together = pytest.mark.asyncio(loop_scope="module")
+
+
 async def collect(worker: ReplicaWorker, work: Work, deadline: Deadline | None = None) -> list[Event]:
     return [event async for event in worker.run(work, deadline or soon())]
 
@@ -98,31 +113,36 @@ async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
             await asyncio.sleep(0.005)
 
 
-async def test_events_arrive_in_order_and_end_with_the_result(make: Make) -> None:
-    worker = await make()
+@together
+async def test_events_arrive_in_order_and_end_with_the_result(shared: ReplicaWorker) -> None:
+    worker = shared
+    before = worker.calls_total
     events = await collect(worker, CompleteParams(prompt="count 200"))
     assert [event.text for event in events if isinstance(event, Delta)] == [f"{n} " for n in range(200)]
     assert isinstance(events[-1], Generated)
-    assert worker.calls_total == 1
+    assert worker.calls_total == before + 1
     assert (worker.active_calls, worker.queued_calls) == (0, 0)
 
 
-async def test_every_kind_of_work_is_answered_with_its_result(make: Make) -> None:
-    worker = await make()
+@together
+async def test_every_kind_of_work_is_answered_with_its_result(shared: ReplicaWorker) -> None:
+    worker = shared
     assert isinstance((await collect(worker, TokenizeParams(text="x")))[0], Tokenized)
     assert isinstance((await collect(worker, EmbedParams(input=["a", "bb"])))[0], Embedded)
 
 
-async def test_native_prints_go_to_the_log_and_never_into_the_stream(make: Make) -> None:
-    worker = await make()
+@together
+async def test_native_prints_go_to_the_log_and_never_into_the_stream(shared: ReplicaWorker) -> None:
+    worker = shared
     for _ in range(3):
         assert isinstance((await collect(worker, CompleteParams(prompt="print")))[-1], Generated)
     assert worker.restarts == 0
     await until(lambda: "C printf 1" in worker.last_lines and "python print" in worker.last_lines)
 
 
-async def test_an_engines_error_reaches_the_caller_and_a_bug_reaches_it_without_its_text(make: Make) -> None:
-    worker = await make()
+@together
+async def test_an_engines_error_reaches_the_caller_and_a_bug_reaches_it_without_its_text(shared: ReplicaWorker) -> None:
+    worker = shared
     with pytest.raises(BadGrammar, match="no such grammar"):
         await collect(worker, CompleteParams(prompt="fail"))
     with pytest.raises(TarsError) as caught:
@@ -205,8 +225,9 @@ async def test_a_long_busy_call_is_not_mistaken_for_a_hang(make: Make) -> None:
     assert worker.restarts == 0
 
 
-async def test_closing_the_iterator_cancels_the_work_in_the_engine(make: Make) -> None:
-    worker = await make()
+@together
+async def test_closing_the_iterator_cancels_the_work_in_the_engine(shared: ReplicaWorker) -> None:
+    worker = shared
     stream = worker.run(CompleteParams(prompt="forever"), soon())
     assert isinstance(await anext(stream), Delta)
     await stream.aclose()  # type: ignore[attr-defined]  # an async generator
@@ -215,8 +236,9 @@ async def test_closing_the_iterator_cancels_the_work_in_the_engine(make: Make) -
     assert await collect(worker, CompleteParams(prompt="count 1"))
 
 
-async def test_the_deadline_ends_a_call_and_frees_the_engine(make: Make) -> None:
-    worker = await make()
+@together
+async def test_the_deadline_ends_a_call_and_frees_the_engine(shared: ReplicaWorker) -> None:
+    worker = shared
     started = time.monotonic()
     with pytest.raises(DeadlineExceeded):
         await collect(worker, CompleteParams(prompt="forever"), soon(0.2))
@@ -239,15 +261,17 @@ async def test_calls_beyond_the_queue_bound_are_refused(make: Make) -> None:
     assert await collect(worker, CompleteParams(prompt="count 1"))
 
 
-async def test_half_a_surrogate_pair_is_the_callers_error(make: Make) -> None:
-    worker = await make()
+@together
+async def test_half_a_surrogate_pair_is_the_callers_error(shared: ReplicaWorker) -> None:
+    worker = shared
     with pytest.raises(InvalidParams):
         await collect(worker, CompleteParams(prompt="\ud800"))
     assert await collect(worker, CompleteParams(prompt="count 1"))
 
 
-async def test_nul_bytes_and_four_mebibytes_pass_through(make: Make) -> None:
-    worker = await make()
+@together
+async def test_nul_bytes_and_four_mebibytes_pass_through(shared: ReplicaWorker) -> None:
+    worker = shared
     vectors = (await collect(worker, EmbedParams(input=["\0", "x" * 4 * 2**20])))[0]
     assert isinstance(vectors, Embedded)
     assert len(vectors.vectors) == 2
@@ -324,8 +348,9 @@ async def test_a_stopped_replica_can_be_started_again(make: Make) -> None:
     assert await collect(worker, CompleteParams(prompt="count 1"))
 
 
-async def test_ctrl_c_and_termination_signals_leave_the_worker_to_the_node(make: Make) -> None:
-    worker = await make()
+@together
+async def test_ctrl_c_and_termination_signals_leave_the_worker_to_the_node(shared: ReplicaWorker) -> None:
+    worker = shared
     assert worker.pid
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(worker.pid, number)
