@@ -6,7 +6,7 @@ may replace these defaults; nothing here measures.
 
 from __future__ import annotations
 
-from tars.core.types import DeviceKind, DeviceSnapshot, KvType, ModelKind, ModelShape, Precision, RuntimeSettings
+from tars.core.types import Bytes, DeviceKind, DeviceSnapshot, KvType, ModelKind, ModelShape, Precision, RuntimeSettings
 
 CONTEXT_MOST = 4096
 """Tokens per slot unless somebody asks for more: fits a 7B with one slot on an 8 GB card; a trained 128k would cost 16 GiB of KV."""
@@ -34,6 +34,12 @@ FP16_FROM = (7, 0)
 """Compute capability of the first tensor cores."""
 NO_TENSOR_CORES = ("GTX 16", "GTX 10", "GTX 9", "MX450", "MX550", "T400", "T500", "T600", "T1000", "T1200")
 """Turing boards of cc 7.5 without tensor cores, and their elders: half precision can give NaN there (field notes, Devices)."""
+
+
+BYTES_A_THREAD = Bytes.mib(16)
+"""Weights that make one more CPU thread worth it: about 2 ms of memory traffic a token. Below that llama.cpp's barriers after every
+operation cost more than the work between them, and beside other busy programs they are a sleep: a 2.5 MB model on two busy cores made
+64-138 tokens/s with two threads and 7,000 with one (measured)."""
 
 
 def default_context(shape: ModelShape) -> int:
@@ -81,6 +87,8 @@ def settings_for(
     # A simulated device only declares memory; the work is done by this machine's CPU.
     on_card = device.kind is DeviceKind.CUDA and not device.simulated
     threads = _threads(device, on_card=on_card)
+    if not on_card and entry_kind is ModelKind.CHAT:
+        threads = min(threads, max(1, -(-shape.tensor_bytes // BYTES_A_THREAD)))
     if entry_kind is not ModelKind.CHAT:
         return RuntimeSettings(
             context=min(context, max(1, shape.context_trained)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tars.core.tensor_plan import Counts, planned_shape
@@ -167,3 +169,10 @@ def test_embedding_batches_follow_the_device(on, tokens):
 
 def test_an_embedding_model_reads_no_further_than_it_was_trained():
     assert settings_for(CPU, ModelKind.EMBEDDING, PHI_2, context=4096).context == 2048
+
+
+def test_a_tiny_model_on_a_cpu_gets_no_more_threads_than_its_weights_can_feed():
+    cpu = device(DeviceKind.CPU, cpu_threads=8)
+    for weights, threads in ((3, 1), (40, 3), (400, 8)):
+        shape = replace(PHI_2, tensor_bytes=Bytes.mib(weights))
+        assert settings_for(cpu, ModelKind.CHAT, shape).threads == threads
