@@ -104,9 +104,10 @@ class Model:
         )
         self.continuing_tokens = [token for token, piece in enumerate(self.pieces) if piece and 0x80 <= piece[0] < 0xC0]
         """Tokens that begin inside a character of UTF-8."""
-        longest = max(map(len, self.pieces), default=0)
         lossless = api.llama_vocab_type(self.vocabulary_pointer) in LOSSLESS_VOCABULARIES
-        self._longest_piece = max([longest, *(len(self.special_text(t)) for t in self.end_tokens)]) if lossless else 0
+        # Control tokens count with their names, which a text may spell out.
+        lengths = (len(piece or self._piece(token, special=True)) for token, piece in enumerate(self.pieces))
+        self._longest_piece = max(lengths, default=0) if lossless else 0
 
     def special_text(self, token: int) -> str:
         """A control token's text, such as `<s>`; empty for no token (-1)."""

@@ -60,7 +60,9 @@ class Sampler:
         self._candidates = np.zeros(model.tokens, dtype=CANDIDATE)
         self._ids = np.arange(model.tokens, dtype=np.int32)
         if text is not None:
-            self._grammar = api.llama_sampler_init_grammar(model.vocabulary_pointer, text.encode(), b"root")
+            self._grammar = api.llama_sampler_init_grammar(
+                model.vocabulary_pointer, text.encode("utf-8", "replace"), b"root"
+            )
             if not self._grammar:
                 raise BadGrammar(
                     "The grammar could not be compiled: check its syntax, that it has a rule `root`, that every rule it names exists, "
@@ -200,8 +202,8 @@ def grammar_text(params: GenerationParams) -> str | None:
         text = params.grammar
     else:
         return None
-    if not text.strip() or "\0" in text or _has_surrogate(text):
-        raise BadGrammar("The grammar is empty, or holds a NUL or half of a surrogate pair.")
+    if not text.strip() or "\0" in text:
+        raise BadGrammar("The grammar is empty, or holds a NUL character.")
     if nesting(text) > NESTING_MOST:
         raise BadGrammar(
             f"The grammar nests brackets more than {NESTING_MOST} deep. Give the inner parts rules of their own."
@@ -230,10 +232,6 @@ def nesting(grammar: str) -> int:
         elif character == ")":
             depth -= 1
     return deepest
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def token_logprob(model: Model, logits: Logits, token: int, alternatives: int) -> TokenLogprob:

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tars.errors import BadModelFile, DoesNotFit
+from tars.workers.engine import LoadSpec
+
+pytestmark = pytest.mark.model  # importing the module loads llama.cpp
+
+
+@pytest.mark.parametrize(
+    ("line", "kind", "words"),
+    [
+        ("llama_model_load: error loading model: unknown model architecture: 'whale'", BadModelFile, "whale"),
+        (
+            "tensor 'blk.0' data is not within the file bounds, model is corrupted or incomplete",
+            BadModelFile,
+            "truncated",
+        ),
+        (
+            "ggml_backend_cuda_buffer_type_alloc_buffer: allocating 4096.00 MiB on device 0: cudaMalloc failed: out of memory",
+            DoesNotFit,
+            "ran out",
+        ),
+        ("llama_model_load: error loading model: unable to allocate CUDA0 buffer", DoesNotFit, "ran out"),
+        ("gguf_init_from_file: invalid magic characters in /home/me/secret.gguf", BadModelFile, "refused"),
+        ("", BadModelFile, "refused"),
+    ],
+)
+def test_llama_cpps_words_become_an_error_that_shows_no_path(line: str, kind: type[Exception], words: str) -> None:
+    from tars.workers.llama_model import load_error
+
+    error = load_error(["print_info: all was well", line])
+    assert type(error) is kind
+    assert words in error.message
+    assert "secret" not in error.message
+
+
+def test_the_least_number_of_tokens_never_exceeds_the_real_one(tiny_gguf: Path) -> None:
+    from tars.workers import llama_library
+    from tars.workers.llama_model import Model
+
+    log = llama_library.NativeLog()
+    log.install()
+    model = Model(LoadSpec(replica="r", model="m", engine="llama", path=str(tiny_gguf)), log, lambda percent: None)
+    for text in ("", "hello world", "assistant" * 50, "🙂" * 20, "\0\n\t", "<|im_start|>" * 10):
+        data = text.encode()
+        assert model.fewest_tokens(data) <= len(model.tokenize(data, add_special=False))
+    assert model.fewest_tokens(b"x" * 2**20) > 50_000
+    model.close()
+
+
+def test_an_abort_flag_is_true_to_c_only_while_it_is_set() -> None:
+    from tars.workers.llama_model import AbortFlag
+
+    flag = AbortFlag()
+    assert not flag.callback(flag.data)
+    flag.set()
+    assert flag.callback(flag.data)
+    flag.clear()
+    assert not flag.callback(flag.data)
