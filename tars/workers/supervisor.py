@@ -59,13 +59,13 @@ _FIRST_CALL = 2
 class WorkerOptions:
     """How workers are watched. Times in seconds; `[worker]` of the configuration, and `queue_per_replica` of `[limits]`."""
 
-    start_timeout_seconds: float = 120.0
-    """A load without any progress for so long is stuck: a 40 GB file from a slow disk still moves every few seconds."""
+    start_timeout_seconds: float = 600.0
+    """A load without any progress for so long is stuck; one that moves may take as long as it needs."""
     ping_interval_seconds: float = 2.0
-    hang_seconds: float = 20.0
+    hang_seconds: float = 60.0
     """Far above the longest single step (a prefill chunk on a slow CPU), far below a caller's patience. At least three pings."""
     backoff_initial_seconds: float = 0.5
-    backoff_most_seconds: float = 30.0
+    backoff_most_seconds: float = 60.0
     stop_seconds: float = 5.0
     """From the request to end until SIGKILL."""
     stable_seconds: float = 60.0
