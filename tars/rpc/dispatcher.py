@@ -114,10 +114,11 @@ class Dispatcher:
 
     async def answer(self, element: Element, arrival: Arrival = LOCAL, emit: Emit | None = None) -> bytes | None:
         """One element's answer; None for a notification. `emit` gets the deltas of a method that streams, else they are dropped."""
-        given = (element.meta.traceparent if isinstance(element, Call) else None) or arrival.traceparent
-        trace_id = trace_id_of(given) or self.admission.new_trace_id()
         if isinstance(element, BadElement):
+            trace_id = trace_id_of(arrival.traceparent) or self.admission.new_trace_id()
             return None if element.notification else self._error(element.id, element.error, trace_id)
+        given = element.meta.traceparent or arrival.traceparent
+        trace_id = (trace_id_of(given) if given is not None else None) or self.admission.new_trace_id()
         name = element.method
         spec = self._specs.get(name)
         if spec is None:

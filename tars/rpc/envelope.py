@@ -86,9 +86,10 @@ def encode_result(request_id: RequestId, result: object) -> bytes:
     """The answer's bytes. Raises `InternalError` where JSON cannot say the result (lone surrogates, 65-bit integers, NaN)."""
     try:
         # orjson writes null for NaN and infinity: a vector with a hole in it would look like an answer.
-        if _may_hold_floats(result) and not _finite(result):
+        if _HOLDS_FLOATS.get(type(result), True) and _may_hold_floats(result) and not _finite(result):
             raise ValueError
-        return orjson.dumps({"jsonrpc": "2.0", "result": result, "id": request_id}, default=_fields)
+        said = result.__dict__ if isinstance(result, Message) else result
+        return orjson.dumps({"jsonrpc": "2.0", "result": said, "id": request_id}, default=_fields)
     except (TypeError, ValueError, RecursionError):
         raise InternalError(
             "The answer cannot be written as JSON, which is a fault of this node and not of the call. Report it with the trace id."

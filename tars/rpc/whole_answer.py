@@ -39,7 +39,7 @@ class WholeAnswer(web.Response):
             or self.body is not body
             or self.compression
             or self.chunked
-            or self.cookies
+            or self._cookies  # the public property would make an empty jar for every answer
             or super().keep_alive is False
             or not request.keep_alive
             or request.method == hdrs.METH_HEAD

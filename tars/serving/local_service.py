@@ -132,6 +132,7 @@ class LocalNodeService:
         self._started_at = wall_clock()
         self._started = now()
         self._snapshot: tuple[float, int, NodeSnapshot] | None = None
+        self._pong: PingResult | None = None
 
     # --- the node ----------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,11 @@ class LocalNodeService:
 
     def ping(self) -> PingResult:
         """No probe, no await."""
-        return PingResult(node=self.node_id, version=__version__, state=self._state())
+        state = self._state()
+        # Frozen: the last answer is given again until the state changes, for pings are what comes most often.
+        if self._pong is None or self._pong.state != state:
+            self._pong = PingResult(node=self.node_id, version=__version__, state=state)
+        return self._pong
 
     async def describe(self) -> NodeDescription:
         """Devices, replicas, counters."""
