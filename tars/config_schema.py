@@ -327,7 +327,7 @@ class WorkerSection(Section):
         600.0,
         gt=0,
         le=86_400,
-        description="From spawn to ready. A 20 GB file from a hard disk at 100 MB/s takes 200 s; three times that.",
+        description="Since the load last got on. A 20 GB file from a hard disk at 100 MB/s takes 200 s; three times that.",
     )
     ping_interval_seconds: float = Field(
         2.0, gt=0, le=3600, description="Between two signs of life. Cheap: one frame over a pipe."

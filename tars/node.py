@@ -132,6 +132,7 @@ class Node:
             deployments=Deployments(self._folder, self._prepared.declared),
             measured=MeasuredMemory(self._folder),
             make_worker=lambda spec, on_change: ReplicaWorker(spec, options, on_change),
+            process_memory=inventory.process_memory,
         )
         self.service = LocalNodeService(
             self.coordinator,

@@ -1,6 +1,7 @@
 """A coordinator with the real planner and catalogue, devices that the test sets, and workers that only pretend to load."""
 
 import asyncio
+import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,8 @@ from tars.state_folder import StateFolder
 
 NODE = NodeSnapshot(NodeId("00000000-0000-4000-8000-000000000001"), "pc")
 
+PIDS = itertools.count(1000)
+
 
 class FakeWorker:
     """Loads when it is told to."""
@@ -27,6 +30,7 @@ class FakeWorker:
         self.info = self.progress = self.last_error = None
         self.stopped_with = None
         self.script = []
+        self.pid = next(PIDS)
         self.may_stop = asyncio.Event()
         self.may_stop.set()
 
@@ -58,6 +62,8 @@ class Bench:
 
     def __init__(self, folder, devices, files):
         self.devices = devices
+        self.told = {}
+        """What the driver says of processes: device -> process id -> bytes."""
         self.workers = []
         self.catalogue = Catalogue.load(builtin=True)
         self.model = self.catalogue.add_file(files[0], name="tiny").name
@@ -71,6 +77,7 @@ class Bench:
             deployments=self.deployments,
             measured=self.measured,
             make_worker=self.make_worker,
+            process_memory=lambda: self.told,
         )
 
     def probe(self, held):

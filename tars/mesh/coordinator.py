@@ -18,6 +18,7 @@ from tars.core.types import (
     Bytes,
     Deployment,
     DeviceId,
+    DeviceKind,
     DeviceSnapshot,
     ModelEntry,
     ModelKind,
@@ -52,6 +53,9 @@ class LiveReplica:
     device: DeviceSnapshot
     kind: ModelKind
     worker: ReplicaWorker
+    taken: Bytes | None = None
+    """What the worker with `measured_pid` really took on the device; None before it was measured."""
+    measured_pid: int | None = None
 
 
 StartWorker = Callable[[LoadSpec, Callable[[ReplicaWorker], None]], ReplicaWorker]
@@ -70,6 +74,7 @@ class Coordinator:
         deployments: Deployments,
         measured: MeasuredMemory,
         make_worker: StartWorker,
+        process_memory: Callable[[], Mapping[DeviceId, Mapping[int, Bytes | None]]] = dict,
     ):
         self._node = node
         self._probe = probe
@@ -77,6 +82,7 @@ class Coordinator:
         self.deployments = deployments
         self._measured = measured
         self._make_worker = make_worker
+        self._process_memory = process_memory
         self.replicas: dict[ReplicaId, LiveReplica] = {}
         self.plan = Plan()
         self.problems: dict[str, TarsError] = {}
@@ -152,6 +158,7 @@ class Coordinator:
         async with self._round:
             if self._stopping:
                 return
+            await self._measure()
             models, problems = self._plannable()
             wanted = [deployment for deployment in self.deployments.wanted() if deployment.model in models]
             nodes = await self._planning_nodes()
@@ -234,15 +241,40 @@ class Coordinator:
         """What this node's replicas hold on each device: measured where it can be, declared on a simulated device."""
         held: dict[DeviceId, Bytes] = {}
         for live in self.replicas.values():
-            info = live.worker.info
             if live.device.simulated:
                 taken = live.assignment.memory.total
-            elif info is not None and live.worker.state is ReplicaState.READY:
-                taken = Bytes(info.memory_bytes)
+            elif live.taken is not None and live.worker.state is ReplicaState.READY:
+                taken = live.taken
             else:
                 continue
             held[live.assignment.device] = Bytes(held.get(live.assignment.device, 0) + taken)
         return held
+
+    async def _measure(self) -> None:
+        """Note what each freshly loaded replica really took; the planner counts with it from now on.
+
+        On a card the driver's own word on the process is best. Where it has none (WSL2), the engine's difference of free memory misses
+        what the process took before it looked, its CUDA context, so the estimate's overhead is added.
+        """
+        fresh = [
+            live
+            for live in self.replicas.values()
+            if live.worker.state is ReplicaState.READY and live.worker.pid != live.measured_pid
+        ]
+        if not fresh:
+            return
+        await self.snapshot()  # a reading from after the loads
+        told = self._process_memory()
+        for live in fresh:
+            info, pid = live.worker.info, live.worker.pid
+            if info is None or pid is None:
+                continue
+            on_card = live.device.kind is DeviceKind.CUDA and not live.device.simulated
+            known = told.get(live.assignment.device, {}).get(pid) if on_card else None
+            overhead = live.assignment.memory.overhead if on_card else 0
+            live.taken = known or Bytes(info.memory_bytes + overhead)
+            live.measured_pid = pid
+            self._measured.learn(live.assignment, live.device, live.taken)
 
     async def _load(self, assignment: Assignment, device: DeviceSnapshot, entry: ModelEntry) -> None:
         variant = next(each for each in entry.variants if each.name == assignment.variant)
@@ -275,11 +307,9 @@ class Coordinator:
 
     def _on_change(self, replica: ReplicaId, worker: ReplicaWorker) -> None:
         live = self.replicas.get(replica)
-        if live is not None and live.worker is worker:
-            if worker.state is ReplicaState.READY and worker.info is not None:
-                self._measured.learn(live.assignment, live.device, worker.info)
-            if worker.state not in (ReplicaState.STARTING, ReplicaState.LOADING):
-                self.wake()
+        settled = worker.state not in (ReplicaState.STARTING, ReplicaState.LOADING)
+        if live is not None and live.worker is worker and settled:
+            self.wake()
         self._pulse()
 
     def _retire(self, replica: ReplicaId, grace: float = STOP_GRACE_SECONDS) -> None:

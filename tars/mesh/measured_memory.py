@@ -12,7 +12,6 @@ from typing import Any
 from tars.core.placement import MeasuredKey, measured_key
 from tars.core.types import Assignment, Bytes, DeviceId, DeviceSnapshot, KvType
 from tars.errors import TarsError
-from tars.messages.node import LoadedInfo
 from tars.state_folder import StateFolder
 
 log = logging.getLogger(__name__)
@@ -37,17 +36,15 @@ class MeasuredMemory:
         """For the planner."""
         return self._bytes
 
-    def learn(self, assignment: Assignment, device: DeviceSnapshot, info: LoadedInfo) -> None:
+    def learn(self, assignment: Assignment, device: DeviceSnapshot, taken: Bytes) -> None:
         """Keep what this load took. A simulated device's bytes are declared, not measured, so they teach nothing."""
-        if device.simulated or info.memory_bytes <= 0:
+        if device.simulated or taken <= 0:
             return
         key = measured_key(assignment, device)
-        if self._bytes.get(key) == info.memory_bytes:
+        if self._bytes.get(key) == taken:
             return
-        self._bytes[key] = Bytes(info.memory_bytes)
-        records: list[dict[str, Any]] = [
-            {"key": _plain(key), "bytes": int(taken)} for key, taken in self._bytes.items()
-        ]
+        self._bytes[key] = taken
+        records: list[dict[str, Any]] = [{"key": _plain(key), "bytes": int(size)} for key, size in self._bytes.items()]
         try:
             self._folder.write_json(FILE, {"version": 1, "measured": records})
         except (TarsError, OSError) as error:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from coordinator_bench import card, make_bench
 
-from tars.core.types import Deployment
+from tars.core.types import Bytes, Deployment, DeviceKind
 from tars.errors import BadModelFile, DoesNotFit, ModelFileMissing, UnknownModel
 
 
@@ -24,7 +24,49 @@ async def test_a_wish_becomes_a_load_and_the_load_a_measurement(bench):
     assert not bench.coordinator.settled()
     worker.loaded(123 * 2**20)
     assert bench.coordinator.settled()
-    assert list(bench.measured.by_key().values()) == [123 * 2**20]
+    await bench.coordinator.reconcile()
+    assert len(bench.measured.by_key()) == 1
+
+
+async def test_the_drivers_word_on_a_process_is_what_a_load_took(bench):
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    bench.told = {bench.devices[0].id: {bench.workers[0].pid: Bytes.mib(600)}}
+    bench.workers[0].loaded(123 * 2**20)
+    await bench.coordinator.reconcile()
+    assert list(bench.measured.by_key().values()) == [Bytes.mib(600)]
+
+
+async def test_where_the_driver_is_silent_the_context_that_the_engine_cannot_see_is_added(bench):
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    bench.told = {bench.devices[0].id: {bench.workers[0].pid: None}}
+    bench.workers[0].loaded(123 * 2**20)
+    await bench.coordinator.reconcile()
+    (live,) = bench.coordinator.replicas.values()
+    assert live.assignment.memory.overhead > 100 * 2**20
+    assert live.taken == 123 * 2**20 + live.assignment.memory.overhead
+
+
+async def test_on_a_cpu_the_engines_own_measurement_counts(bench):
+    bench.devices = [replace(card("cpu"), kind=DeviceKind.CPU, compute_capability=None, index=None)]
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded(123 * 2**20)
+    await bench.coordinator.reconcile()
+    assert list(bench.measured.by_key().values()) == [Bytes.mib(123)]
+
+
+async def test_a_restarted_worker_is_measured_again(bench):
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    worker = bench.workers[0]
+    for pid, taken in ((1, 600), (2, 610)):
+        worker.pid = pid
+        bench.told = {bench.devices[0].id: {pid: Bytes.mib(taken)}}
+        worker.loaded(1)
+        await bench.coordinator.reconcile()
+    assert list(bench.measured.by_key().values()) == [Bytes.mib(610)]
 
 
 async def test_loads_on_one_device_happen_one_at_a_time(bench):

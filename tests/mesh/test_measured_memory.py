@@ -19,7 +19,6 @@ from tars.core.types import (
     RuntimeSettings,
 )
 from tars.mesh.measured_memory import FILE, MeasuredMemory
-from tars.messages.node import LoadedInfo
 from tars.state_folder import StateFolder
 
 DEVICE = DeviceSnapshot(DeviceId("n/gpu-1"), NodeId("n"), DeviceKind.CUDA, "RTX 3060", Bytes.gib(12), Bytes.gib(12))
@@ -36,26 +35,22 @@ ASSIGNMENT = Assignment(
 KEY = measured_key(ASSIGNMENT, DEVICE)
 
 
-def info(memory):
-    return LoadedInfo(model_kind="chat", memory_bytes=memory, load_seconds=1.0)
-
-
 def test_a_measurement_outlives_a_restart(tmp_path):
-    MeasuredMemory(StateFolder(tmp_path)).learn(ASSIGNMENT, DEVICE, info(5_000_000_000))
+    MeasuredMemory(StateFolder(tmp_path)).learn(ASSIGNMENT, DEVICE, Bytes(5_000_000_000))
     assert MeasuredMemory(StateFolder(tmp_path)).by_key() == {KEY: 5_000_000_000}
 
 
 def test_another_context_is_another_load(tmp_path):
     measured = MeasuredMemory(StateFolder(tmp_path))
-    measured.learn(ASSIGNMENT, DEVICE, info(5_000_000_000))
+    measured.learn(ASSIGNMENT, DEVICE, Bytes(5_000_000_000))
     longer = replace(ASSIGNMENT, settings=replace(ASSIGNMENT.settings, context=8192))
     assert measured_key(longer, DEVICE) not in measured.by_key()
 
 
 def test_a_simulated_device_teaches_nothing(tmp_path):
     measured = MeasuredMemory(StateFolder(tmp_path))
-    measured.learn(ASSIGNMENT, replace(DEVICE, simulated=True), info(5_000_000_000))
-    measured.learn(ASSIGNMENT, DEVICE, info(0))
+    measured.learn(ASSIGNMENT, replace(DEVICE, simulated=True), Bytes(5_000_000_000))
+    measured.learn(ASSIGNMENT, DEVICE, Bytes(0))
     assert measured.by_key() == {}
 
 
@@ -66,7 +61,7 @@ def test_a_full_disk_keeps_the_measurement_in_memory(tmp_path, monkeypatch, capl
         raise OSError(errno.ENOSPC, "full")
 
     monkeypatch.setattr(state_folder.os, "fsync", full)
-    measured.learn(ASSIGNMENT, DEVICE, info(7))
+    measured.learn(ASSIGNMENT, DEVICE, Bytes(7))
     assert measured.by_key() == {KEY: 7}
     assert "not saved" in caplog.text
 

@@ -113,7 +113,9 @@ async def test_a_saved_wish_for_a_model_that_the_catalogue_lost_can_be_removed(b
 async def test_describe_shows_device_replica_and_errors(bench, service):
     await service.deploy(DeployParams(model="tiny"))
     await bench.coordinator.reconcile()
-    bench.workers[0].loaded(50 * 2**20)
+    bench.told = {bench.devices[0].id: {bench.workers[0].pid: 50 * 2**20}}
+    bench.workers[0].loaded()
+    await bench.coordinator.reconcile()
     service.call_started("inference.chat")
     service.call_ended("inference.chat", Overloaded("busy"), "t1")
     described = await service.describe()
