@@ -16,8 +16,8 @@ from tars.demo.help_desk import ConversationMaker, HelpDesk, load_help_desk, nor
 
 MEGABYTE = 1_000_000
 
-# Asked in the words of people who have not read the training text; the right topic of each. Written before the model was trained and
-# never used to change it: what it gets right here is the honest measure.
+# Asked in the words of people who have not read the training text; the right topic of each. Never add one of them, or one like it, to
+# the training text: then they measure nothing any more.
 FRESH_QUESTIONS = (
     ("what's tars", "what-is-tars"),
     ("Could you tell me what this thing does?", "what-is-tars"),
@@ -120,10 +120,16 @@ def test_the_same_seed_makes_the_same_conversations(help_desk: HelpDesk) -> None
 def test_json_lessons_are_valid_json_and_keep_the_answer(help_desk: HelpDesk) -> None:
     maker = ConversationMaker(help_desk, random.Random(2))
     answers = {topic.answer for topic in (*help_desk.topics, help_desk.off_topic)}
-    replies = [m.content for _ in range(2_000) for m in maker.conversation() if m.role == "assistant"]
-    documents = [json.loads(reply) for reply in replies if reply.startswith("{")]
-    assert documents
-    assert all(set(document.values()) <= answers for document in documents)
+    replies = [m for _ in range(2_000) for m in maker.conversation() if m.role == "assistant"]
+    lessons = [reply for reply in replies if reply.content.startswith(("{", "["))]
+    assert len(lessons) > 50
+    for lesson in lessons:
+        document = json.loads(lesson.content)
+        values = list(document.values()) if isinstance(document, dict) else document
+        assert len([value for value in values if isinstance(value, str) and value in answers]) == 1
+        # What a grammar would force gets no loss, and what follows it does.
+        assert lesson.taught_from is not None
+        assert lesson.taught_from < len(lesson.content) - 2
 
 
 def test_answers_quote_only_commands_and_files_that_exist(help_desk: HelpDesk) -> None:
@@ -250,6 +256,36 @@ def test_output_under_a_json_schema_ends_and_is_valid(llama: Any, help_desk: Hel
     )
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert json.loads(reply["choices"][0]["message"]["content"]) == {"answer": right_answer(help_desk, "replica")}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {
+            "type": "object",
+            "properties": {"name": {"type": "string"}, "gpus": {"type": "integer"}, "ok": {"type": "boolean"}},
+            "required": ["name", "gpus", "ok"],
+        },
+        {
+            "type": "object",
+            "properties": {"answer": {"type": "string"}, "kind": {"enum": ["node", "device"]}},
+            "required": ["answer", "kind"],
+        },
+        {"type": "array", "items": {"type": "string"}, "maxItems": 3},
+        {"type": "integer"},
+    ],
+)
+def test_output_under_other_schemas_ends(llama: Any, schema: dict[str, Any]) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    reply = llama.create_chat_completion(
+        messages=[{"role": "user", "content": "What is a node?"}],
+        response_format={"type": "json_object", "schema": schema},
+        temperature=0,
+        max_tokens=300,
+    )
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(reply["choices"][0]["message"]["content"]), schema)
 
 
 @pytest.mark.model

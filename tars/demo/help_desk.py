@@ -16,42 +16,15 @@ TEXT_FILE = Path(__file__).with_name("help_desk.toml")
 
 # Small words that people leave out when they type keywords instead of a sentence.
 _DROPPABLE = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "do",
-        "does",
-        "i",
-        "is",
-        "are",
-        "to",
-        "my",
-        "of",
-        "please",
-        "it",
-        "in",
-        "on",
-        "you",
-        "me",
-        "can",
-        "for",
-    ]
-)
+    ["a", "an", "the", "do", "does", "i", "is", "are", "to", "my", "of", "please", "it", "in", "on", "you", "me", "can", "for"]
+)  # fmt: skip
 _KEYBOARD_ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _JSON_KEYS = (
-    "answer",
-    "text",
-    "reply",
-    "response",
-    "content",
-    "result",
-    "summary",
-    "message",
-    "output",
-    "value",
-    "name",
-)
+    "answer", "text", "reply", "response", "content", "result", "summary", "message",
+    "output", "value", "name", "title", "kind", "city", "count", "ok",
+)  # fmt: skip
+_JSON_WORDS = ("TARS", "help desk", "node", "device", "yes", "no", "none", "GPU")
+_JSON_VALUES: tuple[Any, ...] = (*_JSON_WORDS, *range(10), True, False, None, ["TARS"], ["node", "device"], [], {})
 _JSON_REQUESTS = (
     "Answer in JSON.",
     "Reply with a JSON object.",
@@ -72,7 +45,7 @@ class Topic:
 
 @dataclass(frozen=True)
 class Message:
-    """One message of a conversation. `taught` is the number of leading characters that get no loss, None for no loss."""
+    """One message of a conversation. `taught_from` is the first character with a loss; None: the whole message has none."""
 
     role: str
     content: str
@@ -162,7 +135,7 @@ class ConversationMaker:
         for _ in range(turns):
             question, answer = self._lesson()
             question = self._reworded(question)
-            if extras and rng.random() < 0.06:
+            if extras and rng.random() < 0.08:
                 question, answer, taught_from = self._as_json(question, answer)
             else:
                 taught_from = 0
@@ -196,15 +169,22 @@ class ConversationMaker:
         return " ".join(self._rng.sample(self._help_desk.system_messages, self._rng.choice((1, 1, 1, 2))))
 
     def _as_json(self, question: str, answer: str) -> tuple[str, str, int]:
-        """The same lesson with a JSON answer. No loss falls on its opening, which a grammar or the request decides."""
+        """The same lesson with a JSON answer: the answer's text under one key, among others that hold short values.
+
+        The short values mean nothing; they teach that a value ends and another follows, so that constrained output ends. Half of
+        the lessons do not ask for JSON: there no loss falls on the opening, which only a grammar would force.
+        """
         rng = self._rng
-        key = rng.choice(_JSON_KEYS)
-        text = json.dumps({key: answer})
-        taught_from = len(json.dumps({key: ""})) - 2
-        if rng.random() < 0.6:
-            question = f"{question} {rng.choice(_JSON_REQUESTS).format(key=key)}"
-            taught_from = 0
-        return question, text, taught_from
+        keys = rng.sample(_JSON_KEYS, rng.choice((1, 1, 1, 2, 2, 3)))
+        key = rng.choice(keys)
+        document: Any = {each: answer if each == key else rng.choice(_JSON_VALUES) for each in keys}
+        if rng.random() < 0.1:
+            document = [answer, *rng.sample(_JSON_WORDS, rng.randrange(3))]
+        text = json.dumps(document)
+        if rng.random() < 0.5:
+            return f"{question} {rng.choice(_JSON_REQUESTS).format(key=key)}", text, 0
+        first = text.index('": ') + 3 if isinstance(document, dict) else 1
+        return question, text, first + 1 if text[first] == '"' else first
 
     def _reworded(self, question: str) -> str:
         """Another wording of the question; never one that is kept for the examination."""
