@@ -149,6 +149,7 @@ NO_TEST_FILE = {
     "messages/base.py": "declarations; their validation is held by the method table's and the fuzzing tests",
     "messages/inference.py": "declarations, likewise",
     "messages/node.py": "declarations, likewise",
+    "rpc/options.py": "declarations of bounds; each bound is held by the test of what it bounds",
     "serving/service.py": "a protocol without behaviour",
     "serving/targets.py": "a protocol without behaviour",
     "workers/engine.py": "a protocol without behaviour",

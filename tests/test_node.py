@@ -132,14 +132,15 @@ async def test_a_killed_worker_comes_back_and_its_call_gets_a_retryable_error(tm
         restarts = sum(replica.restarts for replica in described.replicas)
         assert restarts == 0
 
-        async def talk():
-            async for _ in client.complete_stream("the", temperature=5.0, max_tokens=400):
-                talking.set()
-
-        talking = asyncio.Event()
-        running = asyncio.create_task(talk())
-        await asyncio.wait_for(talking.wait(), 20)
-        for worker in node.workers():
+        workers = node.workers()
+        for worker in workers:
+            worker.send_signal(signal.SIGSTOP)  # so that the call is surely under way when its worker dies
+        running = asyncio.create_task(client.complete("the", max_tokens=5))
+        async with asyncio.timeout(20):
+            described = await client.describe()
+            while not any(replica.active_calls for replica in described.replicas):
+                described = await client.describe()
+        for worker in workers:
             worker.send_signal(signal.SIGKILL)
         with pytest.raises(WorkerCrashed) as crashed:
             await running

@@ -1,7 +1,8 @@
 """A llama-architecture GGUF of random weights, 0.3 MB, made in a moment: everything that a real file has except sense.
 
 Its vocabulary holds every byte, so that each text and each grammar can be written in it; its template is ChatML's. The `tiny_gguf`
-fixture (tests/conftest.py) makes one file a session. `write_tiny_gguf` takes changes for the odd ones (another template, none, other shapes).
+fixture (tests/conftest.py) makes one file a session. `write_tiny_gguf` takes changes for the odd ones (another template, none,
+other shapes).
 """
 
 from __future__ import annotations

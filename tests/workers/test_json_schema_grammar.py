@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from tars.errors import BadGrammar
 from tars.workers.json_schema_grammar import _integers, _numbers, schema_grammar
-from tars.workers.pattern_grammar import pattern_rule
 
 TREE = {
     "$defs": {
@@ -203,28 +202,3 @@ def test_number_ranges_hold(least: int, width: int, value: Any) -> None:
     if pattern.fullmatch(str(value)):
         assert least <= value <= least + width
     assert pattern.fullmatch(str(least))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "rule"),
-    [
-        ("^ab$", '"a" "b"'),
-        ("a|b", '"a" | "b"'),
-        ("(?:ab)+?", '("a" "b")+'),
-        ("[a-c_]{2,3}", "[a-c\\U0000005F]{2,3}"),
-        ('"', '"\\U0000005C\\U00000022"'),
-        (r"\d\w", "[0-9] [0-9A-Za-z_]"),
-        (r"\.", '"\\U0000002E"'),
-        ("", '""'),
-    ],
-)
-def test_patterns_become_rules(pattern: str, rule: str) -> None:
-    assert pattern_rule(pattern) == rule
-
-
-@given(st.text('ab()[]{}|^$\\d-?*+.,0129:=!<"', max_size=20))
-def test_any_pattern_is_a_rule_or_a_bad_grammar(pattern: str) -> None:
-    try:
-        pattern_rule(pattern)
-    except BadGrammar:
-        return

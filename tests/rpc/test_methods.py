@@ -1,0 +1,64 @@
+"""Each row of the method table reaches the service's method of its own name."""
+
+import inspect
+
+import pytest
+
+from tars.core.types import Deadline
+from tars.messages.base import CallContext
+from tars.rpc.method_table import METHODS
+from tars.rpc.methods import handlers_of
+
+PARAMS = {
+    "mesh.explain": {"model": "m"},
+    "models.deploy": {"model": "m"},
+    "models.remove": {"model": "m"},
+    "inference.chat": {"messages": [{"role": "user", "content": "x"}]},
+    "inference.complete": {"prompt": "x"},
+    "inference.embed": {"input": "x"},
+    "inference.tokenize": {"text": "x"},
+}
+CALLED = {"models.list": "models"}
+"""Where the service's method is not called as the second part of the row's name."""
+
+
+class RecordingService:
+    """Answers every method with its name and what it was given."""
+
+    def __getattr__(self, name):
+        def method(*arguments):
+            return (name, arguments)
+
+        async def later(*arguments):
+            return method(*arguments)
+
+        immediate = {"ping", "peers", "models", "chat", "complete"}
+        return method if name in immediate else later
+
+
+def test_every_row_of_the_table_has_a_handler_and_no_other_exists():
+    assert handlers_of(RecordingService()).keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("name", sorted(set(METHODS) - {"rpc.discover"}))
+async def test_a_handler_calls_its_own_method_with_what_it_needs(name):
+    handler = handlers_of(RecordingService())[name]
+    params = METHODS[name].params.model_validate(PARAMS.get(name, {}))
+    context = CallContext(Deadline(1.0), "trace")
+    takes_context = METHODS[name].streams or "context" in inspect.signature(handler).parameters
+    arguments = (params, context) if takes_context else (params,)
+    answer = handler(*arguments)
+    if inspect.isawaitable(answer):
+        answer = await answer
+    called, given = answer
+    assert called == CALLED.get(name, name.partition(".")[2])
+    if name in ("mesh.explain", "models.remove"):
+        assert given == ("m",)
+    elif name.startswith("inference."):
+        assert given == (params, context)
+
+
+def test_discover_answers_with_the_document_of_the_whole_table():
+    discover = handlers_of(RecordingService())["rpc.discover"]
+    document = discover(METHODS["rpc.discover"].params())
+    assert {method["name"] for method in document["methods"]} == METHODS.keys()
