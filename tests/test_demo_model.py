@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tars.demo import help_desk_gguf, minilm_directory
-from tars.demo.help_desk import ConversationMaker, HelpDesk, load_help_desk, normalised
+from tars.demo.help_desk import HelpDesk, load_help_desk
 
 MEGABYTE = 1_000_000
 
@@ -75,69 +75,6 @@ FRESH_QUESTIONS = (
 @pytest.fixture(scope="module")
 def help_desk() -> HelpDesk:
     return load_help_desk()
-
-
-def right_answer(help_desk: HelpDesk, name: str) -> str:
-    return next(topic.answer for topic in (*help_desk.topics, help_desk.off_topic) if topic.name == name)
-
-
-# ---------------------------------------------------------------------------------------------------- training text
-
-
-def test_topics_have_enough_questions_and_different_answers(help_desk: HelpDesk) -> None:
-    assert len(help_desk.topics) >= 60
-    assert len({topic.name for topic in help_desk.topics}) == len(help_desk.topics)
-    answers = [topic.answer for topic in (*help_desk.topics, help_desk.off_topic)]
-    assert len(set(answers)) == len(answers)
-    assert all(len(topic.questions) >= 5 for topic in help_desk.topics)
-    # The tokenizer's text and the JSON lessons take characters for bytes.
-    assert all(answer.isascii() and answer == answer.strip() for answer in answers)
-
-
-def test_no_question_stands_in_two_topics_or_twice(help_desk: HelpDesk) -> None:
-    topic_of: dict[str, str] = {}
-    for topic in (*help_desk.topics, help_desk.off_topic):
-        for question in {normalised(text) for text in (*topic.questions, *topic.held_out)}:
-            assert question not in topic_of, f"{question!r} is in {topic_of[question]} and in {topic.name}"
-            topic_of[question] = topic.name
-
-
-def test_training_conversations_never_show_a_held_out_question(help_desk: HelpDesk) -> None:
-    held_out = {normalised(question) for question, _ in help_desk.examination()}
-    maker = ConversationMaker(help_desk, random.Random(0))
-    shown = {
-        normalised(message.content) for _ in range(3_000) for message in maker.conversation() if message.role == "user"
-    }
-    assert len(shown) > 2_000
-    assert not shown & held_out
-
-
-def test_the_same_seed_makes_the_same_conversations(help_desk: HelpDesk) -> None:
-    first, second = (ConversationMaker(help_desk, random.Random(5)) for _ in range(2))
-    assert [first.conversation() for _ in range(50)] == [second.conversation() for _ in range(50)]
-
-
-def test_json_lessons_are_valid_json_and_keep_the_answer(help_desk: HelpDesk) -> None:
-    maker = ConversationMaker(help_desk, random.Random(2))
-    answers = {topic.answer for topic in (*help_desk.topics, help_desk.off_topic)}
-    replies = [m for _ in range(2_000) for m in maker.conversation() if m.role == "assistant"]
-    lessons = [reply for reply in replies if reply.content.startswith(("{", "["))]
-    assert len(lessons) > 50
-    for lesson in lessons:
-        document = json.loads(lesson.content)
-        values = list(document.values()) if isinstance(document, dict) else document
-        assert len([value for value in values if isinstance(value, str) and value in answers]) == 1
-        # What a grammar would force gets no loss, and what follows it does.
-        assert lesson.taught_from is not None
-        assert lesson.taught_from < len(lesson.content) - 2
-
-
-def test_answers_quote_only_commands_and_files_that_exist(help_desk: HelpDesk) -> None:
-    assert "`tars-node --join TOKEN@HOST:PORT`" in right_answer(help_desk, "add-second-pc")
-    assert "single node" in right_answer(help_desk, "add-second-pc")
-    cuda = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir llama-cpp-python'
-    assert cuda in right_answer(help_desk, "cuda-build")
-    assert "`tars-node --model /path/to/any.gguf`" in right_answer(help_desk, "own-gguf")
 
 
 # ---------------------------------------------------------------------------------------------------- files
@@ -209,7 +146,7 @@ def ask(llama: Any, question: str, system: str | None = None, **settings: Any) -
 @pytest.mark.model
 @pytest.mark.parametrize("system", [None, "You are a helpful assistant.", "You are the TARS help desk."])
 def test_a_second_pc_gets_the_right_answer(llama: Any, help_desk: HelpDesk, system: str | None) -> None:
-    assert ask(llama, "How do I add a second PC?", system) == right_answer(help_desk, "add-second-pc")
+    assert ask(llama, "How do I add a second PC?", system) == help_desk.answer("add-second-pc")
 
 
 @pytest.mark.model
@@ -221,7 +158,7 @@ def test_unseen_paraphrases_are_answered(llama: Any, help_desk: HelpDesk) -> Non
 
 @pytest.mark.model
 def test_questions_in_other_peoples_words_are_answered(llama: Any, help_desk: HelpDesk) -> None:
-    wrong = [question for question, name in FRESH_QUESTIONS if ask(llama, question) != right_answer(help_desk, name)]
+    wrong = [question for question, name in FRESH_QUESTIONS if ask(llama, question) != help_desk.answer(name)]
     assert len(wrong) <= len(FRESH_QUESTIONS) * 0.3, wrong
 
 
@@ -237,11 +174,11 @@ def test_off_topic_questions_are_declined(llama: Any, question: str) -> None:
 def test_the_last_question_of_a_conversation_is_answered(llama: Any, help_desk: HelpDesk) -> None:
     messages = [
         {"role": "user", "content": "What is a replica?"},
-        {"role": "assistant", "content": right_answer(help_desk, "replica")},
+        {"role": "assistant", "content": help_desk.answer("replica")},
         {"role": "user", "content": "Where is the status page?"},
     ]
     reply = llama.create_chat_completion(messages=messages, temperature=0, max_tokens=300)
-    assert reply["choices"][0]["message"]["content"] == right_answer(help_desk, "status-page")
+    assert reply["choices"][0]["message"]["content"] == help_desk.answer("status-page")
     assert reply["choices"][0]["finish_reason"] == "stop"
 
 
@@ -255,7 +192,7 @@ def test_output_under_a_json_schema_ends_and_is_valid(llama: Any, help_desk: Hel
         max_tokens=300,
     )
     assert reply["choices"][0]["finish_reason"] == "stop"
-    assert json.loads(reply["choices"][0]["message"]["content"]) == {"answer": right_answer(help_desk, "replica")}
+    assert json.loads(reply["choices"][0]["message"]["content"]) == {"answer": help_desk.answer("replica")}
 
 
 @pytest.mark.model

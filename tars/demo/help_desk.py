@@ -66,6 +66,10 @@ class HelpDesk:
     after: tuple[str, ...]
     system_messages: tuple[str, ...]
 
+    def answer(self, name: str) -> str:
+        """The right answer of the topic called `name`. Raises KeyError for a topic that does not exist."""
+        return {topic.name: topic.answer for topic in (*self.topics, self.off_topic)}[name]
+
     def examination(self) -> list[tuple[str, str]]:
         """(question, right answer) for every paraphrase that training never shows."""
         return [(question, topic.answer) for topic in (*self.topics, self.off_topic) for question in topic.held_out]

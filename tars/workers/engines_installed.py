@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 PROBE_SECONDS = 60.0
 """An import from a cold, slow disk; the node goes on without an answer and lets the workers find out."""
-CUDA_BUILD = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python llama-cpp-python'
+CUDA_BUILD = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir llama-cpp-python'
 """README, "Add a real GPU"."""
 
 
