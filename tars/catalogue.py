@@ -93,6 +93,11 @@ class Catalogue:
             self._look_again(entry.name)
         return self.entries[entry.name]
 
+    def missing(self, entry: ModelEntry) -> ModelError | None:
+        """Why a model that should have a file here (a demo model, one of the configuration) has none; None for all others."""
+        problem = self._problems.get(entry.name)
+        return None if problem is None else type(problem.error)(problem.error.message, details=problem.error.details)
+
     def path_of(self, entry: ModelEntry, variant: Variant) -> Path | None:
         """The variant's file or folder on this PC; None when it is not (or no longer) here."""
         path = self._paths.get((entry.name, variant.name))

@@ -90,6 +90,9 @@ class NodeReport:
     def ready(self, url: str, coordinator: Coordinator) -> None:
         """Everything that could be loaded is."""
         live = [each for each in coordinator.replicas.values() if each.worker.state is ReplicaState.READY]
+        if not live:
+            self._say(f"  no model is ready; the lines above say why. {url}/ shows the state     Ctrl-C to stop")
+            return
         seconds = time.monotonic() - self._began
         self._say(f"  {len(live)} model{'s' * (len(live) != 1)} ready after {seconds:.1f} s. Try:")
         tars = "tars" if url == DEFAULT_URL else f"tars --url {url}"

@@ -48,7 +48,10 @@ async def test_says_why_a_model_is_refused_or_failed(bench, capsys):
     await bench.coordinator.reconcile()
     bench.workers[0].failed(BadModelFile("the file is cut off"))
     report.progress(bench.coordinator)
+    report.ready("http://127.0.0.1:8000", bench.coordinator)
     said = capsys.readouterr().out
+    assert "no model is ready" in said
+    assert "Try" not in said
     assert "refused  mistral-7b-instruct-v0.2" in said
     assert "FAILED   tiny: the file is cut off" in said
 

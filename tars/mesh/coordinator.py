@@ -228,6 +228,8 @@ class Coordinator:
         """The entry with only the variants whose files this node has."""
         local = tuple(variant for variant in entry.variants if self.catalogue.path_of(entry, variant) is not None)
         if not local:
+            if (known := self.catalogue.missing(entry)) is not None:
+                raise known
             sources = "; ".join(f"{v.file} of {v.repo} on Hugging Face" for v in entry.variants if v.repo and v.file)
             raise ModelFileMissing(
                 f"the catalogue knows {entry.name}, but its file is not on this PC. "

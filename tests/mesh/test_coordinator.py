@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 from coordinator_bench import card, make_bench
 
+from tars import builtin_models
 from tars.core.types import Bytes, Deployment, DeviceKind
 from tars.errors import BadModelFile, DoesNotFit, ModelFileMissing, UnknownModel
 
@@ -221,3 +222,11 @@ async def test_a_simulated_card_computes_on_the_cpu_and_holds_what_it_declares(b
     (live,) = bench.coordinator.replicas.values()
     assert snapshot.devices[0].memory_held == live.assignment.memory.total
     assert bench.measured.by_key() == {}
+
+
+async def test_a_demo_model_whose_package_is_missing_says_which_to_install(bench, monkeypatch):
+    monkeypatch.setitem(builtin_models._BUNDLED, "minilm", lambda: None)
+    catalogue = type(bench.catalogue).load()
+    bench.coordinator.catalogue = catalogue
+    with pytest.raises(ModelFileMissing, match="comes with TARS"):
+        await bench.coordinator.preview(Deployment("all-minilm-l6-v2"))
