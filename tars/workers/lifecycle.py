@@ -180,6 +180,7 @@ class Lifecycle:
         self._ping_sent: float | None = None
         """When the unanswered ping was sent; None where none is."""
         self._ping_due = 0.0
+        """When to look next: a ping is sent then, unless one is unanswered."""
         self._load_moved = 0.0
         self._mark: tuple[int, float] = (-1, 0.0)
         """The engine's progress mark and when it last moved (or nothing was in flight)."""
@@ -209,7 +210,7 @@ class Lifecycle:
         if self.state in RUNNING:
             if self._kill_cause is not None:
                 return None
-            return self._ping_due if self._ping_sent is None else self._ping_sent + self.limits.ping_interval
+            return self._ping_due
         if self.state is ReplicaState.STOPPING:
             return self._stop_until
         return self.restart_at
@@ -335,10 +336,14 @@ class Lifecycle:
             self._be_patient(now)
         if (cause := self._hung(now)) is not None:
             return self._kill(cause)
-        if self._ping_sent is None and now >= self._ping_due:
-            self._ping_sent = now
-            return [SendPing()]
-        return []
+        if now < self._ping_due:
+            return []
+        # Moved on while an answer is outstanding too: a wake in the past would have the driver look without a pause.
+        self._ping_due = now + self.limits.ping_interval
+        if self._ping_sent is not None:
+            return []
+        self._ping_sent = now
+        return [SendPing()]
 
     def _hung(self, now: float) -> str | None:
         limits = self.limits

@@ -167,6 +167,15 @@ def test_no_answer_to_a_ping_is_a_hang_after_its_time() -> None:
     assert "no answer for 20 s" in machine.last_error.message
 
 
+def test_an_unanswered_ping_is_looked_at_once_in_an_interval_and_not_without_a_pause() -> None:
+    machine = ready()
+    looks = []
+    while (wake := machine.next_wake()) is not None and len(looks) < 100:
+        looks.append(wake)
+        machine.handle(Tick(), wake)
+    assert looks == [2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22]
+
+
 def test_calls_without_progress_are_a_hang_and_calls_with_progress_or_none_at_all_are_not() -> None:
     machine = ready()
     when, effects = tick_until(machine, 0, 60, PingAnswered(mark=7, in_flight=2))
@@ -278,5 +287,7 @@ def test_no_order_of_events_makes_an_illegal_transition_or_two_processes(
             if isinstance(effect, Spawn):
                 assert not alive
                 alive = True
+        if event == Tick() and (wake := machine.next_wake()) is not None:
+            assert wake > now  # else the driver would tick without a pause
         assert machine.state is not S.STOPPED or not alive
         assert machine.state not in (S.STARTING, S.LOADING, S.READY, S.STOPPING) or alive
