@@ -29,6 +29,7 @@ class FakeWorker:
         self.restarts = self.active_calls = self.queued_calls = self.calls_total = 0
         self.info = self.progress = self.last_error = None
         self.stopped_with = None
+        self.stop_asked = asyncio.Event()
         self.script = []
         self.pid = next(PIDS)
         self.may_stop = asyncio.Event()
@@ -53,6 +54,7 @@ class FakeWorker:
 
     async def stop(self, grace):
         self.stopped_with = grace
+        self.stop_asked.set()
         await self.may_stop.wait()
         self.state = ReplicaState.STOPPED
 

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from tars.catalogue import Catalogue
 from tars.core.placement import plan
@@ -91,7 +92,7 @@ class Coordinator:
         self._round = asyncio.Lock()
         self._changed = asyncio.Event()
         self._stopping = False
-        self._stops: dict[asyncio.Task[None], DeviceId] = {}
+        self._stops: dict[asyncio.Task[None], LiveReplica] = {}
         self.rounds = 0
         self.changes = 0
         """Grows with every change of a replica or of the plan: what was read before it may be stale."""
@@ -174,19 +175,30 @@ class Coordinator:
             for assignment in self.plan.assignments:
                 if assignment.replica in self.replicas or assignment.device in loading:
                     continue
+                entry = models[assignment.model]
+                variant = next(each for each in entry.variants if each.name == assignment.variant)
+                path = self.catalogue.path_of(entry, variant)
+                if path is None:  # deleted since the round began; the next one says so
+                    self.wake()
+                    continue
                 loading.add(assignment.device)
-                await self._load(assignment, devices[assignment.device], models[assignment.model])
+                await self._load(assignment, devices[assignment.device], entry.kind, path, variant.sha256)
             self.rounds += 1
             self._pulse()
 
     async def stop(self, grace: float) -> None:
-        """Stop every worker, each within `grace` seconds; no worker outlives this call."""
+        """Stop every worker, each within `grace` seconds; no worker outlives this call.
+
+        When it is cancelled the workers go on ending; called again it waits for them, with the grace it is given then.
+        """
         self._stopping = True
         async with self._round:
+            for live in list(self._stops.values()):
+                self._end(live, grace)  # it was given another grace, perhaps a longer one
             for replica in list(self.replicas):
                 self._retire(replica, grace)
         if self._stops:
-            await asyncio.gather(*self._stops, return_exceptions=True)
+            await asyncio.wait(self._stops)
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -212,7 +224,7 @@ class Coordinator:
     def _moving(self) -> set[DeviceId]:
         """Devices whose memory is in motion: something loads there, or is being unloaded."""
         busy = {live.assignment.device for live in self.replicas.values() if live.worker.state in BUSY}
-        return busy | set(self._stops.values())
+        return busy | {live.assignment.device for live in self._stops.values()}
 
     def _plannable(self) -> tuple[dict[str, ModelEntry], dict[str, TarsError]]:
         models: dict[str, ModelEntry] = {}
@@ -278,17 +290,16 @@ class Coordinator:
             live.measured_pid = pid
             self._measured.learn(live.assignment, live.device, live.taken)
 
-    async def _load(self, assignment: Assignment, device: DeviceSnapshot, entry: ModelEntry) -> None:
-        variant = next(each for each in entry.variants if each.name == assignment.variant)
-        path = self.catalogue.path_of(entry, variant)
-        assert path is not None  # `_local` left only these
+    async def _load(
+        self, assignment: Assignment, device: DeviceSnapshot, kind: ModelKind, path: Path, sha256: str | None
+    ) -> None:
         settings = assignment.settings
         spec = LoadSpec(
             replica=assignment.replica,
             model=assignment.model,
-            engine="llama" if path.is_file() else "sentence-transformers",
+            engine="llama" if kind is ModelKind.CHAT else "sentence-transformers",
             path=str(path),
-            sha256=variant.sha256,
+            sha256=sha256,
             cuda_device=None if device.simulated or device.index is None else str(device.index),
             context=settings.context,
             slots=settings.slots,
@@ -303,7 +314,7 @@ class Coordinator:
             batch_tokens=settings.batch_tokens,
         )
         worker = self._make_worker(spec, lambda worker: self._on_change(assignment.replica, worker))
-        self.replicas[assignment.replica] = LiveReplica(assignment, device, entry.kind, worker)
+        self.replicas[assignment.replica] = LiveReplica(assignment, device, kind, worker)
         log.info("loading %s on %s: %s", assignment.replica, device.name, assignment.reason)
         await worker.start()
 
@@ -315,10 +326,13 @@ class Coordinator:
         self._pulse()
 
     def _retire(self, replica: ReplicaId, grace: float = STOP_GRACE_SECONDS) -> None:
-        live = self.replicas.pop(replica)
         log.info("unloading %s", replica)
+        self._end(self.replicas.pop(replica), grace)
+
+    def _end(self, live: LiveReplica, grace: float) -> None:
+        replica = live.assignment.replica
         task = asyncio.create_task(live.worker.stop(grace), name=f"stop {replica}")
-        self._stops[task] = live.assignment.device
+        self._stops[task] = live
 
         def stopped(task: asyncio.Task[None]) -> None:
             del self._stops[task]

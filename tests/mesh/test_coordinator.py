@@ -3,12 +3,13 @@
 import asyncio
 import threading
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from coordinator_bench import card, make_bench
 
 from tars import builtin_models
-from tars.core.types import Bytes, Deployment, DeviceKind
+from tars.core.types import Bytes, Deployment, DeviceKind, ReplicaState
 from tars.errors import BadModelFile, DoesNotFit, ModelFileMissing, UnknownModel
 
 
@@ -188,6 +189,44 @@ async def test_stop_stops_every_worker_within_its_grace(bench):
     assert bench.workers[0].stopped_with == 1.5
     await bench.coordinator.reconcile()
     assert len(bench.workers) == 1
+
+
+async def test_a_stop_in_a_hurry_hurries_what_is_ending_already_and_waits_for_it(bench):
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    (worker,) = bench.workers
+    worker.may_stop.clear()
+    patient = asyncio.create_task(bench.coordinator.stop(60.0))
+    await asyncio.wait_for(worker.stop_asked.wait(), 5)
+    patient.cancel()
+    await asyncio.wait({patient})
+    worker.stop_asked.clear()
+    hurried = asyncio.create_task(bench.coordinator.stop(0.0))
+    await asyncio.wait_for(worker.stop_asked.wait(), 5)
+    assert worker.stopped_with == 0.0
+    assert not hurried.done()
+    worker.may_stop.set()
+    await hurried
+    assert worker.state is ReplicaState.STOPPED
+
+
+async def test_a_file_deleted_during_a_round_does_not_keep_the_others_from_loading(bench):
+    bench.devices = [card("gpu-a", 700), card("gpu-b", 700)]
+    for model in (bench.model, bench.second):
+        bench.deployments.deploy(Deployment(model))
+    good = bench.probe
+
+    def deleting(held):
+        gone = bench.catalogue.resolve(bench.model)
+        Path(bench.catalogue.path_of(gone, gone.variants[0])).unlink(missing_ok=True)
+        return good(held)
+
+    bench.coordinator._probe = deleting
+    await bench.coordinator.reconcile()
+    assert [worker.spec.model for worker in bench.workers] == [bench.second]
+    bench.coordinator._probe = good
+    await bench.coordinator.reconcile()
+    assert isinstance(bench.coordinator.problems[bench.model], ModelFileMissing)
 
 
 async def test_a_round_that_fails_is_logged_and_the_next_one_works(bench, caplog):
