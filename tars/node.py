@@ -178,16 +178,17 @@ class Node:
     async def report_until_settled(self) -> None:
         """Say what is loaded where, as it happens; returns when nothing is left to load."""
         while True:
-            changed = asyncio.ensure_future(self.coordinator.changed())
             self._report.progress(self.coordinator)
             if self.coordinator.settled():
-                changed.cancel()
                 self._report.ready(self.url, self.coordinator)
                 return
-            await changed
+            await self.coordinator.changed()
 
     async def stop(self, grace: float) -> None:
-        """Take no more calls, let the running ones end within `grace` seconds, then end every worker and close everything."""
+        """Take no more calls, let the running ones end within `grace` seconds, then end every worker and close everything.
+
+        It closes what a `start` that failed midway had opened, too. When it is cancelled, call it again with less grace.
+        """
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + grace
         if self._listener is not None:
@@ -197,8 +198,8 @@ class Node:
                     await self.service.idle()
         if self._rounds is not None:
             self._rounds.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._rounds
+            # Not `await` under a suppress, which would swallow a cancellation of this very call: the second Ctrl-C.
+            await asyncio.wait({self._rounds})
             await self.coordinator.stop(max(0.0, ends_at - loop.time()))
         if self._listener is not None:
             await self._listener.close()
@@ -229,12 +230,12 @@ async def serve(prepared: Prepared, report: NodeReport) -> None:
         stopping = asyncio.ensure_future(node.stop(prepared.config.node.grace_seconds))
         hurry = asyncio.ensure_future(asked_again.wait())
         await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
+        hurry.cancel()
         if not stopping.done():
             stopping.cancel()
-            with suppress(asyncio.CancelledError):
-                await stopping
-            await node.stop(0.0)
-        hurry.cancel()
+            await asyncio.wait({stopping})
+            stopping = asyncio.ensure_future(node.stop(0.0))
+        await stopping
     report.stopped()
 
 
