@@ -14,7 +14,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 from tars.core.types import ModelKind
-from tars.errors import DeadlineExceeded, Draining, InternalError
+from tars.errors import DeadlineExceeded, Draining, InternalError, WrongModelKind
 from tars.messages.base import CallContext, Message
 from tars.messages.inference import (
     ChatMessage,
@@ -37,6 +37,7 @@ from tars.serving.idempotency import Claim, IdempotentAnswers
 from tars.serving.router import Router, ServedModel
 
 Result = TypeVar("Result", ChatResult, CompleteResult)
+Answer = TypeVar("Answer", Embedded, Tokenized)
 
 
 class Inference:
@@ -103,7 +104,7 @@ class Inference:
             return claim
         assert isinstance(claim, Claim)
         try:
-            embedded, served_by = await self._embedded(model, params, call)
+            embedded, served_by = await self._answer(Embedded, model, params, call)
             vectors: list[list[float]] | list[str] = (
                 embedded.vectors if params.encoding_format == "base64" else [_floats(v) for v in embedded.vectors]
             )
@@ -125,20 +126,18 @@ class Inference:
         """Token ids of a text by a model of any kind; without a name, the only chat model's."""
         try:
             model = self._admit(params.model, ModelKind.CHAT)
-        except Exception:
-            if params.model is None:
-                raise
+        except WrongModelKind:
             model = self._admit(params.model, ModelKind.EMBEDDING)
-        async with aclosing(self._router.run(model, params, call)) as events:
-            async for event, _ in events:
-                if isinstance(event, Tokenized):
-                    return TokenizeResult(model=model.name, tokens=event.tokens, count=len(event.tokens))
-        raise InternalError("the worker ended without an answer")
+        tokenized, _ = await self._answer(Tokenized, model, params, call)
+        return TokenizeResult(model=model.name, tokens=tokenized.tokens, count=len(tokenized.tokens))
 
-    async def _embedded(self, model: ServedModel, params: EmbedParams, call: CallContext) -> tuple[Embedded, ServedBy]:
+    async def _answer(
+        self, kind: type[Answer], model: ServedModel, params: EmbedParams | TokenizeParams, call: CallContext
+    ) -> tuple[Answer, ServedBy]:
+        """The one event that a call without deltas ends with."""
         async with aclosing(self._router.run(model, params, call)) as events:
             async for event, served_by in events:
-                if isinstance(event, Embedded):
+                if isinstance(event, kind):
                     return event, served_by
         raise InternalError("the worker ended without an answer")
 

@@ -140,6 +140,13 @@ async def test_tokenize_counts_and_takes_a_model_of_any_kind():
     assert (await inference.tokenize(TokenizeParams(text="x"), call())).count == 2
 
 
+async def test_tokenize_of_a_refused_model_says_why_it_was_refused_and_not_that_it_is_of_another_kind():
+    router = FakeRouter(Tokenized(tokens=[1, 2]))
+    router.fleet.served = [ServedModel("big", ModelKind.CHAT, (), DoesNotFit("too big"))]
+    with pytest.raises(DoesNotFit):
+        await Inference(router).tokenize(TokenizeParams(text="x", model="big"), call())
+
+
 async def test_a_draining_node_takes_no_new_call_but_ends_the_running_one():
     inference = Inference(FakeRouter(Delta(text="h"), DONE))
     running = inference.chat(CHAT, call())
