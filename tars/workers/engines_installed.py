@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 PROBE_SECONDS = 60.0
 """An import from a cold, slow disk; the node goes on without an answer and lets the workers find out."""
 CUDA_BUILD = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install --force-reinstall --no-cache-dir llama-cpp-python'
-"""README, "Add a real GPU"."""
+"""README, "Using a real GPU"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +49,7 @@ class EnginesInstalled:
         if self.torch is False:
             why = "sentence-transformers is not installed on this node: pip install '.[embeddings]'"
         elif on_card and self.torch_cuda is False:
-            why = 'torch is a CPU build on this node; install its CUDA build (README, "Add a real GPU")'
+            why = 'torch is a CPU build on this node; install its CUDA build (README, "Using a real GPU")'
         else:
             return tuple(reasons)
         return (*reasons, (ModelKind.EMBEDDING, why), (ModelKind.RERANK, why))
