@@ -201,6 +201,25 @@ async def test_sigterm_lets_a_running_answer_end(tmp_path):
 
 
 @pytest.mark.model
+async def test_a_second_ctrl_c_ends_the_node_before_its_grace_time_is_over(tmp_path):
+    patient = {"TARS_NODE_GRACE_SECONDS": "300"}
+    async with running_node(tmp_path / "state", environment=patient) as node, Client(node.url) as client:
+        await node.ready()
+        for worker in node.workers():
+            worker.send_signal(signal.SIGSTOP)  # so that the call surely outlasts the first signal
+        talking = asyncio.create_task(client.complete("the", max_tokens=5))
+        async with asyncio.timeout(20):
+            while not any(replica.active_calls for replica in (await client.describe()).replicas):
+                pass
+        node.send(signal.SIGINT)
+        await node.printed("1 running call", 20)
+        node.send(signal.SIGINT)
+        assert await node.ended(60) == 0
+        with pytest.raises(TarsError):
+            await talking
+
+
+@pytest.mark.model
 async def test_any_gguf_is_served_by_its_path_and_what_does_not_fit_is_refused_with_numbers(tmp_path, tiny_gguf):
     config = tmp_path / "c.toml"
     config.write_text('[devices]\ncpu = false\nnvml = false\n[[devices.simulated]]\nname = "Tiny"\nmemory_mib = 900\n')
