@@ -109,19 +109,11 @@ def wanted_variants(entry: ModelEntry, deployment: Deployment) -> tuple[Variant,
     return tuple(sorted(allowed, key=lambda variant: (-variant.quality, variant.name)))
 
 
-def pinned_to(device: DeviceSnapshot, pin: str) -> bool:
-    """Whether an operator's words mean this device: its id, the id's last part (`cpu`), or its name with or without the maker."""
-    words = pin.strip().casefold()
-    name = device.name.casefold()
-    short = name.removeprefix("nvidia ").removeprefix("geforce ")
-    return words in (device.id.casefold(), device.id.rpartition("/")[2].casefold(), name, short, f"geforce {short}")
-
-
 def barred(node: NodeSnapshot, device: DeviceSnapshot, entry: ModelEntry, deployment: Deployment) -> str | None:
     """Why nothing of this deployment may go to this device, whatever its size; None where it may."""
     if node.draining:
         return f"{node.name} is draining"
-    if deployment.device is not None and not pinned_to(device, deployment.device):
+    if deployment.device is not None and not device.is_called(deployment.device):
         return f"pinned to {deployment.device}"
     return device.why_not(entry.kind)
 

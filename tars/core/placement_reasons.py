@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from tars.core.placement_cost import CPU_CHAT_MOST, Cost, barred, cost_on, pinned_to, too_slow, wanted_variants
+from tars.core.placement_cost import CPU_CHAT_MOST, Cost, barred, cost_on, too_slow, wanted_variants
 from tars.core.types import (
     Assignment,
     Bytes,
@@ -256,7 +256,7 @@ def _remedy(standings: Sequence[Standing], entry: ModelEntry, deployment: Deploy
         return f"{entry.name} has no variant {deployment.variant}; it has: {known}."
     if not standings:
         return "There is no device: start tars-node on a PC with a GPU, or allow the CPU ([devices] cpu = true)."
-    if deployment.device is not None and not any(pinned_to(each.device, deployment.device) for each in standings):
+    if deployment.device is not None and not any(each.device.is_called(deployment.device) for each in standings):
         known = ", ".join(sorted({each.device.name for each in standings}))
         return f"No device is called {deployment.device}; there are: {known}."
     usable = [each for each in standings if barred(each.node, each.device, entry, deployment) is None]

@@ -109,6 +109,13 @@ class DeviceSnapshot:
     notes: tuple[str, ...] = ()
     """What a person should know, such as `WSL2: per-process memory is not available`."""
 
+    def is_called(self, words: str) -> bool:
+        """Whether an operator's words mean this device: its id, the id's last part (`cpu`), or its name with or without the maker."""
+        words = words.strip().casefold()
+        name = self.name.casefold()
+        short = name.removeprefix("nvidia ").removeprefix("geforce ")
+        return words in (self.id.casefold(), self.id.rpartition("/")[2].casefold(), name, short, f"geforce {short}")
+
     def why_not(self, kind: ModelKind) -> str | None:
         """Why no model of this kind can run here; None where one can."""
         return next((reason for barred, reason in self.cannot_run if barred is kind), None)

@@ -191,7 +191,7 @@ class Inventory:
         )
 
     def _capped(self, device: DeviceSnapshot) -> DeviceSnapshot:
-        caps = [cap.memory for cap in self._section.cap if _names(cap.device, device)]
+        caps = [cap.memory for cap in self._section.cap if device.is_called(cap.device)]
         return replace(device, cap=min(caps)) if caps else device
 
     def _lost(self) -> tuple[str, ...]:
@@ -234,14 +234,6 @@ def _share(devices: list[DeviceSnapshot], cpu: DeviceSnapshot) -> tuple[list[Dev
     return shared, cpu
 
 
-def _names(words: str, device: DeviceSnapshot) -> bool:
-    """Whether an operator's words mean this device: its id, the id's last part, its name (with or without the maker), or `cpu`."""
-    words = words.strip().casefold()
-    name = device.name.casefold()
-    short = name.removeprefix("nvidia ").removeprefix("geforce ")
-    return words in (device.id.casefold(), device.id.rpartition("/")[2].casefold(), name, short, f"geforce {short}")
-
-
 def _missing(section: DevicesSection, devices: Sequence[DeviceSnapshot], reason: str | None) -> list[str]:
     """A line for each [[devices.expected]] card that is not there, or is there with another memory. Each card answers for one."""
     left = [device for device in devices if device.kind is DeviceKind.CUDA and not device.simulated]
@@ -268,5 +260,5 @@ def _unknown_caps(section: DevicesSection, devices: Sequence[DeviceSnapshot]) ->
     return [
         f"[[devices.cap]] names {cap.device}, and no such device is here; it caps nothing. Here are: {known or 'none'}"
         for cap in section.cap
-        if not any(_names(cap.device, device) for device in devices)
+        if not any(device.is_called(cap.device) for device in devices)
     ]

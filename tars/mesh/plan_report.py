@@ -12,7 +12,6 @@ from pathlib import Path
 
 from tars.catalogue import Catalogue
 from tars.config import Config, load_config
-from tars.core.placement_cost import pinned_to
 from tars.core.types import (
     Assignment,
     Bytes,
@@ -154,5 +153,5 @@ def _node_of(path: Path, config: Config) -> NodeSnapshot:
 
 
 def _capped(device: DeviceSnapshot, config: Config) -> DeviceSnapshot:
-    caps: list[Bytes] = [cap.memory for cap in config.devices.cap if pinned_to(device, cap.device)]
+    caps: list[Bytes] = [cap.memory for cap in config.devices.cap if device.is_called(cap.device)]
     return replace(device, cap=min(caps)) if caps else device

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from fleets import MODELS, cpu, gpu, node
 
-from tars.core.placement_cost import MeasuredKey, barred, cost_on, pinned_to, too_slow, wanted_variants
+from tars.core.placement_cost import MeasuredKey, barred, cost_on, too_slow, wanted_variants
 from tars.core.types import Bytes, Deployment, DeviceId, KvType, ModelKind
 
 PHI3 = MODELS["phi-3-mini"]
@@ -42,29 +42,6 @@ def test_variants_come_best_first_and_only_the_pinned_one_if_one_is() -> None:
     assert [each.name for each in wanted_variants(PHI3, Deployment("phi-3-mini"))] == ["Q8_0", "Q4_K_M"]
     assert [each.name for each in wanted_variants(PHI3, Deployment("phi-3-mini", variant="q4_k_m"))] == ["Q4_K_M"]
     assert wanted_variants(PHI3, Deployment("phi-3-mini", variant="Q2_K")) == ()
-
-
-@pytest.mark.parametrize(
-    ("pin", "meant"),
-    [
-        ("pc1/gpu-0", True),
-        ("gpu-0", True),
-        ("NVIDIA GeForce RTX 3060", True),
-        ("geforce rtx 3060", True),
-        (" RTX 3060 ", True),
-        ("3060", False),
-        ("cpu", False),
-        ("", False),
-    ],
-)
-def test_a_pin_means_a_device_by_its_whole_id_or_name(pin: str, meant: bool) -> None:
-    device = replace(gpu("pc1"), name="NVIDIA GeForce RTX 3060")
-    assert pinned_to(device, pin) is meant
-
-
-def test_cpu_means_the_processor() -> None:
-    assert pinned_to(cpu("a"), "cpu")
-    assert not pinned_to(gpu("a"), "cpu")
 
 
 def test_draining_nodes_and_pins_bar_a_device() -> None:

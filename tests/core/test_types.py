@@ -1,8 +1,10 @@
 """tars.core.types: units, capacity, estimates and deadlines."""
 
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
+from fleets import cpu, gpu
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -80,3 +82,26 @@ def test_a_deadline_counts_down_to_zero_and_no_further():
     assert not deadline.passed(97.5)
     assert deadline.remaining(101.0) == 0.0
     assert deadline.passed(100.0)
+
+
+@pytest.mark.parametrize(
+    ("pin", "meant"),
+    [
+        ("pc1/gpu-0", True),
+        ("gpu-0", True),
+        ("NVIDIA GeForce RTX 3060", True),
+        ("geforce rtx 3060", True),
+        (" RTX 3060 ", True),
+        ("3060", False),
+        ("cpu", False),
+        ("", False),
+    ],
+)
+def test_a_pin_means_a_device_by_its_whole_id_or_name(pin: str, meant: bool) -> None:
+    device = replace(gpu("pc1"), name="NVIDIA GeForce RTX 3060")
+    assert device.is_called(pin) is meant
+
+
+def test_cpu_means_the_processor() -> None:
+    assert cpu("a").is_called("cpu")
+    assert not gpu("a").is_called("cpu")
