@@ -213,6 +213,8 @@ class _Converter:
         )
         if not isinstance(declared, dict) or not isinstance(required, list):
             raise _refused("properties has to be an object and required a list")
+        if not all(isinstance(name, str) for name in required):
+            raise _refused("required has to be a list of names")
         properties = {**declared, **{name: True for name in required if name not in declared}}
         if not properties:
             if additional is False:
@@ -331,12 +333,12 @@ def _merged(one: Any, other: Any) -> Schema:
 
 
 def _counts(schema: Schema, least_key: str, most_key: str) -> tuple[int, int | None]:
-    least, most = schema.get(least_key, 0), schema.get(most_key)
-    for value in (least, most):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+    for value in (schema[key] for key in (least_key, most_key) if key in schema):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
             raise _refused(f"{least_key} and {most_key} have to be counts")
-        if value is not None and value > REPETITION_MOST:
+        if value > REPETITION_MOST:
             raise _refused(f"it repeats something more than {REPETITION_MOST} times")
+    least, most = schema.get(least_key, 0), schema.get(most_key)
     if most is not None and most < least:
         raise _refused(f"{least_key} is more than {most_key}")
     return least, most

@@ -11,6 +11,7 @@ the shape of the batch that made it: so a warm call computes exactly what a cold
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from tars.errors import (
     BadModelFile,
     Cancelled,
     DeadlineExceeded,
+    InternalError,
     InvalidParams,
     PromptTooLong,
     ReplicaFailed,
@@ -251,7 +253,7 @@ class LlamaEngine:
             self._drop_ended(taken.cancelled, now)
             try:
                 if self._active is None and self._waiting:
-                    self._begin(*self._waiting.popleft())
+                    self._begin_or_refuse(*self._waiting.popleft())
                 elif self._active is not None:
                     self._step(self._active)
             except TarsError as error:
@@ -296,6 +298,18 @@ class LlamaEngine:
         active = self._active
         if active is not None and (error := ending(active.number, active.deadline)) is not None:
             self._fail(error)
+
+    def _begin_or_refuse(self, submission: Submission, received: float) -> None:
+        """`_begin`; a fault of ours in there ends this call only: nothing was computed yet, so the others' state is whole."""
+        try:
+            self._begin(submission, received)
+        except TarsError:
+            raise
+        except Exception:  # noqa: BLE001  # whatever a caller's schema or template provokes must not take everybody's worker along
+            traceback.print_exc()
+            raise InternalError(
+                "The call could not be prepared; the worker's lines in the node's log say why."
+            ) from None
 
     def _begin(self, submission: Submission, received: float) -> None:
         """Make a waiting call the active one: render, tokenize, check, find what of its prompt is cached."""

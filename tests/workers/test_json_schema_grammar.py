@@ -155,6 +155,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "empty range": ({"type": "integer", "minimum": 3, "maximum": 2}, "bounds"),
     "counts crossed": ({"type": "array", "minItems": 3, "maxItems": 2}, "minItems"),
     "huge enum": ({"enum": [str(number) for number in range(50_000)]}, "characters"),
+    "a null count": ({"type": "array", "minItems": None}, "counts"),
+    "required is no list of names": ({"type": "object", "required": [{}]}, "required"),
+    "required holds a number": ({"type": "object", "required": [1]}, "required"),
     "empty enum": ({"enum": []}, "no value"),
     "disagreement": ({"allOf": [{"type": "string"}, {"type": "integer"}]}, "disagree"),
     "properties twice": (

@@ -18,6 +18,7 @@ from tars.errors import (
     BadModelFile,
     Cancelled,
     DeadlineExceeded,
+    InternalError,
     InvalidParams,
     PromptTooLong,
     ReplicaFailed,
@@ -144,6 +145,22 @@ def test_greedy_and_seeded_texts_repeat_whether_the_prompt_is_cached_or_not(runn
     running.generate(prompt="something else", seed=5)
     assert running.generate(seed=5).text == seeded.text
     assert running.generate(seed=6).text != seeded.text
+
+
+def test_a_call_that_cannot_be_prepared_for_a_fault_of_ours_ends_alone(
+    running: Running, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine thread's end is the worker's, and every other caller's."""
+
+    def broken(schema: object) -> str:
+        raise TypeError("unhashable")
+
+    monkeypatch.setattr("tars.workers.llama_sampling.schema_grammar", broken)
+    with pytest.raises(InternalError) as error:
+        running.generate(json_schema={"type": "object"})
+    assert "unhashable" not in error.value.message
+    assert "unhashable" in capsys.readouterr().err
+    assert running.generate(max_tokens=2).usage.completion_tokens
 
 
 def test_usage_and_timings_are_counted(running: Running) -> None:
