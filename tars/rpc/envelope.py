@@ -1,7 +1,7 @@
 """One request body in, its calls out, each checked for itself; and one answer's bytes.
 
 Law of this file: pure; it knows JSON-RPC's envelope and TARS's bounds, and no method. A bad element spoils nobody else's answer,
-and what can be refused is refused before anything is run: bytes, then JSON, then the batch's length, then depth and strings.
+and what can be refused is refused before anything is run: bytes, then JSON, then the batch's length, then depth, count and strings.
 """
 
 from __future__ import annotations
@@ -190,14 +190,17 @@ def _load(body: bytes, limits: EnvelopeLimits) -> Any:
 def _check_bounds(body: bytes, value: object, limits: EnvelopeLimits) -> None:
     """Walks level by level, containers only; strings only where the body is long enough to hold a too long one."""
     size = len(body)
+    opened = body.count(b"{") + body.count(b"[") if size > 2 * limits.max_depth else 0
     # Every container costs two bytes and every string two quotes, so a small body cannot break either bound: no walk for it.
     if size <= 2 * limits.max_depth and size <= limits.max_string_bytes:
         return
     check_strings = size > limits.max_string_bytes
-    if not check_strings and body.count(b"{") + body.count(b"[") <= limits.max_depth:
+    # A value is the first of its container, or has a comma before it (those in strings only make the guess higher).
+    check_count = size > limits.max_values and opened + body.count(b",") > limits.max_values
+    if not check_strings and not check_count and opened <= limits.max_depth:
         return
     level: list[Any] = [value]
-    depth = 0
+    depth = values = 0
     while level:
         depth += 1
         if depth > limits.max_depth and any(type(one) in (dict, list) for one in level):
@@ -211,6 +214,13 @@ def _check_bounds(body: bytes, value: object, limits: EnvelopeLimits) -> None:
                 children = one
             else:
                 continue
+            values += len(one)
+            if values > limits.max_values:
+                raise LimitExceeded(
+                    f"The JSON holds more than the {limits.max_values:,} values that are taken, so nothing was run. Send it in several "
+                    "calls.",
+                    details={"limit": limits.max_values, "actual": None, "bound": "values"},
+                )
             if check_strings:
                 for child in children:
                     if type(child) is str:

@@ -291,3 +291,22 @@ def test_every_element_of_any_batch_is_judged_as_it_is_alone(batch: list[Any]) -
         else:
             assert alone is None or isinstance(alone, BadElement)
             assert element.error.code in (-32600, -32602)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        b'{"input":[' + b",".join([b"1"] * 70_000) + b"]}",
+        b'{"input":[' + b",".join([b"[1]"] * 40_000) + b"]}",
+        b"{" + b",".join(b'"%d":1' % number for number in range(70_000)) + b"}",
+    ],
+    ids=["elements", "nested", "members"],
+)
+def test_more_values_than_are_taken_are_refused_before_they_are_checked_one_by_one(params: bytes) -> None:
+    with pytest.raises(LimitExceeded) as error:
+        decode(b'{"jsonrpc":"2.0","method":"m","id":1,"params":%b}' % params, LIMITS)
+    assert error.value.details == {"limit": LIMITS.max_values, "actual": None, "bound": "values"}
+
+
+def test_commas_and_brackets_in_a_text_are_no_values() -> None:
+    assert isinstance(one({"jsonrpc": "2.0", "method": "m", "id": 1, "params": {"text": "[{,}]" * 50_000}}), Call)
