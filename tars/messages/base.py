@@ -15,6 +15,10 @@ class Message(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
+MAX_NAME_LENGTH = 255
+"""Of a model, a variant or a device, in characters: no file name is longer. Errors and the status page repeat names."""
+
+
 class NoParams(Message):
     """A method that takes nothing."""
 

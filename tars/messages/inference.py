@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from tars.messages.base import Message
+from tars.messages.base import MAX_NAME_LENGTH, Message
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -22,7 +22,9 @@ class GenerationParams(Message):
     """What chat and completion share. Defaults are llama.cpp's own."""
 
     model: str | None = Field(
-        None, description="Model name or alias; may be left out where the node serves only one of the kind."
+        None,
+        max_length=MAX_NAME_LENGTH,
+        description="Model name or alias; may be left out where the node serves only one of the kind.",
     )
     max_tokens: int | None = Field(
         None, ge=1, le=1_048_576, description="At most so many new tokens; default: what the context leaves."
@@ -162,7 +164,7 @@ class CompleteResult(Message):
 class EmbedParams(Message):
     """`inference.embed`."""
 
-    model: str | None = None
+    model: str | None = Field(None, max_length=MAX_NAME_LENGTH)
     input: str | list[str] = Field(description="One text or up to 2,048 of them.")
     encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32 bytes.")
     truncate: bool = Field(
@@ -202,7 +204,7 @@ class EmbedResult(Message):
 class TokenizeParams(Message):
     """`inference.tokenize`."""
 
-    model: str | None = None
+    model: str | None = Field(None, max_length=MAX_NAME_LENGTH)
     text: str
     add_special: bool = True
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from tars.messages.base import Message
+from tars.messages.base import MAX_NAME_LENGTH, Message
 
 
 class PingResult(Message):
@@ -154,19 +154,19 @@ class PeersResult(Message):
 class ModelParams(Message):
     """A method about one model."""
 
-    model: str
+    model: str = Field(max_length=MAX_NAME_LENGTH)
 
 
 class DeployParams(Message):
     """`models.deploy`: see `core.types.Deployment`."""
 
-    model: str
+    model: str = Field(max_length=MAX_NAME_LENGTH)
     replicas: int = Field(1, ge=1, le=64)
     context: int | None = Field(None, ge=64, le=1_048_576)
     slots: int = Field(1, ge=1, le=256)
     kv_type: str = Field("f16", pattern="^(f16|q8_0|q4_0)$")
-    variant: str | None = None
-    device: str | None = None
+    variant: str | None = Field(None, max_length=MAX_NAME_LENGTH)
+    device: str | None = Field(None, max_length=MAX_NAME_LENGTH)
 
 
 class VerdictDescription(Message):

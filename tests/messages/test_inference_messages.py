@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import orjson
+import pytest
+from pydantic import ValidationError
 
-from tars.messages.inference import Delta, TokenLogprob
+from tars.messages.base import MAX_NAME_LENGTH, Message
+from tars.messages.inference import ChatParams, CompleteParams, Delta, EmbedParams, TokenizeParams, TokenLogprob
+from tars.messages.node import DeployParams, ModelParams
 
 
 def test_log_probabilities_survive_json_although_it_has_no_tuples():
@@ -12,3 +16,22 @@ def test_log_probabilities_survive_json_although_it_has_no_tuples():
         text="a", token_ids=[7], logprobs=[TokenLogprob(token="a", token_id=7, logprob=-0.5, top=[("b", -1.5)])]
     )
     assert Delta.model_validate(orjson.loads(orjson.dumps(sent.model_dump()))) == sent
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        ChatParams.model_construct(messages=[{"role": "user", "content": ""}]),
+        CompleteParams.model_construct(prompt=""),
+        EmbedParams.model_construct(input="a"),
+        TokenizeParams.model_construct(text=""),
+        ModelParams.model_construct(),
+        DeployParams.model_construct(),
+    ],
+    ids=lambda message: type(message).__name__,
+)
+def test_a_name_that_errors_and_the_status_page_would_repeat_is_bounded(message: Message):
+    said = message.model_dump(exclude_unset=True, warnings=False)
+    type(message).model_validate({**said, "model": "m" * MAX_NAME_LENGTH})
+    with pytest.raises(ValidationError, match="at most 255"):
+        type(message).model_validate({**said, "model": "m" * (MAX_NAME_LENGTH + 1)})
