@@ -384,9 +384,11 @@ class ReplicaWorker:
     def _ended(self, child: Child, cause: str) -> None:
         if child is not self._child:
             return
-        if self._lifecycle.state in lifecycle.RUNNING:
-            log.warning("%s: the worker ended: %s", self.spec.replica, cause)
         self._epitaph = list(child.last_lines)
+        if self._lifecycle.state in lifecycle.RUNNING:
+            # With its lines: a log for people shows warnings only, and the error sends them here.
+            lines = "".join(f"\n    {line}" for line in self._epitaph)
+            log.warning("%s: the worker ended: %s; it printed last:%s", self.spec.replica, cause, lines or " nothing")
         self._child = None
         self._pong = None
         self._happened(lifecycle.ProcessEnded(cause))

@@ -185,6 +185,16 @@ async def test_a_crash_mid_call_is_a_retryable_error_and_the_worker_comes_back(m
     assert await collect(worker, CompleteParams(prompt="count 1"))
 
 
+async def test_what_a_dead_worker_printed_last_is_in_a_log_of_warnings(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("WARNING")
+    worker = await make()
+    with pytest.raises(WorkerCrashed):
+        await collect(worker, CompleteParams(prompt="abort"))
+    assert "Fatal Python error: Aborted" in caplog.text
+
+
 async def test_a_killed_worker_fails_all_its_calls_at_once(make: Make) -> None:
     worker = await make(slots=2)
     calls = [asyncio.create_task(collect(worker, CompleteParams(prompt="forever"))) for _ in range(3)]
