@@ -5,6 +5,7 @@ Law of this file: it only gathers and phrases; every decision is made elsewhere.
 
 from __future__ import annotations
 
+import asyncio
 import platform
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -81,7 +82,8 @@ class LocalFleet:
                 state=live.worker.state,
                 active=live.worker.active_calls,
                 queued=live.worker.queued_calls,
-                slots=live.assignment.settings.slots,
+                # What the worker really serves at once, which may be less than the slots that were planned.
+                slots=live.worker.info.slots if live.worker.info is not None else live.assignment.settings.slots,
             )
             for replica, live in self._coordinator.replicas.items()
             if live.assignment.model == model
@@ -132,6 +134,7 @@ class LocalNodeService:
         self._started_at = wall_clock()
         self._started = now()
         self._snapshot: tuple[float, int, NodeSnapshot] | None = None
+        self._probing = asyncio.Lock()
         self._pong: PingResult | None = None
 
     # --- the node ----------------------------------------------------------------------------------------------------
@@ -330,12 +333,14 @@ class LocalNodeService:
         return "ready" if self._coordinator.settled() else "loading"
 
     async def _recent_snapshot(self) -> NodeSnapshot:
-        now, changes = self._now(), self._coordinator.changes
-        if self._snapshot is not None and now - self._snapshot[0] <= SNAPSHOT_SECONDS and self._snapshot[1] == changes:
-            return self._snapshot[2]
-        snapshot = await self._coordinator.snapshot()
-        self._snapshot = (now, changes, snapshot)
-        return snapshot
+        async with self._probing:  # those who ask meanwhile share the answer, however slow the driver is
+            now, changes = self._now(), self._coordinator.changes
+            known = self._snapshot
+            if known is not None and now - known[0] <= SNAPSHOT_SECONDS and known[1] == changes:
+                return known[2]
+            snapshot = await self._coordinator.snapshot()
+            self._snapshot = (now, changes, snapshot)
+            return snapshot
 
     def _model_state(self, model: str, live: Sequence[LiveReplica]) -> str:
         states = [each.worker.state for each in live]

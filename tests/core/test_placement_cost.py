@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import pytest
 from fleets import MODELS, cpu, gpu, node
 
 from tars.core.placement_cost import MeasuredKey, barred, cost_on, too_slow, wanted_variants

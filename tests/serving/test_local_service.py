@@ -1,5 +1,7 @@
 """The node's service on a coordinator whose workers only pretend to load."""
 
+import asyncio
+
 import pytest
 from coordinator_bench import card, make_bench
 
@@ -8,7 +10,7 @@ from tars.errors import BadModelFile, DoesNotFit, Overloaded, ReplicaFailed, Sti
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams, Generated, Timings, Usage
 from tars.messages.node import DeployParams, LoadProgress
-from tars.serving.local_service import LocalNodeService
+from tars.serving.local_service import LocalFleet, LocalNodeService
 
 CHAT = ChatParams(messages=[ChatMessage(role="user", content="hi")], model="tiny")
 DONE = Generated(
@@ -108,6 +110,22 @@ async def test_a_saved_wish_for_a_model_that_the_catalogue_lost_can_be_removed(b
     bench.deployments.deploy(Deployment("was-in-the-configuration"))
     assert (await service.remove("was-in-the-configuration")).removed
     assert bench.deployments.wanted() == ()
+
+
+async def test_those_who_describe_at_the_same_time_share_one_reading_of_the_devices(bench, service):
+    readings, read = [], bench.probe
+    bench.coordinator._probe = lambda held: readings.append(held) or read(held)
+    await asyncio.gather(*(service.describe() for _ in range(5)))
+    assert len(readings) == 1
+
+
+async def test_the_router_counts_with_the_calls_that_a_worker_serves_at_once_and_not_with_planned_slots(bench):
+    bench.deployments.deploy(Deployment("tiny", slots=4))
+    await bench.coordinator.reconcile()
+    fleet = LocalFleet(bench.coordinator)
+    assert [candidate.slots for candidate in fleet.candidates("tiny")] == [4]
+    bench.workers[0].loaded()
+    assert [candidate.slots for candidate in fleet.candidates("tiny")] == [1]
 
 
 async def test_describe_shows_device_replica_and_errors(bench, service):
