@@ -100,6 +100,7 @@ class Child:
         self._kill_wanted = False
         self._unsent: list[bytes] = []
         self._task = asyncio.create_task(self._live(), name=f"worker {spec.replica}")
+        self._task.add_done_callback(self._ended)
         self.last_lines: deque[str] = deque(maxlen=LAST_LINES)
 
     @property
@@ -129,7 +130,17 @@ class Child:
         """Until the process is gone and `on_end` was called."""
         await asyncio.wait([self._task])
 
-    async def _live(self) -> None:
+    def _ended(self, task: asyncio.Task[str]) -> None:
+        """Report the end, also where a fault of ours ended the task: a supervisor that never hears of it would wait for ever."""
+        if task.cancelled():
+            return  # the node's event loop is being closed
+        fault = task.exception()
+        if fault is not None:
+            log.error("%s: a fault in watching the worker; it was ended", self._spec.replica, exc_info=fault)
+        self._on_end("the node lost sight of it" if fault is not None else task.result())
+
+    async def _live(self) -> str:
+        """Start the process and watch it to its end; the end's cause."""
         command = [sys.executable, "-P", "-m", "tars.workers.process", "--engine", self._engine]
         command += ["--parent", str(os.getpid()), "--replica", self._spec.replica]
         try:
@@ -143,8 +154,7 @@ class Child:
             )
         except OSError as error:
             log.error("%s: the worker process could not be started: %s", self._spec.replica, error)
-            self._on_end("it could not be started")
-            return
+            return "it could not be started"
         self._process = process
         if self._kill_wanted:
             self.kill()
@@ -165,7 +175,7 @@ class Child:
             for reader in readers:
                 reader.cancel()
             self.kill()
-        self._on_end(end_of(returncode))
+        return end_of(returncode)
 
     async def _read_messages(self, stream: asyncio.StreamReader) -> None:
         reader = MessageReader(stream)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from tars.workers.child import child_environment, end_of
+from tars.workers.child import Child, child_environment, end_of
 from tars.workers.engine import LoadSpec
 
 
@@ -49,3 +49,14 @@ def test_an_end_is_told_in_words(code: int, text: str) -> None:
 def test_waiting_threads_sleep_unless_the_operator_says_otherwise() -> None:
     assert child_environment(spec(), {}, {})["OMP_WAIT_POLICY"] == "passive"
     assert child_environment(spec(), {"OMP_WAIT_POLICY": "active"}, {})["OMP_WAIT_POLICY"] == "active"
+
+
+async def test_a_fault_in_watching_a_worker_is_its_end_and_not_an_endless_wait(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    ends: list[str] = []
+    # The system refuses a zero byte in an environment, with an error that is no OSError.
+    child = Child(spec(), "engine", {"BROKEN": "a\0b"}, lambda message: None, ends.append)
+    await child.wait()
+    assert ends == ["the node lost sight of it"]
+    assert "embedded null byte" in caplog.text
