@@ -161,7 +161,7 @@ class EmbeddingEngine:
         if not self._torch.cuda.is_available():
             raise ReplicaFailed(
                 "The model was placed on a GPU, but the installed torch sees none: it is a CPU build, or the driver is too old. "
-                "Install torch's CUDA build (README, 'A real GPU'), or deploy the model with device cpu."
+                "Install torch's CUDA build (README, 'Using a real GPU'), or deploy the model with device cpu."
             )
         self._device = "cuda"
 
