@@ -13,6 +13,7 @@ import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import click
@@ -29,7 +30,7 @@ from tars.mesh.deployments import Deployments
 from tars.mesh.measured_memory import MeasuredMemory
 from tars.node_report import NodeReport, set_up_logging
 from tars.rpc.access import Access, access_middleware
-from tars.rpc.http_server import RPC_PATH, add_rpc_routes, error_response
+from tars.rpc.http_server import add_rpc_routes, refusal_renderer
 from tars.rpc.listener import Listener, listen
 from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
 from tars.serving.local_service import LocalNodeService
@@ -161,16 +162,10 @@ class Node:
         options = rpc_options(self._config)
         access = Access(options.access)
 
-        def refuse(request: web.Request, error: TarsError) -> web.Response:
-            if request.path == RPC_PATH:
-                return error_response(dispatcher, error)
-            return render_refusal(request, error, node=self.service.node_id)
-
-        application = web.Application(
-            client_max_size=self._config.limits.max_body_bytes,
-            middlewares=[access_middleware(access, refuse, PUBLIC_PATHS)],
-        )
+        application = web.Application(client_max_size=self._config.limits.max_body_bytes)
         dispatcher = add_rpc_routes(application, self.service, options)
+        refuse = refusal_renderer(dispatcher, partial(render_refusal, node=self.service.node_id))
+        application.middlewares.append(access_middleware(access, refuse, PUBLIC_PATHS))
         add_web_routes(application, self.service, options, admission=dispatcher.admission)
         address = self._config.node.address
         return await listen(application, address.host, address.port, access, shutdown_seconds=CLOSE_SECONDS)

@@ -31,8 +31,8 @@ def node() -> FakeNode:
 async def client(node: FakeNode) -> AsyncIterator[Client]:
     options = RpcOptions()
     access = Access(options.access)
-    app = web.Application(middlewares=[access_middleware(access, refusal_renderer())])
-    add_rpc_routes(app, node, options)
+    app = web.Application()
+    app.middlewares.append(access_middleware(access, refusal_renderer(add_rpc_routes(app, node, options))))
     listener = await listen(app, "127.0.0.1", 0, access, shutdown_seconds=1.0)
     async with Client(listener.url) as one:
         yield one

@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
 
-import orjson
 from aiohttp import ClientPayloadError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
@@ -23,7 +22,7 @@ from tars.errors import Cancelled, InvalidRequest, ParseError, TarsError
 from tars.messages.base import Message
 from tars.rpc.access import CALLER, RenderError
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
-from tars.rpc.envelope import Call, Element, decode, encode_error, encode_notification, too_large
+from tars.rpc.envelope import Call, Element, decode, encode_notification, too_large
 from tars.rpc.method_table import METHODS, MethodSpec
 from tars.rpc.methods import handlers_of
 from tars.rpc.options import RpcOptions
@@ -32,7 +31,7 @@ from tars.serving.service import NodeService
 
 RPC_PATH = "/rpc"
 
-_STREAM_HEADERS = {
+STREAM_HEADERS = {
     hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
     hdrs.CACHE_CONTROL: "no-store",
     "X-Accel-Buffering": "no",  # nginx would hold the deltas back otherwise
@@ -62,19 +61,13 @@ def error_response(dispatcher: Dispatcher, error: TarsError, *, status: int | No
     return web.Response(body=dispatcher.refusal(error), status=status or error.http_status, headers=JSON_HEADERS)
 
 
-def refusal_renderer(others: RenderError | None = None) -> RenderError:
-    """How `access_middleware` says no: as JSON-RPC at `/rpc`, as `others` wish elsewhere (default: `{"error": {...}}`)."""
+def refusal_renderer(dispatcher: Dispatcher, others: RenderError | None = None) -> RenderError:
+    """How `access_middleware` says no: as JSON-RPC at `/rpc` (and everywhere, where there is no other face), elsewhere as `others` do."""
 
     def render(request: web.Request, error: TarsError) -> web.StreamResponse:
-        if request.path == RPC_PATH:
-            return web.Response(
-                body=encode_error(None, error.to_json()), status=error.http_status, headers=JSON_HEADERS
-            )
-        if others is not None:
-            return others(request, error)
-        return web.Response(
-            body=orjson.dumps({"error": error.to_json()}), status=error.http_status, headers=JSON_HEADERS
-        )
+        if others is None or request.path == RPC_PATH:
+            return error_response(dispatcher, error)
+        return others(request, error)
 
     return render
 
@@ -181,7 +174,7 @@ async def _stream(
     request: web.Request, dispatcher: Dispatcher, element: Element, arrival: Arrival, heartbeat_seconds: float
 ) -> web.StreamResponse:
     """Answer one call as an event stream."""
-    response = web.StreamResponse(headers=_STREAM_HEADERS)
+    response = web.StreamResponse(headers=STREAM_HEADERS)
     await response.prepare(request)
     last_write = monotonic()
 

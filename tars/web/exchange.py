@@ -22,7 +22,7 @@ from tars.errors import Cancelled, InvalidParams, TarsError
 from tars.messages.base import CallContext, Message
 from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.envelope import load_json
-from tars.rpc.http_server import arrival_of, read_body
+from tars.rpc.http_server import STREAM_HEADERS, arrival_of, read_body
 from tars.rpc.options import RpcOptions
 from tars.rpc.validation import faults
 from tars.serving.service import NodeService
@@ -34,13 +34,6 @@ OPENAI_TIMEOUT_HEADER = "X-Stainless-Read-Timeout"
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REQUEST_ID_HEADER = "X-Request-Id"
 """Carries the trace id; the OpenAI clients show it as `_request_id`."""
-
-SSE_HEADERS = {
-    hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
-    hdrs.CACHE_CONTROL: "no-store",
-    # nginx and its kin would otherwise collect the answer and pass it on at its end.
-    "X-Accel-Buffering": "no",
-}
 
 MAX_TIMEOUT_MS = 86_400_000
 """A day, as `_meta.timeout_ms` is bounded."""
@@ -196,7 +189,7 @@ class Exchange:
         frames: Callable[[BoundsT], AsyncGenerator[bytes, None]],
         error_frame: Callable[[TarsError], bytes],
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={**SSE_HEADERS, REQUEST_ID_HEADER: self.trace_id})
+        response = web.StreamResponse(headers={**STREAM_HEADERS, REQUEST_ID_HEADER: self.trace_id})
         heart: asyncio.Task[None] | None = None
         try:
             try:

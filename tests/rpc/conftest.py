@@ -31,8 +31,9 @@ async def serve(node: FakeNode) -> AsyncIterator[Serve]:
     async def start(options: RpcOptions | None = None, public: frozenset[str] = frozenset()) -> Listener:
         options = options or RpcOptions()
         access = Access(options.access)
-        app = web.Application(middlewares=[access_middleware(access, refusal_renderer(), public)])
-        add_rpc_routes(app, node, options)
+        app = web.Application()
+        dispatcher = add_rpc_routes(app, node, options)
+        app.middlewares.append(access_middleware(access, refusal_renderer(dispatcher), public))
 
         async def health(request: web.Request) -> web.Response:
             return web.json_response({"caller": request[CALLER]})
