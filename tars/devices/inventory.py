@@ -74,9 +74,10 @@ class Inventory:
             return "CUDA_VISIBLE_DEVICES hides every card from TARS"
         return self._reading.reason
 
-    def snapshot(self, held: Mapping[DeviceId, Bytes]) -> tuple[DeviceSnapshot, ...]:
+    def snapshot(self, held: Mapping[DeviceId, Bytes], cpu_share: float = 0.0) -> tuple[DeviceSnapshot, ...]:
         """Cards in PCI order, then simulated devices, then the CPU. `held` is what TARS's own replicas hold on each, in bytes.
 
+        `cpu_share` is the CPU's part, 0 to 1, of a memory that it shares with a card, where the operator's cap sets none.
         A card that stopped answering is left out, so that nothing is planned on it. Never raises because of a device.
         """
         with self._lock:
@@ -93,7 +94,7 @@ class Inventory:
             if cpu is not None and self._section.cpu:
                 cpu = self._capped(cpu)
                 if unified:
-                    devices, cpu = _share(devices, cpu)
+                    devices, cpu = _share(devices, cpu, cpu_share)
                 devices.append(cpu)
             self._warnings = (
                 *self._lost(),
@@ -216,14 +217,19 @@ def _visible(gpus: Sequence[GpuReading], variable: str | None) -> tuple[GpuReadi
     return tuple(sorted(chosen, key=lambda gpu: gpu.index))
 
 
-def _share(devices: list[DeviceSnapshot], cpu: DeviceSnapshot) -> tuple[list[DeviceSnapshot], DeviceSnapshot]:
-    """One RAM, two devices: the card may take it all, the CPU only what the operator's cap sets aside for it.
+def _share(
+    devices: list[DeviceSnapshot], cpu: DeviceSnapshot, cpu_share: float
+) -> tuple[list[DeviceSnapshot], DeviceSnapshot]:
+    """One RAM, two devices: what the operator's cap or `cpu_share` sets aside is the CPU's, and the card may take the rest.
 
     Without this both would offer the same bytes, and a plan that fills each would not fit.
     """
-    aside = cpu.cap if cpu.cap is not None else Bytes(0)
+    # All that TARS may hold in this RAM, on either device: what one of them holds must not shrink the other's part.
+    held = sum(device.memory_held for device in devices if device.unified_memory)
+    usable = cpu.memory_free + cpu.memory_held + held
+    aside = cpu.cap if cpu.cap is not None else Bytes(int(usable * cpu_share))
     cpu = replace(
-        cpu, cap=aside, notes=(*cpu.notes, "shares its memory with the card: a [[devices.cap]] gives it a part")
+        cpu, cap=aside, notes=(*cpu.notes, "shares its memory with the card: a [[devices.cap]] gives it another part")
     )
     shared = [
         replace(device, memory_free=Bytes(max(0, device.memory_free + cpu.memory_held - aside)))

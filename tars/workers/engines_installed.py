@@ -54,6 +54,15 @@ class EnginesInstalled:
             return tuple(reasons)
         return (*reasons, (ModelKind.EMBEDDING, why), (ModelKind.RERANK, why))
 
+    @property
+    def cpu_share(self) -> float:
+        """The CPU's part of a memory that it shares with a card: none where the card runs every model, all where it runs none.
+
+        Half where one engine is built for the card and the other is not: which models will be wanted is not known here.
+        """
+        no_card = [self.llama_cuda is False, self.torch_cuda is False]
+        return sum(no_card) / len(no_card)
+
     def annotate(self, devices: Sequence[DeviceSnapshot]) -> tuple[DeviceSnapshot, ...]:
         """The devices with what they cannot run, which is also a note for people."""
         return tuple(

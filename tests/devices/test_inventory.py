@@ -264,6 +264,23 @@ def test_on_a_unified_board_a_cap_gives_the_cpu_its_part_of_the_one_memory(host)
     assert (card.capacity, processor.capacity) == (Bytes.gib(7), Bytes.gib(1))
 
 
+@pytest.mark.parametrize(("share", "parts"), [(0.0, (8, 0)), (0.5, (4, 4)), (1.0, (0, 8))])
+def test_on_a_unified_board_the_cpu_has_the_part_that_the_engines_leave_it(host, share, parts):
+    card, processor = host.inventory(BOARD).snapshot({}, share)
+    assert (card.capacity, processor.capacity) == tuple(map(Bytes.gib, parts))
+
+
+def test_on_a_unified_board_what_the_card_holds_takes_nothing_from_the_cpus_part(host):
+    host.available = Bytes.gib(7)  # 3 GiB less, which the card's models hold
+    card, processor = host.inventory(BOARD).snapshot({DeviceId("n1/gpu-bb"): Bytes.gib(3)}, 0.5)
+    assert (card.capacity, processor.capacity) == (Bytes.gib(4), Bytes.gib(4))
+
+
+def test_on_a_unified_board_the_operators_cap_beats_the_engines_part(host):
+    card, processor = host.inventory(BOARD, cap=(DeviceCap(device="cpu", memory_mib=1024),)).snapshot({}, 1.0)
+    assert (card.capacity, processor.capacity) == (Bytes.gib(7), Bytes.gib(1))
+
+
 def test_on_a_unified_board_without_the_cpu_the_card_has_all_of_it(host):
     (card,) = host.inventory(BOARD, cpu=False).snapshot({})
     assert card.capacity == Bytes.gib(8)

@@ -1,7 +1,9 @@
 """Which engines can use which device."""
 
+import re
 import subprocess
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,22 @@ def test_an_engine_that_is_not_installed_runs_nowhere():
 
 def test_what_is_not_known_rules_nothing_out():
     assert kinds(EnginesInstalled(), CARD) == set()
+
+
+@pytest.mark.parametrize(
+    ("llama_cuda", "torch_cuda", "share"),
+    [(True, True, 0.0), (False, True, 0.5), (True, False, 0.5), (False, False, 1.0)],
+)
+def test_a_memory_shared_with_a_card_is_the_cpus_as_far_as_no_engine_can_use_the_card(llama_cuda, torch_cuda, share):
+    assert replace(BOTH, llama_cuda=llama_cuda, torch_cuda=torch_cuda).cpu_share == share
+    assert EnginesInstalled().cpu_share == 0.0
+
+
+def test_every_reason_names_a_section_that_the_readme_has():
+    headings = re.findall(r"^#+ (.+)$", (Path(__file__).parents[2] / "README.md").read_text(), re.MULTILINE)
+    named = re.findall(r'README, "([^"]+)"', Path(engines_installed.__file__).read_text())
+    assert named
+    assert set(named) <= set(headings)
 
 
 def test_annotated_devices_tell_each_reason_once():
