@@ -18,7 +18,7 @@ from time import monotonic
 from aiohttp import ClientPayloadError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from tars.errors import Cancelled, InvalidRequest, ParseError, TarsError
+from tars.errors import Cancelled, DeadlineExceeded, InvalidRequest, ParseError, TarsError
 from tars.messages.base import Message
 from tars.rpc.access import CALLER, RenderError
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
@@ -39,6 +39,8 @@ STREAM_HEADERS = {
 _TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 _TRACE_HEADER = "traceparent"
 _EVENT_STREAM = "text/event-stream"
+_BODY_SECONDS = 120.0
+"""For a whole body: 8 MiB at half a megabit a second. Its call's own time begins after it."""
 _MAX_TIMEOUT_MS = 86_400_000
 """A day, as `_meta.timeout_ms` is bounded: more is a mistake."""
 
@@ -127,8 +129,9 @@ def _only_post(dispatcher: Dispatcher) -> Callable[[web.Request], Awaitable[web.
     return refuse
 
 
-async def read_body(request: web.Request, limit: int) -> bytes:
-    """The body, decompressed, at most `limit` bytes: reading stops there, whatever Content-Length promised. Raises `TarsError`."""
+async def read_body(request: web.Request, limit: int, seconds: float = _BODY_SECONDS) -> bytes:
+    """The body, decompressed, at most `limit` bytes: reading stops there, whatever Content-Length promised, and
+    after `seconds`. Raises `TarsError`."""
     content = request.content
     read = bytearray()
     try:
@@ -138,10 +141,15 @@ async def read_body(request: web.Request, limit: int) -> bytes:
         length = request.content_length
         if length is not None and length > limit:
             raise too_large(limit, length)
-        while chunk := await content.readany():
-            read += chunk
-            if len(read) > limit:
-                raise too_large(limit, None)
+        async with asyncio.timeout(seconds):
+            while chunk := await content.readany():
+                read += chunk
+                if len(read) > limit:
+                    raise too_large(limit, None)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"The body did not arrive within {seconds:g} s, so nothing was run. Send it faster, or less at once."
+        ) from None
     except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
         raise ParseError(
             "Parse error: the body does not follow its Transfer-Encoding or Content-Encoding, so nothing was run. Send it again."

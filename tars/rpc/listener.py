@@ -6,8 +6,11 @@ too), no access log (the call log counts, and a line per call costs more than `n
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import socket
+import sys
+from contextlib import suppress
 from dataclasses import dataclass
 
 from aiohttp import web
@@ -22,6 +25,11 @@ _BACKLOG = 1024
 _LINGERING_SECONDS = 2.0
 """How long the rest of a refused body is read and thrown away, so that its sender meets the refusal and not a reset. aiohttp's 10 s
 would let a compression bomb keep the processor busy for as long."""
+_SILENT_SECONDS = 30.0
+"""How long a new connection may take to send the headers of its first request (later ones are under `_KEEPALIVE_SECONDS`). Whoever
+opens connections and says nothing would otherwise hold all of the node's descriptors for ever, without a key."""
+_OPEN_FILES = 65_536
+"""Descriptors to ask the system for, where it allows so many: many start a process with 1,024, fewer than a busy LAN keeps open."""
 _SHUTDOWN_SECONDS = 5.0
 """How long running answers may still take after `close`; the node has drained before it calls that."""
 
@@ -33,6 +41,7 @@ class Listener:
     host: str
     port: int
     _runner: web.AppRunner
+    _reaper: asyncio.Task[None] | None = None
 
     @property
     def url(self) -> str:
@@ -41,13 +50,22 @@ class Listener:
 
     async def close(self) -> None:
         """Stop accepting, let answers end for a moment, close everything."""
+        if self._reaper is not None:
+            self._reaper.cancel()
         await self._runner.cleanup()
 
 
 async def listen(
-    app: web.Application, host: str, port: int, access: Access, *, shutdown_seconds: float = _SHUTDOWN_SECONDS
+    app: web.Application,
+    host: str,
+    port: int,
+    access: Access,
+    *,
+    shutdown_seconds: float = _SHUTDOWN_SECONDS,
+    silent_seconds: float = _SILENT_SECONDS,
 ) -> Listener:
     """Serve `app` at `host:port` (0: a free port) and let `access` accept that address. Raises `ConfigError` where it cannot be bound."""
+    allow_open_files(_OPEN_FILES)
     server_socket = bind(host, port)
     bound_host, bound_port = server_socket.getsockname()[:2]
     access.allow_address(host, bound_port)
@@ -68,7 +86,35 @@ async def listen(
         server_socket.close()
         await runner.cleanup()
         raise
-    return Listener(bound_host, bound_port, runner)
+    reaper = asyncio.create_task(_close_silent(runner, silent_seconds), name="silent connections")
+    return Listener(bound_host, bound_port, runner, reaper)
+
+
+async def _close_silent(runner: web.AppRunner, seconds: float) -> None:
+    """Close connections that sent no whole request head between one look and the next."""
+    waiting: set[object] = set()
+    while True:
+        await asyncio.sleep(seconds)
+        server = runner.server
+        # aiohttp bounds the time between two requests, not that before the first, and keeps the count to itself.
+        silent = [one for one in server.connections if not getattr(one, "_request_count", 1)] if server else []
+        for connection in silent:
+            if connection in waiting:
+                connection.force_close()
+        waiting = set(silent)
+
+
+def allow_open_files(wanted: int) -> None:
+    """Raise this process's soft limit of open files to `wanted`, or to what the system allows."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with suppress(OSError, ValueError):  # macOS shows more than it gives
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -12,11 +12,14 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from aiohttp import web
 from fake_node import FakeNode
 
-from tars.errors import StillLoading, WorkerCrashed
-from tars.rpc.listener import Listener
-from tars.rpc.options import EnvelopeLimits, RpcOptions
+from tars.errors import DeadlineExceeded, StillLoading, WorkerCrashed
+from tars.rpc.access import Access
+from tars.rpc.http_server import read_body
+from tars.rpc.listener import Listener, listen
+from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
 
 Serve = Callable[..., Awaitable[Listener]]
 PING = {"jsonrpc": "2.0", "method": "node.ping", "id": 1}
@@ -319,3 +322,23 @@ async def test_a_broken_http_request_gets_no_traceback_and_the_node_goes_on(
         assert b"/site-packages/" not in answer
         writer.close()
     assert (await post(session, listener.url, PING))[0] == 200
+
+
+async def test_a_body_that_does_not_come_is_not_awaited_for_ever() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        try:
+            await read_body(request, 1000, seconds=0.05)
+        except DeadlineExceeded as error:
+            return web.Response(text=error.kind)
+        return web.Response(text="all of it")
+
+    app = web.Application()
+    app.router.add_post("/", answer)
+    listener = await listen(app, "127.0.0.1", 0, Access(AccessOptions()), shutdown_seconds=0.1)
+    reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+    writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\n{")
+    async with asyncio.timeout(10):
+        answered = await reader.readuntil(b"deadline_exceeded")
+    assert answered.startswith(b"HTTP/1.1 200")
+    writer.close()
+    await listener.close()

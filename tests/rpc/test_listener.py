@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import resource
 import socket
 from collections.abc import Awaitable, Callable
 
+import aiohttp
 import pytest
+from aiohttp import web
 
 from tars.errors import ConfigError
-from tars.rpc.listener import Listener, bind
+from tars.rpc.access import Access
+from tars.rpc.listener import Listener, allow_open_files, bind, listen
+from tars.rpc.options import AccessOptions
 
 Serve = Callable[..., Awaitable[Listener]]
 
@@ -44,3 +50,36 @@ def test_an_address_that_is_not_this_machines_says_so(host: str, word: str) -> N
 
 def test_the_url_of_an_ipv6_address_has_brackets() -> None:
     assert Listener("::1", 8000, None).url == "http://[::1]:8000"  # type: ignore[arg-type]  # no server is asked
+
+
+async def test_a_connection_that_never_asks_is_closed_and_one_that_asked_stays() -> None:
+    async def answer(request: web.Request) -> web.Response:
+        return web.Response(text="here")
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    listener = await listen(app, "127.0.0.1", 0, Access(AccessOptions()), silent_seconds=0.3)
+    try:
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as session:
+            assert await (await session.get(listener.url)).text() == "here"
+            kept = session.connector._conns  # type: ignore[union-attr]  # the client's own idea of what is open
+            reader, writer = await asyncio.open_connection("127.0.0.1", listener.port)
+            writer.write(b"GET / HTTP/1.1\r\nHost: slow")
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+            writer.close()
+            assert len(kept) == 1
+            assert await (await session.get(listener.url)).text() == "here"
+    finally:
+        await listener.close()
+
+
+def test_the_limit_of_open_files_is_raised_as_far_as_the_system_allows() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(512, soft), hard))
+        allow_open_files(600)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
+        allow_open_files(100)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (600, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
