@@ -4,11 +4,12 @@ import json
 import logging
 
 import pytest
+from aiohttp.http_exceptions import BadHttpMessage
 from coordinator_bench import card, make_bench
 
 from tars.core.types import Deployment, NodeSnapshot
 from tars.errors import BadModelFile
-from tars.node_report import JsonLines, NodeReport, describe_device_line
+from tars.node_report import CallersNoise, JsonLines, NodeReport, describe_device_line
 
 
 @pytest.fixture
@@ -80,3 +81,24 @@ def test_with_json_logs_the_report_is_log_records(caplog, capsys):
         NodeReport("json").started("http://x", "pc", "id", NodeSnapshot("id", "pc"), [])
     assert capsys.readouterr().out == ""
     assert "node pc" in caplog.text
+
+
+def test_strangers_cannot_fill_the_log():
+    now = [0.0]
+    noise = CallersNoise(lambda: now[0])
+
+    def logged(name, text, error=None):
+        exc_info = (type(error), error, None) if error else None
+        record = logging.LogRecord(name, logging.ERROR, "", 0, text, (), exc_info)
+        return record if noise.filter(record) else None
+
+    assert logged("asyncio", "socket.accept() out of system resource\nsocket: 7", OSError(24, "Too many open files"))
+    assert not any(
+        logged("asyncio", f"socket.accept() out of system resource\nsocket: {n}", OSError()) for n in range(99)
+    )
+    broken = logged("aiohttp.server", "Error handling request from %s", BadHttpMessage("FOO"))
+    assert broken
+    assert not broken.exc_info
+    now[0] = 1.5
+    assert logged("asyncio", "socket.accept() out of system resource\nsocket: 8", OSError()).exc_info
+    assert all(logged("tars.node", "our own words are never left out") for _ in range(3))
