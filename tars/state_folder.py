@@ -9,6 +9,7 @@ import errno
 import fcntl
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,11 @@ class StateFolder:
                 f"another tars-node{f' (process {holder})' if holder else ''} uses the state folder {self.path}; "
                 "stop it, or give this one its own with --state-dir"
             ) from error
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, str(os.getpid()).encode(), 0)
         self._lock = lock
+        # Only for the message above: on a full disk the lock holds all the same.
+        with suppress(OSError):
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, str(os.getpid()).encode(), 0)
 
     def close(self) -> None:
         """Give the lock back. Idempotent."""

@@ -74,3 +74,18 @@ def test_a_full_disk_keeps_the_old_content_and_leaves_no_partial_file(folder, mo
 def test_another_write_error_is_not_called_a_full_disk(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_atomically(tmp_path / "missing" / "x.json", b"{}")
+
+
+def test_a_full_disk_at_the_very_start_is_said_as_such(tmp_path, monkeypatch):
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", no_space)
+    monkeypatch.setattr(os, "fsync", no_space)
+    opened = StateFolder(tmp_path)
+    opened.open()
+    with pytest.raises(DiskFull, match="full"):
+        opened.node_id()
+    with pytest.raises(ConfigError, match="another tars-node"):
+        StateFolder(tmp_path).open()
+    opened.close()
