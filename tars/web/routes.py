@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import secrets
 
-from aiohttp import web
+from aiohttp import hdrs, web
 
-from tars.errors import TarsError
+from tars.errors import MethodNotFound, TarsError
 from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
 from tars.web import status_page
-from tars.web.exchange import json_response
+from tars.web.exchange import Exchange, json_response
 from tars.web.openai_answers import error_body as openai_error_body
 from tars.web.openai_api import add_openai_routes
-from tars.web.rest import add_rest_routes
+from tars.web.rest import add_rest_routes, rest_face
 from tars.web.rest import error_body as rest_error_body
 from tars.web.status_feed import StatusFeed
 
@@ -43,6 +43,15 @@ def add_web_routes(
     add_openai_routes(app, service, options, admission)
     add_rest_routes(app, service, options, admission)
     status_page.add_status_page(app, service, options, admission, feed)
+    # Last: whatever no face has, and every other method of what it has.
+    app.router.add_route(hdrs.METH_ANY, "/{nothing:.*}", rest_face(service, options, admission).look(_nothing_here))
+
+
+async def _nothing_here(exchange: Exchange) -> web.Response:
+    raise MethodNotFound(
+        f"This node does not serve {exchange.request.method} at this address; nothing was run. JSON-RPC is POST /rpc, the OpenAI API "
+        "is below /v1, and GET / is a page for people."
+    )
 
 
 def render_refusal(request: web.Request, error: TarsError, *, node: str = "") -> web.Response:

@@ -59,3 +59,13 @@ async def test_the_faces_share_one_bound_on_calls(serve, service):
         assert second.status == 429
     service.gate.set()
     assert (await first).status == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path"), [("GET", "/nope"), ("PUT", "/health"), ("DELETE", "/"), ("GET", "/static/../x")]
+)
+async def test_what_no_face_has_is_a_clear_error_too(serve, method, path):
+    node = await serve()
+    async with node.http.request(method, node.url + path, json={}) as response:
+        assert response.status == 404
+        assert (await response.json())["error"]["data"]["kind"] == "method_not_found"
