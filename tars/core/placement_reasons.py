@@ -193,8 +193,11 @@ def _why_here(standing: Standing, standings: Sequence[Standing], entry: ModelEnt
     ]
     on_cpu = standing.device.kind is DeviceKind.CPU
     if not rivals:
-        if on_cpu and any(each.device.kind is not DeviceKind.CPU for each in standings):
-            return "no GPU has room; small enough to be useful on a CPU"
+        cards = [each for each in standings if each.device.kind is not DeviceKind.CPU]
+        if on_cpu and cards:
+            barred_by = [each.device.why_not(entry.kind) for each in cards]
+            why = "no GPU has room" if None in barred_by else f"no GPU can be used: {barred_by[0]}"
+            return f"{why}; small enough to be useful on a CPU"
         return "the only device with room" if len(standings) > 1 else "the only device"
     if not on_cpu and all(each.device.kind is DeviceKind.CPU for each in rivals):
         gpus = sum(each.device.kind is not DeviceKind.CPU for each in standings)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tars.core.placement import measured_key, plan
 from tars.core.placement_cost import CPU_CHAT_MOST
-from tars.core.types import Assignment, Bytes, Deployment, KvType, ModelEntry, NodeId, NodeSnapshot, Plan
+from tars.core.types import Assignment, Bytes, Deployment, KvType, ModelEntry, ModelKind, NodeId, NodeSnapshot, Plan
 
 SEED_FLEET = [
     node("pc1", gpu("pc1", "RTX 3060"), cpu("pc1")),
@@ -171,6 +171,21 @@ def test_a_small_chat_model_without_a_gpu_runs_on_the_cpu() -> None:
     made = plan([node("a", cpu("a"), full)], MODELS, [Deployment("qwen-0.5b")])
     assert places(made) == {"qwen-0.5b": ["a/cpu"]}
     assert "no GPU has room; small enough to be useful on a CPU" in made.assignments[0].reason
+
+
+def test_a_model_on_the_cpu_beside_a_card_that_its_engine_cannot_use_is_told_so() -> None:
+    rebuild = "llama-cpp-python is built without CUDA on this node; rebuild it"
+    card = replace(gpu("a", "RTX 3060"), cannot_run=((ModelKind.CHAT, rebuild),))
+    made = plan([node("a", cpu("a"), card)], MODELS, [Deployment("qwen-0.5b")])
+    assert places(made) == {"qwen-0.5b": ["a/cpu"]}
+    assert f"no GPU can be used: {rebuild}; small enough" in made.assignments[0].reason
+    # Another card that could run it, and is full: memory is what was missing.
+    made = plan(
+        [node("a", cpu("a"), card, gpu("a", "GTX 1660 SUPER", free_mib=100, number=1))],
+        MODELS,
+        [Deployment("qwen-0.5b")],
+    )
+    assert "no GPU has room" in made.assignments[0].reason
 
 
 def test_a_chat_model_too_slow_for_a_cpu_is_refused_there_unless_pinned() -> None:
