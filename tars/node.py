@@ -128,7 +128,7 @@ class Node:
         options = worker_options(config)
         self.coordinator = Coordinator(
             NodeSnapshot(node_id, config.node.name, priority=config.node.priority),
-            probe=lambda held: engines.annotate(inventory.snapshot(held)),
+            probe=lambda held: engines.annotate(inventory.snapshot(held, engines.cpu_share)),
             catalogue=self._prepared.catalogue,
             deployments=Deployments(self._folder, self._prepared.declared),
             measured=MeasuredMemory(self._folder),
