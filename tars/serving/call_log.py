@@ -11,6 +11,9 @@ from tars.messages.node import CallCounters, RecentError
 
 KEEP_ERRORS = 50
 """As many as a person reads on a status page."""
+WORK = "inference."
+"""Methods that put a model to work. Only these are 'running': a node that counted `node.describe` and `node.drain` themselves would never
+be seen at rest by whoever asks it with them."""
 
 
 class CallLog:
@@ -19,6 +22,7 @@ class CallLog:
     def __init__(self, wall_clock: Callable[[], float]):
         self._wall_clock = wall_clock
         self._by_method: Counter[str] = Counter()
+        self._unfinished = 0
         self._active = 0
         self._failed = 0
         self._idle = asyncio.Event()
@@ -27,19 +31,21 @@ class CallLog:
 
     @property
     def active(self) -> int:
-        """Calls between their start and their end now."""
+        """Inference calls between their start and their end now."""
         return self._active
 
     def started(self, method: str) -> None:
         """Count a call."""
         self._by_method[method] += 1
-        self._active += 1
+        self._unfinished += 1
+        self._active += method.startswith(WORK)
         self._idle.clear()
 
     def ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
         """Count its end, and keep its error; a caller who went away, or pressed Stop, met no error."""
-        self._active -= 1
-        if not self._active:
+        self._unfinished -= 1
+        self._active -= method.startswith(WORK)
+        if not self._unfinished:
             self._idle.set()
         if error is None or isinstance(error, Cancelled):
             return
@@ -51,7 +57,7 @@ class CallLog:
         )
 
     async def idle(self) -> None:
-        """Wait until no call runs."""
+        """Wait until no call runs, of any method."""
         await self._idle.wait()
 
     def counters(self) -> CallCounters:

@@ -182,7 +182,7 @@ async def test_plan_and_config_are_shown_as_they_are(bench, service):
 
 async def test_idle_waits_for_the_last_call(service):
     await service.idle()
-    service.call_started("node.ping")
+    service.call_started("inference.embed")
     assert service.active_calls == 1
-    service.call_ended("node.ping", None, "t")
+    service.call_ended("inference.embed", None, "t")
     await service.idle()
