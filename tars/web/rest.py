@@ -57,10 +57,17 @@ class RestFacade:
         self._service = service
 
     async def health(self, exchange: Exchange) -> web.Response:
-        """GET /health: 200 where this node takes calls, 503 where not (draining, nothing loaded yet). Cheap, and needs no key."""
+        """GET /health: 200 where this node takes calls, 503 where not (draining, nothing loaded yet). Cheap, and needs no key.
+
+        While one model loads or its worker restarts, the others answer: 200, with `loading` as the status, so that no balancer
+        takes the whole node out for it.
+        """
         state = self._service.ping().state
-        ready = state == "ready"
-        return json_response({"status": "ok" if ready else state}, status=200 if ready else 503, headers=LIVE)
+        takes_calls = state == "ready" or (
+            state == "loading" and any(model.replicas_ready for model in self._service.models().models)
+        )
+        status = "ok" if state == "ready" else state
+        return json_response({"status": status}, status=200 if takes_calls else 503, headers=LIVE)
 
     async def status(self, exchange: Exchange) -> web.Response:
         """GET /status: `node.describe`."""

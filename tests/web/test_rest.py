@@ -13,8 +13,14 @@ BOUND = 5.0
 
 
 async def test_health_is_200_only_where_calls_are_taken(node, service):
-    for state, status, word in (("ready", 200, "ok"), ("loading", 503, "loading"), ("draining", 503, "draining")):
-        service.state = state
+    loaded = service.known_models
+    for state, models, status, word in (
+        ("ready", loaded, 200, "ok"),
+        ("loading", loaded, 200, "loading"),  # one worker restarts, the other models answer
+        ("loading", loaded[2:], 503, "loading"),
+        ("draining", loaded, 503, "draining"),
+    ):
+        service.state, service.known_models = state, models
         async with node.http.get(f"{node.url}/health") as response:
             assert (response.status, await response.json()) == (status, {"status": word})
     assert service.described == 0, "cheap: no probe"
