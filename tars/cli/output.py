@@ -132,7 +132,7 @@ def status_view(node: NodeDescription) -> Group:
     if node.replicas:
         parts.append(_replicas_table(node.replicas))
     else:
-        parts.append(Text("no model is deployed; `tars models` lists what can be, `tars deploy MODEL` deploys one"))
+        parts.append(Text("no model is loaded; `tars models` lists what can be, `tars deploy MODEL` deploys one"))
     if node.recent_errors:
         parts += [Text(), Text("recent errors", style="bold")]
         parts += [

@@ -100,7 +100,10 @@ def test_status_shows_devices_replicas_and_errors(make: SimpleNamespace) -> None
 
 
 def test_status_of_a_node_without_models_says_what_to_do(make: SimpleNamespace) -> None:
-    assert "tars deploy MODEL" in drawn(output.status_view(make.description()))
+    shown = drawn(output.status_view(make.description()))
+    assert "tars deploy MODEL" in shown
+    # A description knows replicas, not deployments: a refused model is deployed, and its line follows.
+    assert "no model is loaded" in shown
 
 
 def test_names_with_brackets_are_shown_and_not_taken_for_markup(make: SimpleNamespace) -> None:
