@@ -18,6 +18,9 @@ import orjson
 from tars.core.types import NodeId
 from tars.errors import ConfigError, DiskFull
 
+PARTIAL = ".partial"
+"""How the name of a file ends while it is being written."""
+
 
 class StateFolder:
     """A node's state folder, held by at most one process at a time (an `flock`, which ends with the process)."""
@@ -50,6 +53,10 @@ class StateFolder:
         with suppress(OSError):
             os.ftruncate(lock, 0)
             os.pwrite(lock, str(os.getpid()).encode(), 0)
+        # What a node that was killed in the middle of a write left behind; the lock says that nobody writes now.
+        with suppress(OSError):
+            for partial in self.path.glob(f"*{PARTIAL}"):
+                partial.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give the lock back. Idempotent."""
@@ -81,7 +88,7 @@ class StateFolder:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write `content` so that the file holds either the old or the new bytes, whatever happens. Raises `DiskFull`, or `OSError`."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with open(partial, "wb") as file:
             file.write(content)

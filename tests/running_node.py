@@ -91,4 +91,5 @@ async def running_node(state_dir, *arguments, environment=None):
         for orphan in alive:
             orphan.kill()
         assert not alive, f"workers outlived their node: {alive}"
-        assert not list(state_dir.rglob("*.partial"))
+        if process.returncode != -signal.SIGKILL:  # killed in the middle of a write, only the next start can tidy up
+            assert not list(state_dir.rglob("*.partial"))

@@ -89,3 +89,12 @@ def test_a_full_disk_at_the_very_start_is_said_as_such(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="another tars-node"):
         StateFolder(tmp_path).open()
     opened.close()
+
+
+def test_opening_removes_what_a_killed_node_left_half_written(tmp_path):
+    (tmp_path / "deployments.json.4242.partial").write_bytes(b"{")
+    (tmp_path / "deployments.json").write_bytes(b"{}")
+    folder = StateFolder(tmp_path)
+    folder.open()
+    assert {path.name for path in tmp_path.iterdir()} == {"deployments.json", "lock"}
+    folder.close()
