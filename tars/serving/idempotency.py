@@ -17,7 +17,7 @@ from tars.messages.base import CallContext, Message
 KEEP_SECONDS = 600.0
 """How long an answer is kept: longer than any client's retry schedule (AWS and Stripe SDKs give up within minutes)."""
 KEEP_ANSWERS = 1024
-"""And how many: an answer is a few KiB, so a few MiB at most."""
+"""And how many: a chat answer is a few KiB, so a few MiB; 2,048 vectors are some 25 MB, for callers who repeat such calls under keys."""
 
 
 @dataclass(slots=True)
