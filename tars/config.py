@@ -153,6 +153,10 @@ def _plain(annotation: object) -> type:
     return typing.cast(type, annotation)
 
 
+NEAR_MISS = 0.9
+"""difflib's ratio: one or two wrong letters in a variable's name."""
+
+
 def variables() -> dict[str, KeyPath]:
     """Every environment variable that is read, with the key it sets."""
     named = {"TARS_" + "_".join(map(str, key)).upper(): key for key, _ in _fields()}
@@ -164,8 +168,11 @@ def _from_environment(environment: Mapping[str, str]) -> Iterator[tuple[str, Key
     known = variables()
     sections = tuple(f"TARS_{name.upper()}_" for name in Config.model_fields)
     for variable in sorted(environment):
-        # Only names under a section are ours: TARS_ENDPOINT and the like belong to others.
-        if variable.startswith(sections) and variable not in known:
+        # Only names under a section, and near misses of ours, are typos: TARS_ENDPOINT and the like belong to others.
+        ours = variable.startswith(sections) or (
+            variable.startswith("TARS_") and difflib.get_close_matches(variable, known, n=1, cutoff=NEAR_MISS)
+        )
+        if ours and variable not in known:
             raise ConfigError(f"environment variable {variable}: no such key.{_nearest(variable, known)}")
     for variable, key in known.items():
         # Compose files hand over unset variables as empty ones; an empty array is written as [].

@@ -269,6 +269,11 @@ def main(
         config = load_config(config_file, environment=os.environ, overrides=overrides)
         prepared = prepare(config, config_file, model_files)
         if check:
+            for name in dict.fromkeys(
+                [each.model for each in prepared.declared] + [each.name for each in config.model]
+            ):
+                if (problem := prepared.catalogue.missing(prepared.catalogue.entries[name])) is not None:
+                    raise problem
             models = ", ".join(each.model for each in prepared.declared) or "none"
             click.echo(
                 f"The configuration is right: {config.node.name} would listen on {config.node.address}; models: {models}."

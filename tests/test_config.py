@@ -141,6 +141,7 @@ def test_a_wrong_variable_is_named(tmp_path: Path) -> None:
     replaced = refusal(tmp_path, '[[deploy]]\nmodel = "a"\n', TARS_DEPLOY='[{"model": "b", "slots": 0}]')
     assert replaced.startswith("environment variable TARS_DEPLOY: deploy[0].slots: ")
     assert "Did you mean TARS_NODE_LISTEN?" in refusal(tmp_path, "", TARS_NODE_LISTN="x")
+    assert "Did you mean TARS_LIMITS_MAX_BATCH?" in refusal(tmp_path, "", TARS_LIMIT_MAX_BATCH="9")
     assert load(tmp_path, "", TARS_ENDPOINT="somebody else's").node.name
 
 

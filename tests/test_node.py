@@ -56,6 +56,14 @@ def test_a_typo_in_the_configuration_is_refused_with_line_and_nearest_key(tmp_pa
     assert "Traceback" not in done.stderr
 
 
+def test_check_tells_a_configured_model_whose_file_is_not_one(tmp_path):
+    (tmp_path / "model.gguf").write_text("no model")
+    (tmp_path / "c.toml").write_text('[[model]]\nname = "mine"\npath = "model.gguf"\n')
+    done = run_node("--check", "--config", tmp_path / "c.toml")
+    assert done.returncode == 2
+    assert "GGUF" in done.stderr
+
+
 def test_an_unknown_model_in_the_configuration_is_refused(tmp_path):
     (tmp_path / "c.toml").write_text('[[deploy]]\nmodel = "mistral-7c"\n')
     done = run_node("--check", "--config", tmp_path / "c.toml")

@@ -237,8 +237,13 @@ class Coordinator:
         return models, problems
 
     def _local(self, entry: ModelEntry) -> ModelEntry:
-        """The entry with only the variants whose files this node has."""
-        local = tuple(variant for variant in entry.variants if self.catalogue.path_of(entry, variant) is not None)
+        """The entry with only the variants whose files this node has, or has loaded: a share that is away for a moment unloads nothing."""
+        loaded = {live.assignment.variant for live in self.replicas.values() if live.assignment.model == entry.name}
+        local = tuple(
+            variant
+            for variant in entry.variants
+            if variant.name in loaded or self.catalogue.path_of(entry, variant) is not None
+        )
         if not local:
             if (known := self.catalogue.missing(entry)) is not None:
                 raise known

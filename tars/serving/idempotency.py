@@ -11,13 +11,16 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tars.core.types import Bytes
 from tars.errors import IdempotencyConflict
 from tars.messages.base import CallContext, Message
 
 KEEP_SECONDS = 600.0
 """How long an answer is kept: longer than any client's retry schedule (AWS and Stripe SDKs give up within minutes)."""
 KEEP_ANSWERS = 1024
-"""And how many: a chat answer is a few KiB, so a few MiB; 2,048 vectors are some 25 MB, for callers who repeat such calls under keys."""
+"""And how many: a chat answer is a few KiB, so a few MiB."""
+KEEP_BYTES = Bytes.mib(64)
+"""And how much in all: 2,048 vectors as Python floats are some 25 MB, so the newest few such answers. The oldest go first."""
 
 
 @dataclass(slots=True)
@@ -25,6 +28,7 @@ class _Entry:
     body: bytes
     answer: asyncio.Future[Message | None]
     expires: float
+    size: int = 0
 
 
 class Claim:
@@ -35,9 +39,10 @@ class Claim:
         self._key = key
         self._entry = entry
 
-    def succeed(self, answer: Message) -> None:
-        """Give the answer to all who joined, and keep it."""
+    def succeed(self, answer: Message, size: int) -> None:
+        """Give the answer to all who joined, and keep it. `size`: about the bytes that it takes in memory."""
         if self._entry is not None and not self._entry.answer.done():
+            self._entry.size = size
             self._entry.answer.set_result(answer)
 
     def fail(self) -> None:
@@ -88,9 +93,11 @@ class IdempotentAnswers:
 
     def _expire(self) -> None:
         now = self._now()
+        kept = sum(entry.size for entry in self._entries.values())
         for key, entry in list(self._entries.items()):
-            full = len(self._entries) > KEEP_ANSWERS
+            full = len(self._entries) > KEEP_ANSWERS or kept > KEEP_BYTES
             if entry.expires > now and not full:
                 break
             if entry.answer.done():
+                kept -= entry.size
                 del self._entries[key]

@@ -36,6 +36,11 @@ from tars.messages.inference import (
 from tars.serving.idempotency import Claim, IdempotentAnswers
 from tars.serving.router import Router, ServedModel
 
+BYTES_A_FLOAT = 32
+"""A Python float and its place in a list (CPython: 24 and 8)."""
+BYTES_A_CHARACTER = 4
+"""The widest that CPython stores; an answer's log probabilities are left out of the count, they are asked for rarely."""
+
 Result = TypeVar("Result", ChatResult, CompleteResult)
 Answer = TypeVar("Answer", Embedded, Tokenized)
 
@@ -91,7 +96,7 @@ class Inference:
                         yield event
                     elif isinstance(event, Generated):
                         made = result(model.name, event, served_by)
-                        claim.succeed(made)
+                        claim.succeed(made, len(event.text) * BYTES_A_CHARACTER)
                         yield made
         finally:
             claim.fail()
@@ -117,7 +122,7 @@ class Inference:
                 timings=embedded.timings,
                 served_by=served_by,
             )
-            claim.succeed(result)
+            claim.succeed(result, len(embedded.vectors) * embedded.dimensions * BYTES_A_FLOAT)
             return result
         finally:
             claim.fail()

@@ -269,3 +269,13 @@ async def test_a_demo_model_whose_package_is_missing_says_which_to_install(bench
     bench.coordinator.catalogue = catalogue
     with pytest.raises(ModelFileMissing, match="comes with TARS"):
         await bench.coordinator.preview(Deployment("all-minilm-l6-v2"))
+
+
+async def test_a_loaded_model_outlives_the_loss_of_its_file(bench):
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    await asyncio.to_thread(Path(bench.workers[0].spec.path).unlink)
+    await bench.coordinator.reconcile()
+    assert bench.states == ["ready"]
+    assert bench.workers[0].stopped_with is None

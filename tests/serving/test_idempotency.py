@@ -8,7 +8,7 @@ from tars.core.types import Deadline
 from tars.errors import IdempotencyConflict
 from tars.messages.base import CallContext
 from tars.messages.inference import TokenizeParams, TokenizeResult
-from tars.serving.idempotency import KEEP_SECONDS, Claim, IdempotentAnswers
+from tars.serving.idempotency import KEEP_BYTES, KEEP_SECONDS, Claim, IdempotentAnswers
 
 PARAMS = TokenizeParams(text="a")
 ANSWER = TokenizeResult(model="m", tokens=[1], count=1)
@@ -37,7 +37,7 @@ def answers(clock):
 
 async def test_a_repeated_key_gets_the_first_calls_answer(answers):
     claim = await answers.claim_or_answer(call(), PARAMS)
-    claim.succeed(ANSWER)
+    claim.succeed(ANSWER, 100)
     claim.fail()
     assert await answers.claim_or_answer(call(), PARAMS) == ANSWER
 
@@ -46,7 +46,7 @@ async def test_a_call_without_a_key_always_runs(answers):
     for _ in range(2):
         claim = await answers.claim_or_answer(call(key=None), PARAMS)
         assert isinstance(claim, Claim)
-        claim.succeed(ANSWER)
+        claim.succeed(ANSWER, 100)
 
 
 async def test_a_second_call_joins_the_first_while_it_runs(answers):
@@ -54,7 +54,7 @@ async def test_a_second_call_joins_the_first_while_it_runs(answers):
     joined = asyncio.create_task(answers.claim_or_answer(call(), PARAMS))
     await asyncio.sleep(0)
     assert not joined.done()
-    claim.succeed(ANSWER)
+    claim.succeed(ANSWER, 100)
     assert await joined == ANSWER
 
 
@@ -66,7 +66,7 @@ async def test_after_a_failure_one_of_those_who_joined_takes_over(answers):
     done, waiting = await asyncio.wait(joined, return_when=asyncio.FIRST_COMPLETED, timeout=1)
     assert len(done) == len(waiting) == 1
     (second,) = done
-    second.result().succeed(ANSWER)
+    second.result().succeed(ANSWER, 100)
     assert await waiting.pop() == ANSWER
 
 
@@ -77,11 +77,20 @@ async def test_another_body_under_the_same_key_is_refused(answers):
 
 
 async def test_two_callers_do_not_share_keys(answers):
-    (await answers.claim_or_answer(call(caller="a"), PARAMS)).succeed(ANSWER)
+    (await answers.claim_or_answer(call(caller="a"), PARAMS)).succeed(ANSWER, 100)
     assert isinstance(await answers.claim_or_answer(call(caller="b"), PARAMS), Claim)
 
 
 async def test_an_answer_is_forgotten_after_its_time(answers, clock):
-    (await answers.claim_or_answer(call(), PARAMS)).succeed(ANSWER)
+    (await answers.claim_or_answer(call(), PARAMS)).succeed(ANSWER, 100)
     clock.now = KEEP_SECONDS + 1
     assert isinstance(await answers.claim_or_answer(call(), PARAMS), Claim)
+
+
+async def test_large_answers_push_the_oldest_out_not_the_newest(answers):
+    for number in range(3):
+        (await answers.claim_or_answer(call(f"k{number}"), PARAMS)).succeed(ANSWER, KEEP_BYTES // 2)
+    (await answers.claim_or_answer(call("small"), PARAMS)).succeed(ANSWER, 1)
+    assert isinstance(await answers.claim_or_answer(call("k0"), PARAMS), Claim)
+    assert await answers.claim_or_answer(call("k2"), PARAMS) == ANSWER
+    assert await answers.claim_or_answer(call("small"), PARAMS) == ANSWER
