@@ -106,7 +106,7 @@ class Forbidden(CallerError):
 
 
 class UnsupportedMediaType(CallerError):
-    """A body that is not declared as JSON, which a web page could send without asking, or an unknown Content-Encoding."""
+    """A body that is not declared as JSON, which a web page could send without asking, or a compressed one."""
 
     code = -32019
     kind = "unsupported_media_type"

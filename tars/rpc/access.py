@@ -74,6 +74,11 @@ class Access:
                     "This node does not answer web pages of that origin, so nothing was run. Add it to "
                     "security.allowed_origins in the node's configuration if you trust the page."
                 )
+        if hdrs.CONTENT_ENCODING in headers:
+            # A few KB unpack to gigabytes; no client of these APIs packs its requests, so nothing is lost by never unpacking.
+            raise UnsupportedMediaType(
+                "This node unpacks no request, so nothing was run. Send the body as it is, without the header Content-Encoding."
+            )
         if method in _WITH_BODY:
             content_type = headers.get(hdrs.CONTENT_TYPE, "")
             if content_type != "application/json" and not _is_json(content_type):

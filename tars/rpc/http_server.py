@@ -152,7 +152,7 @@ async def read_body(request: web.Request, limit: int, seconds: float = _BODY_SEC
         ) from None
     except (HttpProcessingError, ClientPayloadError, web.RequestPayloadError):
         raise ParseError(
-            "Parse error: the body does not follow its Transfer-Encoding or Content-Encoding, so nothing was run. Send it again."
+            "Parse error: the body does not follow its Transfer-Encoding, so nothing was run. Send it again."
         ) from None
     return bytes(read)
 

@@ -73,6 +73,8 @@ async def listen(
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
+        # `Access` refuses packed bodies; aiohttp must not unpack, while it lets a refused one run out, what nobody will read.
+        auto_decompress=False,
         access_log=None,
         keepalive_timeout=_KEEPALIVE_SECONDS,
         lingering_time=_LINGERING_SECONDS,
