@@ -70,6 +70,15 @@ def prepare(config: Config, config_file: Path | None, model_files: tuple[Path, .
     return Prepared(config, catalogue, tuple(declared))
 
 
+def check_files(prepared: Prepared) -> None:
+    """Raise what is wrong with the first configured or deployed model whose file is missing or bad; a start only warns of it."""
+    catalogue = prepared.catalogue
+    for name in [*(each.model for each in prepared.declared), *(each.name for each in prepared.config.model)]:
+        entry = catalogue.find(name)
+        if entry is not None and (problem := catalogue.missing(entry)) is not None:
+            raise problem
+
+
 def rpc_options(config: Config) -> RpcOptions:
     """The configuration in the words of `rpc/`."""
     limits, security = config.limits, config.security
@@ -105,7 +114,7 @@ def worker_options(config: Config) -> WorkerOptions:
 
 
 class Node:
-    """One running node: `start`, `wait`, `stop`."""
+    """One running node: `start`, then `stop`."""
 
     def __init__(self, prepared: Prepared, report: NodeReport):
         self._config = prepared.config
@@ -269,11 +278,7 @@ def main(
         config = load_config(config_file, environment=os.environ, overrides=overrides)
         prepared = prepare(config, config_file, model_files)
         if check:
-            for name in dict.fromkeys(
-                [each.model for each in prepared.declared] + [each.name for each in config.model]
-            ):
-                if (problem := prepared.catalogue.missing(prepared.catalogue.entries[name])) is not None:
-                    raise problem
+            check_files(prepared)
             models = ", ".join(each.model for each in prepared.declared) or "none"
             click.echo(
                 f"The configuration is right: {config.node.name} would listen on {config.node.address}; models: {models}."

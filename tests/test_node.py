@@ -64,6 +64,14 @@ def test_check_tells_a_configured_model_whose_file_is_not_one(tmp_path):
     assert "GGUF" in done.stderr
 
 
+def test_check_takes_a_file_under_an_alias_of_the_catalogue(tmp_path):
+    (tmp_path / "c.toml").write_text('[[model]]\nname = "mistral-7b"\npath = "missing.gguf"\n')
+    done = run_node("--check", "--config", tmp_path / "c.toml")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "tars-node: The model's file is not where it was said to be" in done.stderr
+
+
 def test_an_unknown_model_in_the_configuration_is_refused(tmp_path):
     (tmp_path / "c.toml").write_text('[[deploy]]\nmodel = "mistral-7c"\n')
     done = run_node("--check", "--config", tmp_path / "c.toml")

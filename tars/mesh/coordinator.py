@@ -113,7 +113,7 @@ class Coordinator:
         await self._changed.wait()
 
     async def snapshot(self) -> NodeSnapshot:
-        """This node and its devices now. While a device loads, its memory is in motion: for planning see `_settled`."""
+        """This node and its devices now. While a device loads, its memory is in motion: for planning see `_planning_nodes`."""
         devices = await asyncio.to_thread(self._probe, self._held())
         return replace(self._node, devices=devices)
 
@@ -178,8 +178,9 @@ class Coordinator:
                 entry = models[assignment.model]
                 variant = next(each for each in entry.variants if each.name == assignment.variant)
                 path = self.catalogue.path_of(entry, variant)
-                if path is None:  # deleted since the round began; the next one says so
-                    self.wake()
+                if path is None:
+                    # Gone since the round began, or only loaded copies are left. A later round looks again; waking one now would spin.
+                    self.problems[assignment.model] = self._missing(entry)
                     continue
                 loading.add(assignment.device)
                 await self._load(assignment, devices[assignment.device], entry.kind, path, variant.sha256)
@@ -245,16 +246,20 @@ class Coordinator:
             if variant.name in loaded or self.catalogue.path_of(entry, variant) is not None
         )
         if not local:
-            if (known := self.catalogue.missing(entry)) is not None:
-                raise known
-            sources = "; ".join(f"{v.file} of {v.repo} on Hugging Face" for v in entry.variants if v.repo and v.file)
-            raise ModelFileMissing(
-                f"the catalogue knows {entry.name}, but its file is not on this PC. "
-                + (f"Download {sources or 'it'}, then name it in a [[model]] table (name, path) of the node's ")
-                + "configuration, or start with `tars-node --model FILE`",
-                details={"model": entry.name},
-            )
+            raise self._missing(entry)
         return replace(entry, variants=local)
+
+    def _missing(self, entry: ModelEntry) -> TarsError:
+        """Why no file of the model can be loaded, and where to get one."""
+        if (known := self.catalogue.missing(entry)) is not None:
+            return known
+        sources = "; ".join(f"{v.file} of {v.repo} on Hugging Face" for v in entry.variants if v.repo and v.file)
+        return ModelFileMissing(
+            f"the catalogue knows {entry.name}, but its file is not on this PC. "
+            + (f"Download {sources or 'it'}, then name it in a [[model]] table (name, path) of the node's ")
+            + "configuration, or start with `tars-node --model FILE`",
+            details={"model": entry.name},
+        )
 
     def _held(self) -> dict[DeviceId, Bytes]:
         """What this node's replicas hold on each device: measured where it can be, declared on a simulated device."""

@@ -279,3 +279,18 @@ async def test_a_loaded_model_outlives_the_loss_of_its_file(bench):
     await bench.coordinator.reconcile()
     assert bench.states == ["ready"]
     assert bench.workers[0].stopped_with is None
+
+
+async def test_a_second_replica_whose_file_is_gone_waits_without_a_storm_of_rounds(bench):
+    bench.devices = [card("gpu-a", 700), card("gpu-b", 700)]
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    await asyncio.to_thread(Path(bench.workers[0].spec.path).unlink)
+    bench.deployments.deploy(Deployment(bench.model, replicas=2))
+    running = asyncio.create_task(bench.coordinator.run())
+    await asyncio.sleep(0.3)
+    running.cancel()
+    assert len(bench.workers) == 1
+    assert bench.coordinator.rounds < 5
+    assert bench.coordinator.problems[bench.model].kind == "model_file_missing"
