@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 
 from tars.core.types import Bytes, Deployment, DeviceKind, KvType, ModelKind
 from tars.errors import ConfigError
+from tars.messages.base import MAX_TIMEOUT_MS
 
 DEFAULT_PORT = 8000
 """vLLM's and most OpenAI-compatible servers' port, so that clients' examples work unchanged."""
@@ -165,7 +166,10 @@ class LimitsSection(Section):
         description="Calls waiting for one replica. More than 64 behind one GPU is minutes: better to answer 'overloaded' at once.",
     )
     default_timeout_ms: int = Field(
-        300_000, ge=1, le=86_400_000, description="For calls that name no budget: 5 minutes, a long answer on a CPU."
+        300_000,
+        ge=1,
+        le=MAX_TIMEOUT_MS,
+        description="For calls that name no budget: 5 minutes, a long answer on a CPU.",
     )
 
 

@@ -25,7 +25,7 @@ from tars.devices.cpu import (
     temperature,
 )
 from tars.devices.nvml import UNIFIED_MEMORY_NOTE, GpuReading, Nvml, NvmlReading
-from tars.devices.simulated import simulated_devices
+from tars.devices.simulated import capped, simulated_devices
 from tars.devices.wsl2 import Wsl2
 from tars.devices.wsl2 import probe as probe_wsl2
 
@@ -90,9 +90,9 @@ class Inventory:
             cpu = self._cpu(memory, held) if self._section.cpu or unified else None
             devices = [self._gpu(gpu, cpu, held) for gpu in visible]
             devices += simulated_devices(self._node, self._section, held, self.cpu.cores)
-            devices = [self._capped(device) for device in devices]
+            devices = [capped(device, self._section) for device in devices]
             if cpu is not None and self._section.cpu:
-                cpu = self._capped(cpu)
+                cpu = capped(cpu, self._section)
                 if unified:
                     devices, cpu = _share(devices, cpu, cpu_share)
                 devices.append(cpu)
@@ -190,10 +190,6 @@ class Inventory:
             cpu_threads=self.cpu.cores,
             notes=tuple(notes),
         )
-
-    def _capped(self, device: DeviceSnapshot) -> DeviceSnapshot:
-        caps = [cap.memory for cap in self._section.cap if device.is_called(cap.device)]
-        return replace(device, cap=min(caps)) if caps else device
 
     def _lost(self) -> tuple[str, ...]:
         return (self._reading.reason,) if self._reading.lost and self._reading.reason else ()

@@ -6,6 +6,7 @@ Law of this file: no probing. A simulated device is planned like a card, compute
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from tars.config import DevicesSection, ExpectedDevice, SimulatedDevice
 from tars.core.tuning import precision_for
@@ -99,3 +100,9 @@ def _expected_cpu(node: NodeId, device: ExpectedDevice, section: DevicesSection)
         cpu_threads=device.cpu_threads,
         notes=("declared in the configuration, not probed",),
     )
+
+
+def capped(device: DeviceSnapshot, section: DevicesSection) -> DeviceSnapshot:
+    """The device with the smallest of the caps that [[devices.cap]] names it for."""
+    caps = [cap.memory for cap in section.cap if device.is_called(cap.device)]
+    return replace(device, cap=min(caps)) if caps else device

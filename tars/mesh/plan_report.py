@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 from tars.catalogue import Catalogue
 from tars.config import Config, load_config
 from tars.core.types import (
     Assignment,
-    Bytes,
     Deployment,
     DeviceSnapshot,
     DeviceVerdict,
@@ -23,7 +21,7 @@ from tars.core.types import (
     Plan,
     Refusal,
 )
-from tars.devices.simulated import expected_devices, simulated_devices
+from tars.devices.simulated import capped, expected_devices, simulated_devices
 from tars.errors import ConfigError
 from tars.messages.node import (
     AssignmentDescription,
@@ -142,7 +140,7 @@ def fleet_from_configs(
 def _node_of(path: Path, config: Config) -> NodeSnapshot:
     node = NodeId(str(uuid.uuid5(NODE_NAMESPACE, config.node.name)))
     declared = (*expected_devices(node, config.devices), *simulated_devices(node, config.devices, {}))
-    devices = tuple(_capped(device, config) for device in declared)
+    devices = tuple(capped(device, config.devices) for device in declared)
     if not devices:
         raise ConfigError(
             f"{path} does not say what the PC has, so nothing can be planned for it. Add for each GPU, for example:\n\n"
@@ -150,8 +148,3 @@ def _node_of(path: Path, config: Config) -> NodeSnapshot:
             '    compute_capability = "8.6"'
         )
     return NodeSnapshot(id=node, name=config.node.name, devices=devices, priority=config.node.priority)
-
-
-def _capped(device: DeviceSnapshot, config: Config) -> DeviceSnapshot:
-    caps: list[Bytes] = [cap.memory for cap in config.devices.cap if device.is_called(cap.device)]
-    return replace(device, cap=min(caps)) if caps else device

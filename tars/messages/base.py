@@ -19,6 +19,10 @@ MAX_NAME_LENGTH = 255
 """Of a model, a variant or a device, in characters: no file name is longer. Errors and the status page repeat names."""
 
 
+MAX_TIMEOUT_MS = 86_400_000
+"""A day: a call that may take longer is a mistake in its units."""
+
+
 class NoParams(Message):
     """A method that takes nothing."""
 
@@ -27,7 +31,7 @@ class CallMeta(Message):
     """`params._meta`: popped by the dispatcher before the params are checked."""
 
     timeout_ms: int | None = Field(
-        None, ge=1, le=86_400_000, description="Time budget left, in ms; every hop takes its share off."
+        None, ge=1, le=MAX_TIMEOUT_MS, description="Time budget left, in ms; every hop takes its share off."
     )
     idempotency_key: str | None = Field(
         None, min_length=1, max_length=200, description="A repeated key returns the first call's answer."

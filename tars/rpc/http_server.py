@@ -19,7 +19,7 @@ from aiohttp import ClientPayloadError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from tars.errors import Cancelled, DeadlineExceeded, InvalidRequest, ParseError, TarsError
-from tars.messages.base import Message
+from tars.messages.base import MAX_TIMEOUT_MS, Message
 from tars.rpc.access import CALLER, RenderError
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
 from tars.rpc.envelope import Call, Element, decode, encode_notification, too_large
@@ -41,8 +41,6 @@ _TRACE_HEADER = "traceparent"
 _EVENT_STREAM = "text/event-stream"
 _BODY_SECONDS = 120.0
 """For a whole body: 8 MiB at half a megabit a second. Its call's own time begins after it."""
-_MAX_TIMEOUT_MS = 86_400_000
-"""A day, as `_meta.timeout_ms` is bounded: more is a mistake."""
 
 
 def add_rpc_routes(app: web.Application, service: NodeService, options: RpcOptions) -> Dispatcher:
@@ -168,10 +166,10 @@ def arrival_of(request: web.Request) -> Arrival:
     timeout_ms = None
     if timeout is not None:
         if not (
-            timeout.isascii() and timeout.isdigit() and 1 <= int(timeout[:9]) <= _MAX_TIMEOUT_MS and len(timeout) < 9
+            timeout.isascii() and timeout.isdigit() and 1 <= int(timeout[:9]) <= MAX_TIMEOUT_MS and len(timeout) < 9
         ):
             raise InvalidRequest(
-                f"Invalid Request: {_TIMEOUT_HEADER} must be a whole number of milliseconds from 1 to {_MAX_TIMEOUT_MS}, so nothing "
+                f"Invalid Request: {_TIMEOUT_HEADER} must be a whole number of milliseconds from 1 to {MAX_TIMEOUT_MS}, so nothing "
                 "was run."
             )
         timeout_ms = int(timeout)

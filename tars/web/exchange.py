@@ -19,7 +19,7 @@ from aiohttp import hdrs, web
 from pydantic import ValidationError
 
 from tars.errors import Cancelled, InvalidParams, TarsError
-from tars.messages.base import CallContext, Message
+from tars.messages.base import MAX_TIMEOUT_MS, CallContext, Message
 from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.envelope import load_json
 from tars.rpc.http_server import STREAM_HEADERS, arrival_of, read_body
@@ -35,8 +35,6 @@ IDEMPOTENCY_HEADER = "Idempotency-Key"
 REQUEST_ID_HEADER = "X-Request-Id"
 """Carries the trace id; the OpenAI clients show it as `_request_id`."""
 
-MAX_TIMEOUT_MS = 86_400_000
-"""A day, as `_meta.timeout_ms` is bounded."""
 _MAX_IDEMPOTENCY_KEY = 200
 """The bound of `_meta.idempotency_key`."""
 _MAX_FAULTS = 10

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
-import io
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from rich.console import Console, RenderableType
+from drawing import drawn, row
 
 from tars.cli import output
 from tars.messages.inference import EmbedResult, Timings, Usage
@@ -17,20 +16,6 @@ from tars.messages.node import (
 )
 
 GIB = 2**30
-
-
-def drawn(renderable: RenderableType, width: int = 160) -> str:
-    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False)
-    console.print(renderable)
-    file = console.file
-    assert isinstance(file, io.StringIO)
-    return file.getvalue()
-
-
-def row(text: str, word: str) -> str:
-    found = [line for line in text.splitlines() if word in line]
-    assert found, f"no line with {word!r} in\n{text}"
-    return found[0]
 
 
 @pytest.mark.parametrize(

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import base64
-import queue
 import shutil
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from engine_thread import EngineThread
 
 from tars.errors import BadModelFile, Cancelled, DeadlineExceeded, PromptTooLong, WrongModelKind
 from tars.messages.inference import CompleteParams, Embedded, EmbedParams, Tokenized, TokenizeParams
-from tars.messages.node import LoadedInfo
 from tars.workers.embedding_engine import EmbeddingEngine
-from tars.workers.engine import Event, LoadSpec, Submission, Work
+from tars.workers.engine import Event, LoadSpec, Work
 
 # Third-party import-time noise, not ours to fix.
 pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")]
@@ -41,48 +38,21 @@ def model_folder() -> Path:
     return Path(get_model_path())
 
 
-class Running:
+class Running(EngineThread):
     def __init__(self, path: Path, **changes: object) -> None:
-        self.engine = EmbeddingEngine()
-        self.events: queue.Queue[tuple[int, Event | Exception]] = queue.Queue()
-        self.numbers = iter(range(1, 10**9))
-        self.stages: list[tuple[str, float]] = []
-        spec = LoadSpec.model_validate(
-            {
-                "replica": "r",
-                "model": "m",
-                "engine": "sentence-transformers",
-                "path": str(path),
-                "threads": 2,
-                **changes,
-            }
+        super().__init__(
+            EmbeddingEngine(),
+            LoadSpec.model_validate(
+                {
+                    "replica": "r",
+                    "model": "m",
+                    "engine": "sentence-transformers",
+                    "path": str(path),
+                    "threads": 2,
+                    **changes,
+                }
+            ),
         )
-        loaded: queue.Queue[LoadedInfo | Exception] = queue.Queue()
-
-        def main() -> None:
-            try:
-                info = self.engine.load(
-                    spec,
-                    lambda stage, percent: self.stages.append((stage, percent)),
-                    lambda number, event: self.events.put((number, event)),
-                )
-            except Exception as error:  # noqa: BLE001  # raised again below, in the test's thread
-                loaded.put(error)
-                return
-            loaded.put(info)
-            self.engine.run()
-
-        self.thread = threading.Thread(target=main, daemon=True)
-        self.thread.start()
-        info = loaded.get(timeout=120)
-        if isinstance(info, Exception):
-            raise info
-        self.info = info
-
-    def submit(self, work: Work, seconds: float = 60) -> int:
-        number = next(self.numbers)
-        self.engine.submit(Submission(number, work, time.monotonic() + seconds))
-        return number
 
     def ends(self, numbers: list[int]) -> dict[int, Event | Exception]:
         ended: dict[int, Event | Exception] = {}
@@ -102,11 +72,6 @@ class Running:
         result = self.call(EmbedParams.model_validate({"input": texts, **params}))
         assert isinstance(result, Embedded)
         return result
-
-    def close(self) -> None:
-        self.engine.unload()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import queue
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from engine_thread import EngineThread
 from tiny_gguf import write_tiny_gguf
 
 from tars.errors import (
@@ -34,8 +33,7 @@ from tars.messages.inference import (
     Tokenized,
     TokenizeParams,
 )
-from tars.messages.node import LoadedInfo
-from tars.workers.engine import Event, LoadSpec, Submission, Work
+from tars.workers.engine import Event, LoadSpec, Work
 from tars.workers.llama_engine import LlamaEngine
 
 pytestmark = pytest.mark.model
@@ -44,44 +42,16 @@ CONTEXT = 512
 PROMPT = "hello world, this is a prompt that is longer than one chunk of the prefill. " * 4
 
 
-class Running:
+class Running(EngineThread):
     """An engine with its thread; `call` submits and collects."""
 
     def __init__(self, path: Path, **changes: object) -> None:
-        self.engine = LlamaEngine()
-        self.stages: list[tuple[str, float]] = []
-        self.numbers = iter(range(1, 10**9))
-        self.events: queue.Queue[tuple[int, Event | Exception]] = queue.Queue()
-        self.spec = LoadSpec.model_validate(
-            {"replica": "r", "model": "m", "engine": "llama", "path": str(path), "context": CONTEXT, **changes}
+        super().__init__(
+            LlamaEngine(),
+            LoadSpec.model_validate(
+                {"replica": "r", "model": "m", "engine": "llama", "path": str(path), "context": CONTEXT, **changes}
+            ),
         )
-        loaded: queue.Queue[LoadedInfo | Exception] = queue.Queue()
-
-        def main() -> None:
-            try:
-                info = self.engine.load(
-                    self.spec,
-                    lambda stage, percent: self.stages.append((stage, percent)),
-                    lambda number, event: self.events.put((number, event)),
-                )
-            except Exception as error:  # noqa: BLE001  # raised again below, in the test's thread
-                loaded.put(error)
-                return
-            loaded.put(info)
-            self.engine.run()
-
-        self.thread = threading.Thread(target=main, daemon=True)
-        self.thread.start()
-        info = loaded.get(timeout=60)
-        if isinstance(info, Exception):
-            raise info
-        self.info = info
-
-    def submit(self, work: Work, seconds: float | None = 60) -> int:
-        number = next(self.numbers)
-        deadline = None if seconds is None else time.monotonic() + seconds
-        self.engine.submit(Submission(number, work, deadline))
-        return number
 
     def end_of(self, number: int) -> tuple[list[Delta], Event]:
         deltas = []
@@ -103,11 +73,6 @@ class Running:
         assert isinstance(result, Generated)
         assert "".join(delta.text for delta in deltas) == result.text
         return result
-
-    def close(self) -> None:
-        self.engine.unload()
-        self.thread.join(20)
-        assert not self.thread.is_alive()
 
 
 @pytest.fixture(scope="module")
