@@ -26,7 +26,7 @@ class EngineThread:
                 info = engine.load(
                     spec,
                     lambda stage, percent: self.stages.append((stage, percent)),
-                    lambda number, event: self.events.put((number, event)),
+                    lambda events: [self.events.put(one) for one in events] and None,
                 )
             except Exception as error:  # noqa: BLE001  # raised again below, in the test's thread
                 loaded.put(error)

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -169,13 +169,12 @@ class DirectCaller:
         self._engine.unload()
         self._thread.join(10)
 
-    def _emit(self, sequence: int, event: Event | Exception) -> None:
-        if isinstance(event, Delta):
+    def _emit(self, events: Sequence[tuple[int, Event | Exception]]) -> None:
+        for _, event in events:
             self._first = self._first or time.perf_counter()
-        else:
-            self._first = self._first or time.perf_counter()
-            self._outcome = event
-            self._ended.set()
+            if not isinstance(event, Delta):
+                self._outcome = event
+                self._ended.set()
 
 
 def spec_like_the_nodes(plan: dict[str, Any], model: Path | None) -> LoadSpec:

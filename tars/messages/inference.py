@@ -8,7 +8,32 @@ from pydantic import Field, model_validator
 
 from tars.messages.base import MAX_NAME_LENGTH, Message
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
+
+
+class ToolCall(Message):
+    """One call of a function that the model asks for. `arguments` is JSON text, as the model wrote it."""
+
+    id: str = Field(max_length=MAX_NAME_LENGTH)
+    name: str = Field(max_length=MAX_NAME_LENGTH)
+    arguments: str
+
+
+class ToolCallDelta(Message):
+    """A piece of one: `id` and `name` come with its first piece, `arguments` grows."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+class Tool(Message):
+    """A function that the model may call. `parameters` is the JSON schema of its arguments."""
+
+    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
+    description: str = ""
+    parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
 
 
 class ChatMessage(Message):
@@ -16,6 +41,19 @@ class ChatMessage(Message):
 
     role: Literal["system", "user", "assistant", "tool"]
     content: str
+    reasoning: str | None = Field(None, description="What a reasoning model thought before it answered.")
+    tool_calls: list[ToolCall] = Field(default_factory=list, max_length=128)
+    tool_call_id: str | None = Field(
+        None, max_length=MAX_NAME_LENGTH, description="Of a `tool` turn: which call it answers."
+    )
+
+    @model_validator(mode="after")
+    def _fits_its_role(self) -> ChatMessage:
+        if self.role != "assistant" and (self.tool_calls or self.reasoning is not None):
+            raise ValueError("only an assistant's message has tool_calls or reasoning")
+        if self.role != "tool" and self.tool_call_id is not None:
+            raise ValueError("only a tool's message has tool_call_id")
+        return self
 
 
 class GenerationParams(Message):
@@ -36,7 +74,8 @@ class GenerationParams(Message):
     repeat_penalty: float = Field(1.0, gt=0, le=10)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    seed: int | None = Field(None, ge=0, le=2**32 - 1)
+    seed: int | None = Field(None, ge=0, le=2**32 - 1, description="Default: one is drawn, and the answer says which.")
+    n: int = Field(1, ge=1, le=16, description="So many answers to the same prompt, which is computed once.")
     stop: list[str] = Field(
         default_factory=list,
         max_length=64,
@@ -64,6 +103,27 @@ class ChatParams(GenerationParams):
     """`inference.chat`."""
 
     messages: list[ChatMessage] = Field(min_length=1, max_length=10_000)
+    tools: list[Tool] = Field(default_factory=list, max_length=128)
+    tool_choice: str = Field(
+        "auto",
+        max_length=MAX_NAME_LENGTH,
+        description="`auto`, `none`, `required`, or the name of the one tool that must be called.",
+    )
+    reasoning: bool | None = Field(
+        None,
+        description="False asks a model that can to answer without thinking first; default: the template's own way.",
+    )
+
+    @model_validator(mode="after")
+    def _choice_exists(self) -> ChatParams:
+        names = [tool.name for tool in self.tools]
+        if len(set(names)) < len(names):
+            raise ValueError("two tools have the same name")
+        if self.tool_choice not in ("auto", "none") and not self.tools:
+            raise ValueError("tool_choice asks for a tool, and there are no tools")
+        if self.tool_choice not in ("auto", "none", "required", *names):
+            raise ValueError("tool_choice must be auto, none, required or the name of one of the tools")
+        return self
 
 
 class CompleteParams(GenerationParams):
@@ -88,8 +148,11 @@ class Delta(Message):
     """One piece of a streamed answer: `inference.delta`. Text is whole UTF-8, never a stop string's beginning that may yet be withheld."""
 
     text: str
-    token_ids: list[int] = Field(default_factory=list)
+    token_ids: list[int] = Field(default_factory=list, description="All tokens so far accounted for, markup included.")
     logprobs: list[TokenLogprob] | None = None
+    index: int = Field(0, description="Which of the `n` answers.")
+    reasoning: str = Field("", description="What the model thinks, apart from its answer.")
+    tool_calls: list[ToolCallDelta] = Field(default_factory=list)
 
 
 class Usage(Message):
@@ -98,6 +161,7 @@ class Usage(Message):
     prompt_tokens: int
     completion_tokens: int = 0
     total_tokens: int
+    cached_tokens: int = Field(0, description="Of the prompt's tokens: how many were not computed again.")
 
 
 class Timings(Message):
@@ -127,14 +191,29 @@ class ServedBy(Message):
     attempts: list[Attempt] = Field(default_factory=list)
 
 
+class Choice(Message):
+    """One of several answers to a prompt. Its seed is the first one's plus `index`."""
+
+    index: int
+    text: str
+    finish_reason: FinishReason
+    logprobs: list[TokenLogprob] | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+
+
 class Generated(Message):
-    """What an engine ends a generation with (the worker's answer; `text` is the whole text)."""
+    """What an engine ends a generation with (the worker's answer; `text` is the whole text of the first answer)."""
 
     text: str
     finish_reason: FinishReason
     usage: Usage
     timings: Timings
     logprobs: list[TokenLogprob] | None = None
+    reasoning: str | None = None
+    tool_calls: list[ToolCall] = Field(default_factory=list)
+    seed: int | None = None
+    further: list[Choice] = Field(default_factory=list, description="The other answers, where `n` asked for several.")
 
 
 class ChatResult(Message):
@@ -147,6 +226,8 @@ class ChatResult(Message):
     timings: Timings
     served_by: ServedBy
     logprobs: list[TokenLogprob] | None = None
+    seed: int | None = Field(None, description="Send it to get the same text again.")
+    further: list[Choice] = Field(default_factory=list, description="The other answers, where `n` asked for several.")
 
 
 class CompleteResult(Message):
@@ -159,6 +240,8 @@ class CompleteResult(Message):
     timings: Timings
     served_by: ServedBy
     logprobs: list[TokenLogprob] | None = None
+    seed: int | None = Field(None, description="Send it to get the same text again.")
+    further: list[Choice] = Field(default_factory=list, description="The other answers, where `n` asked for several.")
 
 
 class EmbedParams(Message):
@@ -166,9 +249,29 @@ class EmbedParams(Message):
 
     model: str | None = Field(None, max_length=MAX_NAME_LENGTH)
     input: str | list[str] = Field(description="One text or up to 2,048 of them.")
-    encoding_format: Literal["float", "base64"] = Field("float", description="base64: little-endian float32 bytes.")
+    encoding_format: Literal["float", "base64"] = Field(
+        "float", description="base64: the vector's little-endian bytes."
+    )
+    output_type: Literal["float", "int8", "binary"] = Field(
+        "float",
+        description="int8: each value of the unit vector times 127, rounded. binary: its sign, one bit a value, first value in the "
+        "highest bit, as int8 bytes. Both cost neighbours; neither is a default.",
+    )
     truncate: bool = Field(
         True, description="False: a text longer than the model's limit is an error instead of being cut."
+    )
+    overflow: Literal["mean"] | None = Field(
+        None,
+        description="mean: a text longer than the limit is split, and its pieces' vectors averaged by their tokens.",
+    )
+    dimensions: int | None = Field(
+        None, ge=1, le=65_536, description="Only the first so many values, made unit length again (Matryoshka models)."
+    )
+    input_type: Literal["query", "passage"] | None = Field(
+        None, description="Puts the model's own prefix for queries or passages before each text, where it has one."
+    )
+    prompt: str | None = Field(
+        None, max_length=4096, description="Put before each text instead of the model's own prefix; may be empty."
     )
 
     @model_validator(mode="after")
@@ -176,25 +279,76 @@ class EmbedParams(Message):
         count = 1 if isinstance(self.input, str) else len(self.input)
         if not 1 <= count <= 2048:
             raise ValueError("input needs 1 to 2048 texts")
+        if self.overflow is not None and not self.truncate:
+            raise ValueError("give overflow or truncate: false, not both")
+        if self.prompt is not None and self.input_type is not None:
+            raise ValueError("give prompt or input_type, not both")
+        if self.output_type == "binary" and self.dimensions is not None and self.dimensions % 8:
+            raise ValueError("binary output needs dimensions that are a multiple of 8")
         return self
 
 
 class Embedded(Message):
-    """The worker's answer: `vectors` holds base64 of little-endian float32, one string a text, each of `dimensions` values, unit length."""
+    """The worker's answer: `vectors` is base64 of little-endian values of the asked type, one string a text; unit length as float."""
 
     vectors: list[str]
     dimensions: int
     truncated: list[int] = Field(default_factory=list, description="Indices of the texts that were cut.")
+    split: list[int] = Field(default_factory=list, description="Indices of the texts that were split and averaged.")
     prompt_tokens: int
     timings: Timings
 
 
 class EmbedResult(Message):
-    """`inference.embed`'s answer: unit-length float32 vectors in the order of the input."""
+    """`inference.embed`'s answer: vectors in the order of the input, unit length as float."""
 
     model: str
-    embeddings: list[list[float]] | list[str]
+    embeddings: list[list[float]] | list[list[int]] | list[str]
     dimensions: int
+    truncated: list[int]
+    split: list[int] = Field(default_factory=list)
+    usage: Usage
+    timings: Timings
+    served_by: ServedBy
+
+
+class RerankParams(Message):
+    """`inference.rerank`."""
+
+    model: str | None = Field(None, max_length=MAX_NAME_LENGTH)
+    query: str
+    documents: list[str] = Field(min_length=1, max_length=2048)
+    top_n: int | None = Field(None, ge=1, description="Only the best so many; default: all.")
+    return_documents: bool = False
+    truncate: bool = Field(
+        True, description="False: a pair longer than the model's limit is an error instead of being cut."
+    )
+
+
+class Scored(Message):
+    """One document's relevance to the query."""
+
+    index: int = Field(description="Its place in `documents`.")
+    score: float = Field(
+        description="0 to 1 (sigmoid of the model's logit) where the model gives one number; higher is nearer."
+    )
+    document: str | None = None
+
+
+class Reranked(Message):
+    """The worker's answer: one score a document, in the order of the input."""
+
+    scores: list[float]
+    truncated: list[int] = Field(default_factory=list, description="Indices of the documents that were cut.")
+    prompt_tokens: int
+    timings: Timings
+
+
+class RerankResult(Message):
+    """`inference.rerank`'s answer: best first; equal scores in the order of the input."""
+
+    model: str
+    results: list[Scored]
     truncated: list[int]
     usage: Usage
     timings: Timings

@@ -44,11 +44,45 @@ class LoadProgress(Message):
 
 
 class MeasuredSpeeds(Message):
-    """Measured on this replica; None until it was."""
+    """Measured on this replica after its load; None where it was not."""
 
     prefill_tokens_per_second: float | None = None
-    decode_tokens_per_second: float | None = None
+    decode_tokens_per_second: float | None = Field(None, description="One sequence alone.")
+    decode_tokens_per_second_all_slots: float | None = Field(None, description="All slots busy, their sum.")
     texts_per_second: float | None = None
+
+
+class TunedSettings(Message):
+    """What a load measured and chose by itself; kept by the node per (device, model file, settings), so that the next load need not."""
+
+    flash_attention: bool | None = None
+    chunk: int | None = Field(None, description="Prompt tokens computed between two decode steps.")
+    speeds: MeasuredSpeeds = Field(default_factory=MeasuredSpeeds)
+    backend: str | None = Field(None, description="Embeddings: `torch-fp32`, `torch-bf16`, `onnx`, `openvino`...")
+    batch_tokens: int | None = Field(None, description="Embeddings: the token budget of one forward pass.")
+
+
+class EngineCounters(Message):
+    """What an engine did since it was loaded, and how it stands now. All counts grow, but those called 'now'."""
+
+    running: int = Field(0, description="Sequences, or texts, being computed now.")
+    waiting: int = Field(0, description="Waiting for a slot, or for their batch, now.")
+    kv_cells: int = Field(0, description="Tokens that the KV cache holds at most.")
+    kv_used: int = Field(0, description="Tokens of running sequences in it now.")
+    kv_cached: int = Field(0, description="Tokens of ended sequences kept in it now, for prompts that begin alike.")
+    steps: int = Field(0, description="Calls of llama_decode, or forward passes.")
+    prompt_tokens: int = Field(0, description="Prompt tokens of all calls, computed or reused.")
+    prompt_tokens_cached: int = Field(0, description="How many of them were reused.")
+    generated_tokens: int = 0
+    preemptions: int = Field(0, description="Sequences that had to give up their KV cells and wait.")
+    python_seconds: float = Field(
+        0.0, description="Of the engine thread outside the native compute, while it had work."
+    )
+    native_seconds: float = Field(0.0, description="Inside it.")
+    draft_tokens: int = Field(0, description="Tokens that a draft model proposed.")
+    draft_accepted: int = 0
+    texts: int = 0
+    padding_tokens: int = Field(0, description="Embeddings: computed only to fill a batch's rectangle.")
 
 
 class LoadedInfo(Message):
@@ -68,6 +102,8 @@ class LoadedInfo(Message):
     backend: str = Field("", description="`llama.cpp`, `torch fp32 cpu`...")
     file_sha256: str | None = None
     speeds: MeasuredSpeeds = Field(default_factory=MeasuredSpeeds)
+    tuned: TunedSettings = Field(default_factory=TunedSettings)
+    adapters: list[str] = Field(default_factory=list, description="LoRA adapters that calls may name after a colon.")
 
 
 class ReplicaDescription(Message):
@@ -88,6 +124,7 @@ class ReplicaDescription(Message):
     active_calls: int
     queued_calls: int
     calls_total: int
+    counters: EngineCounters | None = None
     last_error: str | None
     reason: str = Field(description="Why it was placed here.")
 

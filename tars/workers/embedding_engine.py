@@ -29,7 +29,7 @@ from tars.errors import (
     WrongModelKind,
 )
 from tars.messages.inference import Embedded, EmbedParams, Timings, Tokenized, TokenizeParams
-from tars.messages.node import LoadedInfo, MeasuredSpeeds
+from tars.messages.node import EngineCounters, LoadedInfo, MeasuredSpeeds
 from tars.workers.embedding_batches import next_batch, padded
 from tars.workers.engine import Emit, LoadSpec, Progress, Submission
 from tars.workers.inbox import Inbox
@@ -240,6 +240,10 @@ class EmbeddingEngine:
             return self._device_memory
         return max(0, psutil.Process().memory_info().rss - self._resident_before)
 
+    def counters(self) -> EngineCounters:
+        """See the protocol."""
+        return EngineCounters()
+
     def progress_mark(self) -> int:
         """See the protocol: batches and tokenized calls."""
         return self._mark
@@ -274,7 +278,7 @@ class EmbeddingEngine:
         if isinstance(work, TokenizeParams):
             self._tokenizer.no_truncation()
             encoding = self._tokenizer.encode(_clean(work.text), add_special_tokens=work.add_special)
-            self._emit(submission.sequence, Tokenized(tokens=list(encoding.ids)))
+            self._emit([(submission.sequence, Tokenized(tokens=list(encoding.ids)))])
             return
         if not isinstance(work, EmbedParams):
             raise WrongModelKind("This is an embedding model; it does not chat. Ask a chat model.")
@@ -311,7 +315,7 @@ class EmbeddingEngine:
     def _end(self, number: int, error: TarsError) -> None:
         if self._calls.pop(number, None) is not None:
             self._pool = deque(text for text in self._pool if text.call.number != number)
-        self._emit(number, error)
+        self._emit([(number, error)])
 
     def _end_all(self, batch: list[_Text], error: TarsError) -> None:
         for number in {text.call.number for text in batch}:
@@ -347,17 +351,21 @@ class EmbeddingEngine:
         del self._calls[call.number]
         now = time.monotonic()
         self._emit(
-            call.number,
-            Embedded(
-                vectors=[vector for vector in call.vectors if vector is not None],
-                dimensions=self._dimensions,
-                truncated=call.truncated,
-                prompt_tokens=call.tokens,
-                timings=Timings(
-                    queue_ms=round(((call.started or now) - call.received) * 1000, 3),
-                    total_ms=round((now - call.received) * 1000, 3),
-                ),
-            ),
+            [
+                (
+                    call.number,
+                    Embedded(
+                        vectors=[vector for vector in call.vectors if vector is not None],
+                        dimensions=self._dimensions,
+                        truncated=call.truncated,
+                        prompt_tokens=call.tokens,
+                        timings=Timings(
+                            queue_ms=round(((call.started or now) - call.received) * 1000, 3),
+                            total_ms=round((now - call.received) * 1000, 3),
+                        ),
+                    ),
+                )
+            ]
         )
 
     def _forward(self, ids: list[list[int]], type_ids: list[list[int]] | None) -> Any:

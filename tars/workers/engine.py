@@ -2,14 +2,16 @@
 
 Law of this file: no engine package is imported here, and an engine knows nothing of pipes, asyncio or JSON-RPC. The child process
 (`process.py`) calls `load` and then `run` in the one engine thread, and `submit`s work from its event loop; the engine answers through
-`emit`, from the engine thread. Many sequences may be in flight: an engine with one slot queues them, one with many batches them.
+`emit`, from the engine thread, once a step with everything that the step brought. Many sequences may be in flight.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from pydantic import Field
 
 from tars.messages.base import Message
 from tars.messages.inference import (
@@ -19,19 +21,62 @@ from tars.messages.inference import (
     Embedded,
     EmbedParams,
     Generated,
+    Reranked,
+    RerankParams,
     Tokenized,
     TokenizeParams,
 )
-from tars.messages.node import LoadedInfo
+from tars.messages.node import EngineCounters, LoadedInfo, TunedSettings
 
-Work = ChatParams | CompleteParams | EmbedParams | TokenizeParams
+
+class SaveParams(Message):
+    """Write a running sequence's state to a file and end the sequence: how a running answer moves to another replica.
+
+    The sequence ends with `errors.Draining`; whoever asked goes on with `Resume(path=...)` elsewhere.
+    """
+
+    sequence: int
+    path: str
+    """A file that this node's process made for it, never a path from the wire of another machine."""
+
+
+class Saved(Message):
+    """The state is in the file: everything that `Resume` needs."""
+
+    bytes: int
+    prompt_tokens: int
+    generated: list[int]
+    """Token ids so far, those held back by a stop string or an unfinished character included."""
+    seed: int
+
+
+class Resume(Message):
+    """Go on with an answer that was broken off: `generated` is replayed (or read with the state in `path`), `max_tokens` still counts from
+    the very beginning, and `handed_out` of the generated tokens' text was given to the caller already and does not come again.
+    """
+
+    generated: list[int]
+    handed_out: int
+    seed: int
+    path: str | None = None
+
+
+Work = ChatParams | CompleteParams | EmbedParams | RerankParams | TokenizeParams | SaveParams
 """What can be submitted to an engine."""
 
-Finished = Generated | Embedded | Tokenized
+Finished = Generated | Embedded | Reranked | Tokenized | Saved
 """What ends it well; a `TarsError` ends it badly."""
 
 Event = Delta | Finished
 """What comes back for one piece of work: any number of `Delta`, then exactly one `Finished`."""
+
+
+class AdapterSpec(Message):
+    """A LoRA adapter that is loaded beside a model; calls name it as `model:name`."""
+
+    name: str
+    path: str
+    scale: float = 1.0
 
 
 class LoadSpec(Message):
@@ -47,7 +92,12 @@ class LoadSpec(Message):
     cuda_device: str | None = None
     """What CUDA_VISIBLE_DEVICES shows to the worker (an NVML uuid or ordinal); None computes on the CPU."""
     context: int = 2048
+    """Tokens of one sequence at most."""
     slots: int = 1
+    """Sequences computed at once at most."""
+    kv_tokens: int | None = None
+    """Tokens that the KV cache holds in all; None is `slots` x `context`. Fewer are shared by the slots: when they are used up, the
+    youngest sequence waits."""
     gpu_layers: int = 0
     threads: int = 1
     batch: int = 512
@@ -57,10 +107,21 @@ class LoadSpec(Message):
     mmap: bool = True
     precision: str = "fp32"
     batch_tokens: int = 4096
+    inter_token_ms: float = 150.0
+    """How long a prompt that comes in may hold up the next token of the running answers."""
+    exact: bool = False
+    """Compute every sequence in fixed shapes, so that its text does not depend on what else runs; slower."""
+    adapters: list[AdapterSpec] = Field(default_factory=list)
+    draft_path: str | None = None
+    """A small model of the same vocabulary that proposes tokens."""
+    backend: str | None = None
+    """Embeddings: take this back end instead of the fastest faithful one."""
+    tuned: TunedSettings | None = None
+    """What an earlier load of the very same measured; None measures now."""
 
 
-Emit = Callable[[int, "Event | Exception"], None]
-"""`emit(sequence, event)`: thread-safe, never blocks. An exception (a `TarsError` where possible) ends the sequence."""
+Emit = Callable[[Sequence[tuple[int, "Event | Exception"]]], None]
+"""`emit([(sequence, event), ...])`: thread-safe, never blocks, once a step. An exception (a `TarsError` where possible) ends a sequence."""
 
 Progress = Callable[[str, float], None]
 """`progress(stage, percent)`: stages in `messages.node.LoadProgress`."""
@@ -73,6 +134,7 @@ class Submission:
     sequence: int
     work: Work
     deadline: float | None
+    resume: Resume | None = None
 
 
 class Engine(Protocol):
@@ -96,6 +158,10 @@ class Engine(Protocol):
 
     def memory_bytes(self) -> int:
         """Bytes that the engine holds on its device now."""
+        ...
+
+    def counters(self) -> EngineCounters:
+        """What it did and how it stands."""
         ...
 
     def progress_mark(self) -> int:

@@ -40,7 +40,7 @@ from tars.messages.inference import (
     TokenLogprob,
     Usage,
 )
-from tars.messages.node import LoadedInfo, MeasuredSpeeds
+from tars.messages.node import EngineCounters, LoadedInfo, MeasuredSpeeds
 from tars.workers.chat_template import CHATML, ChatTemplate
 from tars.workers.engine import Emit, LoadSpec, Progress, Submission
 from tars.workers.inbox import Inbox
@@ -227,6 +227,10 @@ class LlamaEngine:
             return self._memory
         return max(0, psutil.Process().memory_info().rss - self._resident_before)
 
+    def counters(self) -> EngineCounters:
+        """See the protocol."""
+        return EngineCounters()
+
     def progress_mark(self) -> int:
         """See the protocol: steps taken."""
         return self._mark
@@ -269,15 +273,19 @@ class LlamaEngine:
             try:
                 tokens = self._model.tokenize(_encode(work.text), add_special=work.add_special)
             except TarsError as error:
-                self._emit(submission.sequence, error)
+                self._emit([(submission.sequence, error)])
             else:
-                self._emit(submission.sequence, Tokenized(tokens=tokens))
+                self._emit([(submission.sequence, Tokenized(tokens=tokens))])
         elif isinstance(work, ChatParams | CompleteParams):
             self._waiting.append((submission, now))
         else:
             self._emit(
-                submission.sequence,
-                WrongModelKind("This is a chat model; it makes no embeddings. Ask an embedding model."),
+                [
+                    (
+                        submission.sequence,
+                        WrongModelKind("This is a chat model; it makes no embeddings. Ask an embedding model."),
+                    )
+                ]
             )
 
     def _drop_ended(self, cancelled: set[int], now: float) -> None:
@@ -294,7 +302,7 @@ class LlamaEngine:
             submission = entry[0]
             if (error := ending(submission.sequence, submission.deadline)) is not None:
                 self._waiting.remove(entry)
-                self._emit(submission.sequence, error)
+                self._emit([(submission.sequence, error)])
         active = self._active
         if active is not None and (error := ending(active.number, active.deadline)) is not None:
             self._fail(error)
@@ -400,7 +408,7 @@ class LlamaEngine:
         logprobs = [one for one in released.extras if one is not None] if sequence.work.logprobs is not None else None
         sequence.text.append(released.text)
         sequence.logprobs += logprobs or []
-        self._emit(sequence.number, Delta(text=released.text, token_ids=released.token_ids, logprobs=logprobs))
+        self._emit([(sequence.number, Delta(text=released.text, token_ids=released.token_ids, logprobs=logprobs))])
 
     def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
         self._hand_out(sequence, sequence.stream.finish())
@@ -412,30 +420,34 @@ class LlamaEngine:
         first = None if sequence.first_token is None else _ms(sequence.first_token - sequence.received)
         self._close_active()
         self._emit(
-            sequence.number,
-            Generated(
-                text="".join(sequence.text),
-                finish_reason=reason,
-                usage=Usage(
-                    prompt_tokens=sequence.prompt_length,
-                    completion_tokens=generated,
-                    total_tokens=len(sequence.tokens),
-                ),
-                timings=Timings(
-                    queue_ms=_ms(sequence.started - sequence.received),
-                    first_token_ms=first,
-                    total_ms=_ms(now - sequence.received),
-                    tokens_per_second=None if speed is None else round(speed, 2),
-                ),
-                logprobs=sequence.logprobs if sequence.work.logprobs is not None else None,
-            ),
+            [
+                (
+                    sequence.number,
+                    Generated(
+                        text="".join(sequence.text),
+                        finish_reason=reason,
+                        usage=Usage(
+                            prompt_tokens=sequence.prompt_length,
+                            completion_tokens=generated,
+                            total_tokens=len(sequence.tokens),
+                        ),
+                        timings=Timings(
+                            queue_ms=_ms(sequence.started - sequence.received),
+                            first_token_ms=first,
+                            total_ms=_ms(now - sequence.received),
+                            tokens_per_second=None if speed is None else round(speed, 2),
+                        ),
+                        logprobs=sequence.logprobs if sequence.work.logprobs is not None else None,
+                    ),
+                )
+            ]
         )
 
     def _fail(self, error: TarsError) -> None:
         assert self._active is not None
         number = self._active.number
         self._close_active()
-        self._emit(number, error)
+        self._emit([(number, error)])
 
     def _close_active(self) -> None:
         active, self._active = self._active, None

@@ -26,6 +26,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import pydantic
@@ -108,8 +109,9 @@ class Worker:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
             self._loop.call_soon_threadsafe(self._flush)
 
-    def _emit(self, sequence: int, event: Event | Exception) -> None:
-        self._post((sequence, event))
+    def _emit(self, events: Sequence[tuple[int, Event | Exception]]) -> None:
+        for one in events:
+            self._post(one)
 
     def _progress(self, stage: str, percent: float) -> None:
         progress = LoadProgress(stage=stage, percent=min(100.0, max(0.0, float(percent))))

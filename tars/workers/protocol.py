@@ -5,7 +5,7 @@ Law of this file: names and shapes only, shared by both ends. Requests go from t
 | method | from | params | answered by |
 |---|---|---|---|
 | `worker.load` | node | a `LoadSpec` | `LoadedInfo`, after `worker.progress`es |
-| `worker.chat` `.complete` `.embed` `.tokenize` | node | `{work, timeout_ms}` | the `Finished`, after `worker.delta`s |
+| `worker.chat` `.complete` `.embed` `.rerank` `.tokenize` `.save` | node | `{work, timeout_ms, resume}` | the `Finished`, after deltas |
 | `worker.ping` | node | none | `Pong` |
 | `worker.cancel` (notification) | node | `{id}` | the cancelled call's error |
 | `worker.shutdown` (notification) | node | none | the end of the process |
@@ -27,10 +27,13 @@ from tars.messages.inference import (
     Embedded,
     EmbedParams,
     Generated,
+    Reranked,
+    RerankParams,
     Tokenized,
     TokenizeParams,
 )
-from tars.workers.engine import Finished, Work
+from tars.messages.node import EngineCounters
+from tars.workers.engine import Finished, Saved, SaveParams, Work
 
 LOAD = "worker.load"
 PING = "worker.ping"
@@ -43,7 +46,9 @@ WORK_OF: dict[str, type[Work]] = {
     "worker.chat": ChatParams,
     "worker.complete": CompleteParams,
     "worker.embed": EmbedParams,
+    "worker.rerank": RerankParams,
     "worker.tokenize": TokenizeParams,
+    "worker.save": SaveParams,
 }
 """The params model of each kind of work."""
 
@@ -53,7 +58,9 @@ RESULT_OF: dict[type[Work], type[Finished]] = {
     ChatParams: Generated,
     CompleteParams: Generated,
     EmbedParams: Embedded,
+    RerankParams: Reranked,
     TokenizeParams: Tokenized,
+    SaveParams: Saved,
 }
 """What ends each kind of work well."""
 
@@ -65,6 +72,7 @@ class Pong(Message):
     """The engine's progress mark."""
     in_flight: int
     memory_bytes: int
+    counters: EngineCounters | None = None
 
 
 def request(number: int, method: str, params: dict[str, Any]) -> dict[str, Any]:

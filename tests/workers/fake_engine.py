@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tars.errors import BadGrammar, BadModelFile, Cancelled, DeadlineExceeded
 from tars.messages.inference import CompleteParams, Delta, Embedded, EmbedParams, Generated, Timings, Tokenized, Usage
-from tars.messages.node import LoadedInfo
+from tars.messages.node import EngineCounters, LoadedInfo
 from tars.workers.engine import Emit, LoadSpec, Progress, Submission
 from tars.workers.inbox import Inbox
 
@@ -26,7 +26,7 @@ class FakeEngine:
     def __init__(self) -> None:
         self._inbox = Inbox()
         self._mark = 0
-        self._emit: Emit = lambda sequence, event: None
+        self._emit: Emit = lambda events: None
 
     def load(self, spec: LoadSpec, progress: Progress, emit: Emit) -> LoadedInfo:
         self._emit = emit
@@ -61,6 +61,9 @@ class FakeEngine:
     def memory_bytes(self) -> int:
         return 4711
 
+    def counters(self) -> EngineCounters:
+        return EngineCounters()
+
     def progress_mark(self) -> int:
         return self._mark
 
@@ -78,7 +81,7 @@ class FakeEngine:
             cancelled |= taken.cancelled
             for submission in [one for one in waiting if one.sequence in cancelled]:
                 waiting.remove(submission)
-                self._emit(submission.sequence, Cancelled("cancelled"))
+                self._emit([(submission.sequence, Cancelled("cancelled"))])
             if waiting:
                 self._answer(waiting.pop(0), cancelled)
 
@@ -88,10 +91,10 @@ class FakeEngine:
         if isinstance(work, EmbedParams):
             texts = [work.input] if isinstance(work.input, str) else work.input
             vectors = [base64.b64encode(struct.pack("<f", len(text))).decode() for text in texts]
-            self._emit(number, Embedded(vectors=vectors, dimensions=1, prompt_tokens=len(texts), timings=Timings()))
+            self._emit([(number, Embedded(vectors=vectors, dimensions=1, prompt_tokens=len(texts), timings=Timings()))])
             return
         if not isinstance(work, CompleteParams):
-            self._emit(number, Tokenized(tokens=[1, 2, 3]))
+            self._emit([(number, Tokenized(tokens=[1, 2, 3]))])
             return
         what, _, argument = work.prompt.partition(" ")
         if what == "abort":
@@ -105,10 +108,10 @@ class FakeEngine:
             libc.fflush(None)
             print("python print")
         if what == "fail":
-            self._emit(number, BadGrammar("no such grammar"))
+            self._emit([(number, BadGrammar("no such grammar"))])
             return
         if what == "bug":
-            self._emit(number, ValueError("secret /path"))
+            self._emit([(number, ValueError("secret /path"))])
             return
         wanted = int(argument) if what == "count" else 10**9 if what == "forever" else 1
         for index in range(wanted):
@@ -118,13 +121,13 @@ class FakeEngine:
                 self._inbox.put(late)
             cancelled |= taken.cancelled
             if number in cancelled:
-                self._emit(number, Cancelled("cancelled"))
+                self._emit([(number, Cancelled("cancelled"))])
                 return
             if submission.deadline is not None and time.monotonic() > submission.deadline:
-                self._emit(number, DeadlineExceeded("late"))
+                self._emit([(number, DeadlineExceeded("late"))])
                 return
-            self._emit(number, Delta(text=f"{index} ", token_ids=[index]))
+            self._emit([(number, Delta(text=f"{index} ", token_ids=[index]))])
             if what == "forever":
                 time.sleep(0.001)
         usage = Usage(prompt_tokens=1, completion_tokens=wanted, total_tokens=wanted + 1)
-        self._emit(number, Generated(text="done", finish_reason="stop", usage=usage, timings=Timings()))
+        self._emit([(number, Generated(text="done", finish_reason="stop", usage=usage, timings=Timings()))])
