@@ -10,6 +10,7 @@ the shape of the batch that made it: so a warm call computes exactly what a cold
 
 from __future__ import annotations
 
+import secrets
 import time
 import traceback
 from collections import deque
@@ -321,7 +322,7 @@ class LlamaEngine:
 
     def _begin(self, submission: Submission, received: float) -> None:
         """Make a waiting call the active one: render, tokenize, check, find what of its prompt is cached."""
-        from tars.workers.llama_sampling import Sampler
+        from tars.workers.llama_sampling import Sampler, compile_grammar
 
         assert self._context is not None
         sequence = self._active = _Sequence(submission, received)
@@ -333,7 +334,8 @@ class LlamaEngine:
         sequence.most = room if work.max_tokens is None else min(work.max_tokens, room)
         stop = [*work.stop, *(self._template_stop if isinstance(work, ChatParams) else [])]
         sequence.stream = TextStream(stop)
-        sequence.sampler = Sampler(self._model, work, sequence.tokens)
+        seed = secrets.randbits(32) if work.seed is None else work.seed
+        sequence.sampler = Sampler(self._model, work, sequence.tokens, [], seed, compile_grammar(self._model, work))
         shared = 0
         for ours, cached in zip(sequence.tokens, self._cached, strict=False):
             if ours != cached:

@@ -17,6 +17,7 @@ import codecs
 import ctypes
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,15 +25,12 @@ from llama_cpp import llama_cpp as api
 
 from tars.errors import BadGrammar, InvalidParams, ReplicaFailed
 from tars.messages.inference import GenerationParams, TokenLogprob
-from tars.workers import llama_library as library
 from tars.workers.json_schema_grammar import schema_grammar
 from tars.workers.llama_model import Logits, Model
+from tars.workers.token_draw import TokenDraw
 
 CANDIDATE = np.dtype([("id", "<i4"), ("logit", "<f4"), ("p", "<f4")])
 """llama_token_data of llama.h."""
-
-PENALTY_WINDOW = 64
-"""Tokens that the penalties look back on, the prompt's end included: llama.cpp's default."""
 
 NESTING_MOST = 200
 """Brackets within brackets in a grammar: llama.cpp parses them by recursion."""
@@ -41,99 +39,95 @@ LOGPROB_LEAST = -9999.0
 """What stands for minus infinity, as in OpenAI's API: JSON has no infinities."""
 
 
+@dataclass(frozen=True, slots=True)
+class CompiledGrammar:
+    """A grammar that was checked; any number of samplers may use it."""
+
+    text: str
+
+
+def compile_grammar(model: Model, params: GenerationParams) -> CompiledGrammar | None:
+    """The grammar that a call asks for, None where it asks for none; from any thread. Raises `BadGrammar`."""
+    text = grammar_text(params)
+    if text is None:
+        return None
+    api.llama_sampler_free(_grammar_sampler(model, text))
+    return CompiledGrammar(text)
+
+
+def _grammar_sampler(model: Model, text: str) -> Any:
+    sampler = api.llama_sampler_init_grammar(model.vocabulary_pointer, text.encode("utf-8", "replace"), b"root")
+    if not sampler:
+        raise BadGrammar(
+            "The grammar could not be compiled: check its syntax, that it has a rule `root`, that every rule it names exists, "
+            "and that no rule begins with itself."
+        )
+    return sampler
+
+
 class Sampler:
     """One sequence's choice of tokens. `close` frees it."""
 
-    def __init__(self, model: Model, params: GenerationParams, prompt: Sequence[int]) -> None:
-        """Raises `BadGrammar`, or `InvalidParams` for a bias on something that is not a token."""
+    def __init__(
+        self,
+        model: Model,
+        params: GenerationParams,
+        prompt: Sequence[int],
+        generated: Sequence[int],
+        seed: int,
+        grammar: CompiledGrammar | None,
+    ) -> None:
+        """`generated`: tokens that this sequence made before (it was preempted, continued or moved); the state is the one after them.
+
+        Raises `BadGrammar` where they contradict the grammar, or `InvalidParams` for a bias on something that is not a token.
+        """
         self._model = model
         self._grammar: Any = None
-        self._chain: Any = None
-        bias = _biases(params.logit_bias, model.tokens)
-        penalised = params.repeat_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        text = grammar_text(params)
-        self._plain_greedy = params.temperature == 0 and not bias and not penalised and text is None
-        if self._plain_greedy:
-            return
+        self._position = len(generated)
+        self._draw = TokenDraw(params, _biases(params.logit_bias, model.tokens), [*prompt, *generated], seed)
+        self.plain_greedy = self._draw.plain and grammar is None
+        """The token is the best of the raw logits: whoever has many rows may take `greedy_rows` instead of `sample`."""
         self._unfinished = b""
         """Under a grammar: bytes of a character that the tokens so far began."""
-        self._candidates = np.zeros(model.tokens, dtype=CANDIDATE)
-        self._ids = np.arange(model.tokens, dtype=np.int32)
-        if text is not None:
-            self._grammar = api.llama_sampler_init_grammar(
-                model.vocabulary_pointer, text.encode("utf-8", "replace"), b"root"
-            )
-            if not self._grammar:
-                raise BadGrammar(
-                    "The grammar could not be compiled: check its syntax, that it has a rule `root`, that every rule it names exists, "
-                    "and that no rule begins with itself."
-                )
-        self._chain = api.llama_sampler_chain_init(api.llama_sampler_chain_default_params())
-        for stage in self._stages(params, bias, penalised):
-            api.llama_sampler_chain_add(self._chain, stage)
-        if penalised:
-            for token in prompt[-PENALTY_WINDOW:]:
-                library.sampler_accept(self._chain, token)
-
-    def _stages(self, params: GenerationParams, bias: dict[int, float], penalised: bool) -> list[Any]:
-        stages: list[Any] = []
-        if bias:
-            entries = (api.llama_logit_bias * len(bias))(*bias.items())
-            stages.append(api.llama_sampler_init_logit_bias(self._model.tokens, len(bias), entries))
-        if penalised:
-            stages.append(
-                api.llama_sampler_init_penalties(
-                    self._model.tokens,
-                    PENALTY_WINDOW,
-                    params.repeat_penalty,
-                    params.frequency_penalty,
-                    params.presence_penalty,
-                )
-            )
-        if params.temperature == 0:
-            return [*stages, api.llama_sampler_init_greedy()]
-        if params.top_k > 0:
-            stages.append(api.llama_sampler_init_top_k(params.top_k))
-        if params.top_p < 1:
-            stages.append(api.llama_sampler_init_top_p(params.top_p, 1))
-        if params.min_p > 0:
-            stages.append(api.llama_sampler_init_min_p(params.min_p, 1))
-        stages.append(api.llama_sampler_init_temp(params.temperature))
-        seed = api.LLAMA_DEFAULT_SEED if params.seed is None else params.seed
-        return [*stages, api.llama_sampler_init_dist(seed)]
+        if grammar is not None:
+            self._candidates = np.zeros(model.tokens, dtype=CANDIDATE)
+            self._ids = np.arange(model.tokens, dtype=np.int32)
+            self._grammar = _grammar_sampler(model, grammar.text)
+            for token in generated:
+                if not self._permits(token):
+                    self.close()
+                    raise BadGrammar(
+                        "The text that is to be continued does not follow the grammar. Begin a new answer."
+                    )
+                self._accept(token)
 
     def sample(self, logits: Logits) -> int:
         """The next token, already taken into account for the one after it. Raises `BadGrammar` at a grammar's dead end."""
-        if self._plain_greedy:
-            return int(np.argmax(logits))
-        token = self._draw(self._fill(logits))
+        row = self._draw.adjusted(logits)
+        token = self._draw.draw(row, self._position)
         if self._grammar is not None:
             if not self._permits(token):
-                token = self._draw(self._permitted(logits))
-            if token not in self._model.end_tokens:
-                api.llama_sampler_accept(self._grammar, token)
-                self._unfinished = unfinished(self._unfinished + self._model.pieces[token]) or b""
-        if token not in self._model.end_tokens:
-            library.sampler_accept(self._chain, token)
+                token = self._draw.draw(self._permitted(row), self._position, 1)
+            self._accept(token)
+        self._draw.accept(token)
+        self._position += 1
         return token
 
     def close(self) -> None:
-        """Free the native samplers."""
-        for sampler in (self._chain, self._grammar):
-            if sampler is not None:
-                api.llama_sampler_free(sampler)
-        self._chain = self._grammar = None
+        """Free the native grammar."""
+        if self._grammar is not None:
+            api.llama_sampler_free(self._grammar)
+        self._grammar = None
+
+    def _accept(self, token: int) -> None:
+        if token not in self._model.end_tokens:
+            api.llama_sampler_accept(self._grammar, token)
+            self._unfinished = unfinished(self._unfinished + self._model.pieces[token]) or b""
 
     def _fill(self, logits: Logits) -> np.ndarray[Any, Any]:
         self._candidates["id"] = self._ids
         self._candidates["logit"] = logits
         return self._candidates
-
-    def _draw(self, candidates: np.ndarray[Any, Any]) -> int:
-        array = _native(candidates)
-        library.sampler_apply(self._chain, ctypes.byref(array))
-        assert 0 <= array.selected < array.size, "the chain selected nothing"
-        return int(array.data[array.selected].id)
 
     def _permits(self, token: int) -> bool:
         if not self._is_text(token):
@@ -148,20 +142,23 @@ class Sampler:
             return not self._unfinished
         return unfinished(self._unfinished + self._model.pieces[token]) is not None
 
-    def _permitted(self, logits: Logits) -> np.ndarray[Any, Any]:
+    def _permitted(self, logits: Logits) -> Logits:
+        """The row with everything that the grammar forbids at minus infinity."""
         candidates = self._fill(logits)
         if self._unfinished:
             # Only tokens that begin with a continuation byte can be right; there are a few hundred.
             candidates = candidates[[token for token in self._model.continuing_tokens if self._is_text(token)]]
         api.llama_sampler_apply(self._grammar, ctypes.byref(_native(candidates)))
         finite = candidates[np.isfinite(candidates["logit"])]
-        permitted = np.ascontiguousarray(finite[[self._is_text(int(token)) for token in finite["id"]]])
+        permitted = finite[[self._is_text(int(token)) for token in finite["id"]]]
         if not len(permitted):
             raise BadGrammar(
                 "The grammar came to a point where no token of this model may follow. Allow the characters that it asks for, "
                 "or an earlier end."
             )
-        return permitted
+        row = np.full(self._model.tokens, -np.inf, dtype=np.float32)
+        row[permitted["id"]] = permitted["logit"]
+        return row
 
 
 def _native(candidates: np.ndarray[Any, Any]) -> Any:

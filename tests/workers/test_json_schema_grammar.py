@@ -99,7 +99,7 @@ def test_every_text_is_json_that_the_schema_accepts(tiny_gguf: Path, name: str) 
     from tars.workers import llama_library
     from tars.workers.engine import LoadSpec
     from tars.workers.llama_model import Model
-    from tars.workers.llama_sampling import Sampler
+    from tars.workers.llama_sampling import Sampler, compile_grammar
 
     schema = ACCEPTED[name]
     log = llama_library.NativeLog()
@@ -111,7 +111,7 @@ def test_every_text_is_json_that_the_schema_accepts(tiny_gguf: Path, name: str) 
         params = CompleteParams(
             prompt="x", json_schema=schema, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=seed
         )
-        sampler = Sampler(model, params, [])
+        sampler = Sampler(model, params, [], [], seed, compile_grammar(model, params))
         data = b""
         for step in range(400):
             logits = random.standard_normal(model.tokens).astype(np.float32)
