@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +14,10 @@ class Message(BaseModel):
     """Frozen, strict (no "5" for 5) and closed: an unknown field is an error at the edge."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    def wire(self) -> dict[str, Any]:
+        """The fields that are written as JSON, as they are (no copy). What travels often leaves out those that say nothing."""
+        return self.__dict__
 
 
 MAX_NAME_LENGTH = 255

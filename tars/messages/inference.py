@@ -55,6 +55,10 @@ class ChatMessage(Message):
             raise ValueError("only a tool's message has tool_call_id")
         return self
 
+    def wire(self) -> dict[str, Any]:
+        """Most turns are a role and a text."""
+        return {name: value for name, value in self.__dict__.items() if value is not None and value != []}
+
 
 class GenerationParams(Message):
     """What chat and completion share. Defaults are llama.cpp's own."""
@@ -153,6 +157,19 @@ class Delta(Message):
     index: int = Field(0, description="Which of the `n` answers.")
     reasoning: str = Field("", description="What the model thinks, apart from its answer.")
     tool_calls: list[ToolCallDelta] = Field(default_factory=list)
+
+    def wire(self) -> dict[str, Any]:
+        """Text and tokens always; the rest, which would be longer than both in every piece of every answer, only where it is set."""
+        said: dict[str, Any] = {"text": self.text, "token_ids": self.token_ids}
+        if self.logprobs is not None:
+            said["logprobs"] = self.logprobs
+        if self.index:
+            said["index"] = self.index
+        if self.reasoning:
+            said["reasoning"] = self.reasoning
+        if self.tool_calls:
+            said["tool_calls"] = self.tool_calls
+        return said
 
 
 class Usage(Message):

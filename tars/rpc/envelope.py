@@ -88,7 +88,7 @@ def encode_result(request_id: RequestId, result: object) -> bytes:
         # orjson writes null for NaN and infinity: a vector with a hole in it would look like an answer.
         if _HOLDS_FLOATS.get(type(result), True) and _may_hold_floats(result) and not _finite(result):
             raise ValueError
-        said = result.__dict__ if isinstance(result, Message) else result
+        said = result.wire() if isinstance(result, Message) else result
         return orjson.dumps({"jsonrpc": "2.0", "result": said, "id": request_id}, default=_fields)
     except (TypeError, ValueError, RecursionError):
         raise InternalError(
@@ -113,7 +113,7 @@ def encode_notification(method: str, request_id: RequestId, delta: Message) -> b
     """A notification's bytes: the delta's fields and the call's `id` as its params. Raises `InternalError` as `encode_result` does."""
     try:
         return orjson.dumps(
-            {"jsonrpc": "2.0", "method": method, "params": {"id": request_id, **delta.__dict__}}, default=_fields
+            {"jsonrpc": "2.0", "method": method, "params": {"id": request_id, **delta.wire()}}, default=_fields
         )
     except (TypeError, ValueError, RecursionError):
         raise InternalError(
@@ -159,7 +159,7 @@ def _finite(value: object) -> bool:
 def _fields(value: object) -> object:
     """How orjson writes a message: its fields as they are, without `model_dump`'s copy (they carry no aliases and no serialisers)."""
     if isinstance(value, Message):
-        return value.__dict__
+        return value.wire()
     raise TypeError
 
 

@@ -307,7 +307,7 @@ def caller_left() -> Cancelled:
 
 def _fields(value: object) -> object:
     if isinstance(value, Message):
-        return value.__dict__
+        return value.wire()
     raise TypeError
 
 

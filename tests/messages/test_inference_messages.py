@@ -7,7 +7,18 @@ import pytest
 from pydantic import ValidationError
 
 from tars.messages.base import MAX_NAME_LENGTH, Message
-from tars.messages.inference import ChatParams, CompleteParams, Delta, EmbedParams, TokenizeParams, TokenLogprob
+from tars.messages.inference import (
+    ChatMessage,
+    ChatParams,
+    CompleteParams,
+    Delta,
+    EmbedParams,
+    RerankParams,
+    TokenizeParams,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+)
 from tars.messages.node import DeployParams, ModelParams
 
 
@@ -18,12 +29,33 @@ def test_log_probabilities_survive_json_although_it_has_no_tuples():
     assert Delta.model_validate(orjson.loads(orjson.dumps(sent.model_dump()))) == sent
 
 
+def test_a_piece_of_an_answer_says_only_what_is_set():
+    assert Delta(text="a", token_ids=[7]).wire() == {"text": "a", "token_ids": [7]}
+    whole = Delta(
+        text="",
+        logprobs=[],
+        index=2,
+        reasoning="hm",
+        tool_calls=[ToolCallDelta(index=0, id="1", name="f", arguments="{}")],
+    )
+    assert whole.wire() == whole.__dict__
+    assert Delta.model_validate_json(orjson.dumps(whole.wire(), default=lambda one: one.wire())) == whole
+
+
+def test_a_turn_says_only_what_is_set():
+    assert ChatMessage(role="assistant", content="").wire() == {"role": "assistant", "content": ""}
+    call = ToolCall(id="1", name="f", arguments="{}")
+    said = ChatMessage(role="assistant", content="", reasoning="", tool_calls=[call]).wire()
+    assert said == {"role": "assistant", "content": "", "reasoning": "", "tool_calls": [call]}
+
+
 @pytest.mark.parametrize(
     "message",
     [
         ChatParams.model_construct(messages=[{"role": "user", "content": ""}]),
         CompleteParams.model_construct(prompt=""),
         EmbedParams.model_construct(input="a"),
+        RerankParams.model_construct(query="", documents=["a"]),
         TokenizeParams.model_construct(text=""),
         ModelParams.model_construct(),
         DeployParams.model_construct(),

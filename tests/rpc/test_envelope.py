@@ -190,7 +190,12 @@ def embed_result(vector: list[float]) -> EmbedResult:
 def test_a_result_is_written_with_its_nested_messages() -> None:
     answer = orjson.loads(encode_result(7, embed_result([0.5, 0.5])))
     assert answer["id"] == 7
-    assert answer["result"]["usage"] == {"prompt_tokens": 1, "completion_tokens": 0, "total_tokens": 1}
+    assert answer["result"]["usage"] == {
+        "prompt_tokens": 1,
+        "completion_tokens": 0,
+        "total_tokens": 1,
+        "cached_tokens": 0,
+    }
     assert EmbedResult.model_validate(answer["result"]).embeddings == [[0.0, 1.0], [0.5, 0.5]]
 
 
@@ -227,7 +232,7 @@ def test_a_delta_travels_with_its_calls_id() -> None:
     assert orjson.loads(encode_notification("inference.delta", 3, Delta(text="ü", token_ids=[5]))) == {
         "jsonrpc": "2.0",
         "method": "inference.delta",
-        "params": {"id": 3, "text": "ü", "token_ids": [5], "logprobs": None},
+        "params": {"id": 3, "text": "ü", "token_ids": [5]},
     }
 
 

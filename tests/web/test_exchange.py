@@ -8,7 +8,7 @@ import pytest
 from aiohttp import web
 
 from tars.errors import InvalidParams, Overloaded
-from tars.messages.inference import ChatParams, EmbedParams
+from tars.messages.inference import ChatParams, EmbedParams, TokenizeParams
 from tars.rpc.access import Access, access_middleware
 from tars.rpc.admission import Admission
 from tars.rpc.listener import listen
@@ -192,4 +192,4 @@ def test_what_messages_refuse_is_the_callers_fault_with_its_place():
 def test_an_event_is_one_line_of_json_with_its_name():
     assert event({"a": "b\nc"}, "result") == b'event: result\ndata: {"a":"b\\nc"}\n\n'
     assert event({}) == b"data: {}\n\n"
-    assert dump(EmbedParams(input="a")) == b'{"model":null,"input":"a","encoding_format":"float","truncate":true}'
+    assert dump(TokenizeParams(text="a")) == b'{"model":null,"text":"a","add_special":true}'
