@@ -15,7 +15,16 @@ from pydantic import ValidationError
 
 from tars.errors import BadPeerAnswer, TarsError
 from tars.messages.base import Message
-from tars.messages.inference import ChatMessage, ChatResult, CompleteResult, Delta, EmbedResult, TokenizeResult
+from tars.messages.inference import (
+    ChatMessage,
+    ChatResult,
+    CompleteResult,
+    Delta,
+    EmbedResult,
+    RerankResult,
+    TokenizeResult,
+    Tool,
+)
 from tars.messages.node import (
     DeployResult,
     DrainResult,
@@ -58,6 +67,7 @@ class GenerationOptions(CallOptions, total=False):
     presence_penalty: float
     frequency_penalty: float
     seed: int
+    n: int
     stop: list[str]
     logprobs: int
     logit_bias: dict[str, float]
@@ -123,16 +133,29 @@ class Client:
     # --- inference ------------------------------------------------------------------------------------------------------
 
     async def chat(
-        self, messages: str | Sequence[ChatMessage | Mapping[str, str]], **options: Unpack[GenerationOptions]
+        self,
+        messages: str | Sequence[ChatMessage | Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool | Mapping[str, Any]] | None = None,
+        tool_choice: str | None = None,
+        reasoning: bool | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> ChatResult:
-        """Answer a chat; a plain text is one user's message."""
-        return cast(ChatResult, await self._typed("inference.chat", {"messages": _chat(messages)}, options))
+        """Answer a chat; a plain text is one user's message. What the model wants called stands in `message.tool_calls`."""
+        params = _chat(messages, tools, tool_choice, reasoning)
+        return cast(ChatResult, await self._typed("inference.chat", params, options))
 
     def chat_stream(
-        self, messages: str | Sequence[ChatMessage | Mapping[str, str]], **options: Unpack[GenerationOptions]
+        self,
+        messages: str | Sequence[ChatMessage | Mapping[str, Any]],
+        *,
+        tools: Sequence[Tool | Mapping[str, Any]] | None = None,
+        tool_choice: str | None = None,
+        reasoning: bool | None = None,
+        **options: Unpack[GenerationOptions],
     ) -> ResultStream[ChatResult]:
-        """The same, piece by piece."""
-        return self._streamed("inference.chat", {"messages": _chat(messages)}, options)
+        """The same, piece by piece. With `n` the pieces of all answers come as they are made: `delta.index` says whose each is."""
+        return self._streamed("inference.chat", _chat(messages, tools, tool_choice, reasoning), options)
 
     async def complete(self, prompt: str, **options: Unpack[GenerationOptions]) -> CompleteResult:
         """Continue a text."""
@@ -148,13 +171,49 @@ class Client:
         *,
         model: str | None = None,
         encoding_format: Literal["float", "base64"] = "float",
+        output_type: Literal["float", "int8", "binary"] | None = None,
         truncate: bool = True,
+        overflow: Literal["mean"] | None = None,
+        dimensions: int | None = None,
+        input_type: Literal["query", "passage"] | None = None,
+        prompt: str | None = None,
         **options: Unpack[CallOptions],
     ) -> EmbedResult:
-        """Unit-length float32 vectors of one text or many, in their order."""
-        texts = input if isinstance(input, str) else list(input)
-        params = {"input": texts, "model": model, "encoding_format": encoding_format, "truncate": truncate}
+        """Unit-length float32 vectors of one text or many, in their order; the options are those of `messages.inference.EmbedParams`."""
+        params = {
+            "input": input if isinstance(input, str) else list(input),
+            "model": model,
+            "encoding_format": encoding_format,
+            "output_type": output_type,
+            "truncate": truncate,
+            "overflow": overflow,
+            "dimensions": dimensions,
+            "input_type": input_type,
+            "prompt": prompt,
+        }
         return cast(EmbedResult, await self._typed("inference.embed", params, options))
+
+    async def rerank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        *,
+        model: str | None = None,
+        top_n: int | None = None,
+        return_documents: bool = False,
+        truncate: bool = True,
+        **options: Unpack[CallOptions],
+    ) -> RerankResult:
+        """How relevant each document is to the query, best first."""
+        params = {
+            "query": query,
+            "documents": list(documents),
+            "model": model,
+            "top_n": top_n,
+            "return_documents": return_documents,
+            "truncate": truncate,
+        }
+        return cast(RerankResult, await self._typed("inference.rerank", params, options))
 
     async def tokenize(
         self, text: str, *, model: str | None = None, add_special: bool = True, **options: Unpack[CallOptions]
@@ -283,7 +342,22 @@ def _message(model: type[Message] | None, payload: Any) -> Message:
         ) from None
 
 
-def _chat(messages: str | Sequence[ChatMessage | Mapping[str, str]]) -> list[dict[str, Any]]:
-    if isinstance(messages, str):
-        return [{"role": "user", "content": messages}]
-    return [message.model_dump() if isinstance(message, ChatMessage) else dict(message) for message in messages]
+def _chat(
+    messages: str | Sequence[ChatMessage | Mapping[str, Any]],
+    tools: Sequence[Tool | Mapping[str, Any]] | None,
+    tool_choice: str | None,
+    reasoning: bool | None,
+) -> dict[str, Any]:
+    """The params of a chat, without the sampling."""
+    turns = [{"role": "user", "content": messages}] if isinstance(messages, str) else _plain(messages)
+    return {
+        "messages": turns,
+        "tools": None if tools is None else _plain(tools),
+        "tool_choice": tool_choice,
+        "reasoning": reasoning,
+    }
+
+
+def _plain(given: Sequence[Message | Mapping[str, Any]]) -> list[dict[str, Any]]:
+    # What stands at its default is left out, so that a node of an older version takes what it knows.
+    return [one.model_dump(exclude_defaults=True) if isinstance(one, Message) else dict(one) for one in given]

@@ -16,6 +16,9 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    RerankParams,
+    RerankResult,
+    Scored,
     ServedBy,
     Timings,
     TokenizeParams,
@@ -174,6 +177,18 @@ class FakeNode:
             usage=Usage(prompt_tokens=len(texts), total_tokens=len(texts)),
             timings=Timings(),
             served_by=ServedBy(node=self.node_id, replica="minilm@cpu#0", device="cpu"),
+        )
+
+    async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
+        self._met(params, call)
+        await self._waited()
+        return RerankResult(
+            model="reranker",
+            results=[Scored(index=index, score=0.5) for index in range(len(params.documents))],
+            truncated=[],
+            usage=Usage(prompt_tokens=4, total_tokens=4),
+            timings=Timings(),
+            served_by=ServedBy(node=self.node_id, replica="reranker@cpu#0", device="cpu"),
         )
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:

@@ -55,6 +55,7 @@ CALLS = {
     "inference.chat": ("chat", ("hello",)),
     "inference.complete": ("complete", ("once",)),
     "inference.embed": ("embed", ("text",)),
+    "inference.rerank": ("rerank", ("query", ["one", "another"])),
     "inference.tokenize": ("tokenize", ("text",)),
 }
 

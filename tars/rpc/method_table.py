@@ -45,6 +45,8 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    RerankParams,
+    RerankResult,
     TokenizeParams,
     TokenizeResult,
 )
@@ -172,6 +174,13 @@ _ROWS = (
         "Unit-length vectors of texts.",
         EmbedParams,
         EmbedResult,
+        (*_ON_A_REPLICA, PromptTooLong, IdempotencyConflict),
+    ),
+    MethodSpec(
+        "inference.rerank",
+        "How relevant each document is to a query; best first.",
+        RerankParams,
+        RerankResult,
         (*_ON_A_REPLICA, PromptTooLong, IdempotencyConflict),
     ),
     MethodSpec("inference.tokenize", "Token ids of a text.", TokenizeParams, TokenizeResult, _ON_A_REPLICA),

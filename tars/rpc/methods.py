@@ -6,7 +6,14 @@ Law of this file: one line a method, no logic. A plain function is for what neve
 from __future__ import annotations
 
 from tars.messages.base import CallContext, NoParams
-from tars.messages.inference import EmbedParams, EmbedResult, TokenizeParams, TokenizeResult
+from tars.messages.inference import (
+    EmbedParams,
+    EmbedResult,
+    RerankParams,
+    RerankResult,
+    TokenizeParams,
+    TokenizeResult,
+)
 from tars.messages.node import (
     DeployParams,
     DeployResult,
@@ -65,6 +72,9 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
     async def embed(params: EmbedParams, context: CallContext) -> EmbedResult:
         return await service.embed(params, context)
 
+    async def rerank(params: RerankParams, context: CallContext) -> RerankResult:
+        return await service.rerank(params, context)
+
     async def tokenize(params: TokenizeParams, context: CallContext) -> TokenizeResult:
         return await service.tokenize(params, context)
 
@@ -83,5 +93,6 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
         "inference.chat": service.chat,
         "inference.complete": service.complete,
         "inference.embed": embed,
+        "inference.rerank": rerank,
         "inference.tokenize": tokenize,
     }

@@ -6,10 +6,8 @@ Law of this file: params in, messages out; it decides neither where a call runs 
 from __future__ import annotations
 
 import asyncio
-import base64
-import struct
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
@@ -20,6 +18,7 @@ from tars.messages.inference import (
     ChatMessage,
     ChatParams,
     ChatResult,
+    Choice,
     CompleteParams,
     CompleteResult,
     Delta,
@@ -27,22 +26,28 @@ from tars.messages.inference import (
     EmbedParams,
     EmbedResult,
     Generated,
+    Reranked,
+    RerankParams,
+    RerankResult,
+    Scored,
     ServedBy,
     Tokenized,
     TokenizeParams,
     TokenizeResult,
+    ToolCallDelta,
     Usage,
 )
 from tars.serving.idempotency import Claim, IdempotentAnswers
 from tars.serving.router import Router, ServedModel
+from tars.serving.vectors import written
 
-BYTES_A_FLOAT = 32
-"""A Python float and its place in a list (CPython: 24 and 8)."""
+BYTES_A_SCORE = 512
+"""A `Scored` with its fields (measured with `sys.getsizeof`, its dictionary included)."""
 BYTES_A_CHARACTER = 4
 """The widest that CPython stores; an answer's log probabilities are left out of the count, they are asked for rarely."""
 
 Result = TypeVar("Result", ChatResult, CompleteResult)
-Answer = TypeVar("Answer", Embedded, Tokenized)
+Answer = TypeVar("Answer", Embedded, Reranked, Tokenized)
 
 
 class Inference:
@@ -55,17 +60,20 @@ class Inference:
         self.draining = False
 
     def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | ChatResult]:
-        """Deltas, then the result. A call joined or repeated under its idempotency key gets one delta with the whole text."""
+        """Deltas of all `n` answers as they come, then the result. A call joined or repeated under its idempotency key gets one delta
+        for each answer, with the whole of it.
+        """
 
         def result(model: str, generated: Generated, served_by: ServedBy) -> ChatResult:
-            return ChatResult(
-                model=model,
-                message=ChatMessage(role="assistant", content=generated.text),
-                served_by=served_by,
-                **_common(generated),
+            message = ChatMessage(
+                role="assistant",
+                content=generated.text,
+                reasoning=generated.reasoning,
+                tool_calls=generated.tool_calls,
             )
+            return ChatResult(model=model, message=message, served_by=served_by, **_common(generated))
 
-        return self._generate(params, call, result, lambda kept: kept.message.content)
+        return self._generate(params, call, result)
 
     def complete(self, params: CompleteParams, call: CallContext) -> AsyncGenerator[Delta | CompleteResult]:
         """As `chat`, for a plain prompt."""
@@ -73,20 +81,20 @@ class Inference:
         def result(model: str, generated: Generated, served_by: ServedBy) -> CompleteResult:
             return CompleteResult(model=model, text=generated.text, served_by=served_by, **_common(generated))
 
-        return self._generate(params, call, result, lambda kept: kept.text)
+        return self._generate(params, call, result)
 
     async def _generate(
         self,
         params: ChatParams | CompleteParams,
         call: CallContext,
         result: Callable[[str, Generated, ServedBy], Result],
-        text_of: Callable[[Result], str],
     ) -> AsyncGenerator[Delta | Result]:
         model = self._admit(params.model, ModelKind.CHAT)
         claim = await self._claim(call, params)
         if not isinstance(claim, Claim):
             kept = cast("Result", claim)
-            yield Delta(text=text_of(kept))
+            for choice in _choices(kept):
+                yield _whole(choice)
             yield kept
             return
         try:
@@ -95,14 +103,16 @@ class Inference:
                     if isinstance(event, Delta):
                         yield event
                     elif isinstance(event, Generated):
-                        made = result(model.name, event, served_by)
-                        claim.succeed(made, len(event.text) * BYTES_A_CHARACTER)
+                        made = result(_full_name(model, params.model), event, served_by)
+                        claim.succeed(made, sum(map(_characters, _choices(made))) * BYTES_A_CHARACTER)
                         yield made
         finally:
             claim.fail()
 
     async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
-        """Unit vectors in the order of the input."""
+        """Vectors in the order of the input. Those that are not asked for as base64 are JSON text already (`vectors.written`): the
+        result is for writing, not for reading.
+        """
         model = self._admit(params.model, ModelKind.EMBEDDING)
         claim = await self._claim(call, params)
         if isinstance(claim, EmbedResult):
@@ -110,34 +120,75 @@ class Inference:
         assert isinstance(claim, Claim)
         try:
             embedded, served_by = await self._answer(Embedded, model, params, call)
-            vectors: list[list[float]] | list[str] = (
-                embedded.vectors if params.encoding_format == "base64" else [_floats(v) for v in embedded.vectors]
-            )
-            result = EmbedResult(
-                model=model.name,
+            if params.encoding_format == "base64":
+                vectors: list[Any] = list(embedded.vectors)
+                size = sum(map(len, embedded.vectors))
+            else:
+                vectors, size = await written(embedded.vectors, params.output_type)
+            # Not validated: JSON text is no list of numbers, and looking at two million of them takes longer than writing them.
+            result = EmbedResult.model_construct(
+                model=_full_name(model, params.model),
                 embeddings=vectors,
                 dimensions=embedded.dimensions,
                 truncated=embedded.truncated,
+                split=embedded.split,
                 usage=Usage(prompt_tokens=embedded.prompt_tokens, total_tokens=embedded.prompt_tokens),
                 timings=embedded.timings,
                 served_by=served_by,
             )
-            claim.succeed(result, len(embedded.vectors) * embedded.dimensions * BYTES_A_FLOAT)
+            claim.succeed(result, size)
+            return result
+        finally:
+            claim.fail()
+
+    async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
+        """Documents by their relevance to the query, best first; equal ones in the order of the input."""
+        model = self._admit(params.model, ModelKind.RERANK)
+        claim = await self._claim(call, params)
+        if isinstance(claim, RerankResult):
+            return claim
+        assert isinstance(claim, Claim)
+        try:
+            reranked, served_by = await self._answer(Reranked, model, params, call)
+            if len(reranked.scores) != len(params.documents):
+                raise InternalError("the worker scored another number of documents than it was given")
+            scores = reranked.scores
+            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: params.top_n]  # sorted() is stable
+            result = RerankResult(
+                model=_full_name(model, params.model),
+                results=[
+                    Scored(
+                        index=index,
+                        score=scores[index],
+                        document=params.documents[index] if params.return_documents else None,
+                    )
+                    for index in best
+                ],
+                truncated=reranked.truncated,
+                usage=Usage(prompt_tokens=reranked.prompt_tokens, total_tokens=reranked.prompt_tokens),
+                timings=reranked.timings,
+                served_by=served_by,
+            )
+            characters = sum(len(scored.document or "") for scored in result.results)
+            claim.succeed(result, len(best) * BYTES_A_SCORE + characters * BYTES_A_CHARACTER)
             return result
         finally:
             claim.fail()
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """Token ids of a text by a model of any kind; without a name, the only chat model's."""
-        try:
-            model = self._admit(params.model, ModelKind.CHAT)
-        except WrongModelKind:
-            model = self._admit(params.model, ModelKind.EMBEDDING)
+        model = self._admit_any(params.model)
         tokenized, _ = await self._answer(Tokenized, model, params, call)
-        return TokenizeResult(model=model.name, tokens=tokenized.tokens, count=len(tokenized.tokens))
+        return TokenizeResult(
+            model=_full_name(model, params.model), tokens=tokenized.tokens, count=len(tokenized.tokens)
+        )
 
     async def _answer(
-        self, kind: type[Answer], model: ServedModel, params: EmbedParams | TokenizeParams, call: CallContext
+        self,
+        kind: type[Answer],
+        model: ServedModel,
+        params: EmbedParams | RerankParams | TokenizeParams,
+        call: CallContext,
     ) -> tuple[Answer, ServedBy]:
         """The one event that a call without deltas ends with."""
         async with aclosing(self._router.run(model, params, call)) as events:
@@ -158,6 +209,14 @@ class Inference:
             raise model.unavailable
         return model
 
+    def _admit_any(self, name: str | None) -> ServedModel:
+        for kind in (ModelKind.CHAT, ModelKind.EMBEDDING):
+            try:
+                return self._admit(name, kind)
+            except WrongModelKind:
+                continue
+        return self._admit(name, ModelKind.RERANK)
+
     async def _claim(self, call: CallContext, params: Message) -> Claim | Message:
         if call.idempotency_key is None:
             return Claim(None, None, None)
@@ -176,9 +235,43 @@ def _common(generated: Generated) -> dict[str, Any]:
         "usage": generated.usage,
         "timings": generated.timings,
         "logprobs": generated.logprobs,
+        "seed": generated.seed,
+        "further": generated.further,
     }
 
 
-def _floats(vector: str) -> list[float]:
-    data = base64.b64decode(vector)
-    return list(struct.unpack(f"<{len(data) // 4}f", data))
+def _full_name(model: ServedModel, asked: str | None) -> str:
+    """A model's own name, whichever of its names was asked for; with the adapter, where one was named (`name:adapter`)."""
+    return model.name if asked is None or asked == model.name or asked in model.aliases else asked
+
+
+def _choices(result: ChatResult | CompleteResult) -> Iterator[Choice]:
+    """All answers of a call, the first one too."""
+    said = result.message if isinstance(result, ChatResult) else None
+    yield Choice(
+        index=0,
+        text=result.text if isinstance(result, CompleteResult) else result.message.content,
+        finish_reason=result.finish_reason,
+        logprobs=result.logprobs,
+        reasoning=None if said is None else said.reasoning,
+        tool_calls=[] if said is None else said.tool_calls,
+    )
+    yield from result.further
+
+
+def _whole(choice: Choice) -> Delta:
+    """One delta with everything that the answer's own ones said."""
+    return Delta(
+        text=choice.text,
+        index=choice.index,
+        logprobs=choice.logprobs,
+        reasoning=choice.reasoning or "",
+        tool_calls=[
+            ToolCallDelta(index=place, id=made.id, name=made.name, arguments=made.arguments)
+            for place, made in enumerate(choice.tool_calls)
+        ],
+    )
+
+
+def _characters(choice: Choice) -> int:
+    return len(choice.text) + len(choice.reasoning or "") + sum(len(made.arguments) + 64 for made in choice.tool_calls)

@@ -27,6 +27,8 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    RerankParams,
+    RerankResult,
     TokenizeParams,
     TokenizeResult,
 )
@@ -312,6 +314,10 @@ class LocalNodeService:
     async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
         """See `serving.inference`."""
         return await self._inference.embed(params, call)
+
+    async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
+        """See `serving.inference`."""
+        return await self._inference.rerank(params, call)
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """See `serving.inference`."""

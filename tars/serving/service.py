@@ -19,6 +19,8 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    RerankParams,
+    RerankResult,
     TokenizeParams,
     TokenizeResult,
 )
@@ -98,6 +100,10 @@ class NodeService(Protocol):
 
     async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
         """Embed texts."""
+        ...
+
+    async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
+        """Score documents against a query."""
         ...
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:

@@ -55,6 +55,7 @@ async def test_every_row_of_the_table_is_answered_with_its_result(node: FakeNode
         "inference.chat": CHAT,
         "inference.complete": {"prompt": "once"},
         "inference.embed": {"input": ["a", "b"]},
+        "inference.rerank": {"query": "q", "documents": ["a", "b"]},
         "inference.tokenize": {"text": "a"},
     }
     dispatcher = make(node)

@@ -16,6 +16,7 @@ PARAMS = {
     "inference.chat": {"messages": [{"role": "user", "content": "x"}]},
     "inference.complete": {"prompt": "x"},
     "inference.embed": {"input": "x"},
+    "inference.rerank": {"query": "x", "documents": ["a"]},
     "inference.tokenize": {"text": "x"},
 }
 CALLED = {"models.list": "models"}
