@@ -41,8 +41,10 @@ def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot]) -> str:
 def _parts(assignment: Assignment) -> str:
     """What the bytes of one replica are made of."""
     memory, settings = assignment.memory, assignment.settings
-    slots = f" in each of {settings.slots} slots" if settings.slots > 1 else ""
-    context = f"{settings.context} tokens{slots}"
+    if settings.shares_kv:
+        context = f"{settings.slots} slots of up to {settings.context} tokens share {settings.kv_tokens}"
+    else:
+        context = f"{settings.context} tokens" + (f" in each of {settings.slots} slots" if settings.slots > 1 else "")
     if memory.measured is not None:
         return f"{memory.measured} measured at its last load; {context}"
     cache = f", KV cache {memory.kv_cache}" if memory.kv_cache else ""

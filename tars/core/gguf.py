@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from tars.core.tensors import TENSOR_TYPES, Tensor, host_bytes, tensor_bytes, tensor_nbytes
+from tars.core.tensors import TENSOR_TYPES, Tensor, host_bytes, layer_bytes, tensor_bytes, tensor_nbytes
 from tars.core.types import Bytes, ModelShape
 
 MAGIC = b"GGUF"
@@ -164,6 +164,7 @@ class GgufHeader:
             host_bytes=host_bytes(self.tensors),
             file_bytes=self.file_bytes,
             experts=self._count("expert_count", default=0),
+            layer_bytes=layer_bytes(self.tensors, min(layers, MOST_TENSORS)),
         )
 
     def _text(self, key: str) -> str:

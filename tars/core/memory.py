@@ -7,10 +7,12 @@ A load that was measured replaces the sum (`MemoryEstimate.measured`); that is t
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
-from tars.core.tuning import settings_for
+from tars.core.tuning import all_gpu_layers, settings_for
 from tars.core.types import (
+    Adapter,
     Bytes,
     DeviceKind,
     DeviceSnapshot,
@@ -38,8 +40,26 @@ KV_BYTES: dict[KvType, tuple[int, int]] = {KvType.F16: (2, 1), KvType.Q8_0: (34,
 
 
 def padded_context(context: int) -> int:
-    """Cells of one KV stream for `context` tokens per slot."""
+    """Cells of one KV stream for `context` tokens."""
     return -(-context // KV_PADDING) * KV_PADDING
+
+
+@dataclass(frozen=True, slots=True)
+class _Cells:
+    """The KV cache as llama.cpp makes it: `streams` of so many cells each. One stream that all sequences share is its unified cache."""
+
+    stream: int
+    streams: int
+
+    @property
+    def total(self) -> int:
+        return self.stream * self.streams
+
+
+def _cells(context: int, slots: int, kv_tokens: int | None) -> _Cells:
+    if kv_tokens is not None and kv_tokens < slots * context:
+        return _Cells(padded_context(kv_tokens), 1)
+    return _Cells(padded_context(context), slots)
 
 
 def kv_bytes_per_token(shape: ModelShape, kv_type: KvType = KvType.F16) -> Bytes:
@@ -49,33 +69,50 @@ def kv_bytes_per_token(shape: ModelShape, kv_type: KvType = KvType.F16) -> Bytes
     return Bytes(-(-count * size // elements))
 
 
-def kv_cache_bytes(shape: ModelShape, *, context: int, slots: int, kv_type: KvType = KvType.F16) -> Bytes:
-    """One stream per slot, each with `context` tokens padded to `KV_PADDING` cells."""
-    return Bytes(kv_bytes_per_token(shape, kv_type) * padded_context(context) * slots)
+def kv_cache_bytes(
+    shape: ModelShape, *, context: int, slots: int, kv_tokens: int | None = None, kv_type: KvType = KvType.F16
+) -> Bytes:
+    """One stream per slot, each with `context` tokens padded to `KV_PADDING` cells; or one of `kv_tokens` where those are fewer."""
+    return Bytes(kv_bytes_per_token(shape, kv_type) * _cells(context, slots, kv_tokens).total)
 
 
 def compute_bytes_cuda(
-    shape: ModelShape, *, context: int, slots: int, micro_batch: int, flash_attention: bool
+    shape: ModelShape,
+    *,
+    context: int,
+    slots: int,
+    micro_batch: int,
+    flash_attention: bool,
+    kv_tokens: int | None = None,
 ) -> Bytes:
     """Compute buffer on a card (field notes, Memory of a GGUF model; the head term is confirmed by a real log of Llama-3-8B).
 
-    max(4*ub*(1 + 4*embd + ctx*(1 + heads)), 4*ub*(embd + vocab)); with flash attention the second plus a mask of 2*ub*ctx.
+    max(4*ub*(1 + 4*embd + ctx*(1 + heads)), 4*ub*(embd + vocab)); with flash attention the second plus a mask of 2*ub*ctx. ctx is what
+    one stream holds: all of the cache where slots share it.
     """
-    batch = min(micro_batch, context * slots)
-    cells = padded_context(context)
+    kv = _cells(context, slots, kv_tokens)
+    batch, cells = min(micro_batch, kv.total), kv.stream
     head = 4 * batch * (shape.embedding + shape.vocabulary)
     if flash_attention:
         return Bytes(head + 2 * batch * cells)
     return Bytes(max(head, 4 * batch * (1 + 4 * shape.embedding + cells * (1 + shape.heads))))
 
 
-def compute_bytes_cpu(shape: ModelShape, *, context: int, slots: int, micro_batch: int, flash_attention: bool) -> Bytes:
+def compute_bytes_cpu(
+    shape: ModelShape,
+    *,
+    context: int,
+    slots: int,
+    micro_batch: int,
+    flash_attention: bool,
+    kv_tokens: int | None = None,
+) -> Bytes:
     """Compute and output buffers on the CPU back end (field notes, Memory on the CPU back end; measured error 0 to 2 %).
 
-    max(head, layer, attention) + output, with U = min(ubatch, ctx) and S = padded cells of a stream.
+    max(head, layer, attention) + output, with U = min(ubatch, ctx) and S = padded cells of a stream: all of the cache where slots share it.
     """
-    batch = min(micro_batch, context * slots)
-    cells = padded_context(context)
+    kv = _cells(context, slots, kv_tokens)
+    batch, cells = min(micro_batch, kv.total), kv.stream
     embedding, vocabulary = shape.embedding, shape.vocabulary
     head = 4 * batch * (vocabulary + 2 * embedding)
     mask = 2 if flash_attention else 4
@@ -94,6 +131,7 @@ def estimate(
     *,
     context: int,
     slots: int = 1,
+    kv_tokens: int | None = None,
     kv_type: KvType = KvType.F16,
     micro_batch: int = 512,
     flash_attention: bool = True,
@@ -103,8 +141,10 @@ def estimate(
 ) -> MemoryEstimate:
     """Bytes of one replica of a GGUF model on its device.
 
-    `context` is tokens per slot (llama.cpp's `n_ctx` is context x slots). `gpu_layers` -1 is all; some of them count in proportion,
-    because a shape does not keep the layers apart. `overhead` None is `CUDA_CONTEXT` or `LLAMA_PROCESS`. On a CPU weights count once:
+    `context` is tokens of a sequence, `kv_tokens` those of all slots together (None: context x slots). `gpu_layers` -1 is all; of fewer
+    the output layer is the first, then the model's last layers (llama-model.cpp, `i_gpu_start`).
+
+    `overhead` None is `CUDA_CONTEXT` or `LLAMA_PROCESS`. On a CPU weights count once:
     weights in repacked formats lie a second time in the mapped file, in clean pages that the kernel takes back when it needs them.
 
     Raises `ValueError` for counts below 1 and for a quantised KV cache without flash attention, which llama.cpp refuses.
@@ -113,28 +153,48 @@ def estimate(
         raise ValueError(f"context, slots and micro_batch must be at least 1, not {context}, {slots} and {micro_batch}")
     if kv_type is not KvType.F16 and not flash_attention:
         raise ValueError(f"a {kv_type} KV cache needs flash attention")
-    kv_cache = kv_cache_bytes(shape, context=context, slots=slots, kv_type=kv_type)
+    kv_cache = kv_cache_bytes(shape, context=context, slots=slots, kv_tokens=kv_tokens, kv_type=kv_type)
     if device_kind is DeviceKind.CPU:
         return MemoryEstimate(
             weights=shape.tensor_bytes,
             kv_cache=kv_cache,
             compute=compute_bytes_cpu(
-                shape, context=context, slots=slots, micro_batch=micro_batch, flash_attention=flash_attention
+                shape,
+                context=context,
+                slots=slots,
+                kv_tokens=kv_tokens,
+                micro_batch=micro_batch,
+                flash_attention=flash_attention,
             ),
             overhead=LLAMA_PROCESS if overhead is None else overhead,
         )
     weights = Bytes(shape.tensor_bytes - shape.host_bytes)
-    if 0 <= gpu_layers < shape.layers:
-        weights = Bytes(weights * gpu_layers // shape.layers)
-        kv_cache = Bytes(kv_cache * gpu_layers // shape.layers)
+    if 0 <= gpu_layers <= shape.layers:
+        weights = _offloaded(shape, gpu_layers)
+        kv_cache = Bytes(-(-kv_cache * max(0, gpu_layers - 1) // shape.layers))
     return MemoryEstimate(
         weights=weights,
         kv_cache=kv_cache,
         compute=compute_bytes_cuda(
-            shape, context=context, slots=slots, micro_batch=micro_batch, flash_attention=flash_attention
+            shape,
+            context=context,
+            slots=slots,
+            kv_tokens=kv_tokens,
+            micro_batch=micro_batch,
+            flash_attention=flash_attention,
         ),
         overhead=CUDA_CONTEXT if overhead is None else overhead,
     )
+
+
+def _offloaded(shape: ModelShape, gpu_layers: int) -> Bytes:
+    """Weights of so many layers, fewer than all of them, on the card."""
+    every = shape.tensor_bytes - shape.host_bytes
+    if len(shape.layer_bytes) != shape.layers:
+        return Bytes(-(-every * gpu_layers // all_gpu_layers(shape)))
+    if gpu_layers == 0:
+        return Bytes(0)
+    return Bytes(every - sum(shape.layer_bytes[: shape.layers + 1 - gpu_layers]))
 
 
 def estimate_encoder(
@@ -169,17 +229,33 @@ def estimate_encoder(
 
 
 def estimate_replica(
-    device: DeviceSnapshot, kind: ModelKind, shape: ModelShape, settings: RuntimeSettings
+    device: DeviceSnapshot,
+    kind: ModelKind,
+    shape: ModelShape,
+    settings: RuntimeSettings,
+    *,
+    gpu_layers: int | None = None,
+    adapters: Sequence[Adapter] = (),
+    draft: ModelShape | None = None,
 ) -> MemoryEstimate:
     """What the planner counts for one replica with these settings on this device.
 
     A simulated card is counted as the card that it stands for, with that card's settings, although the CPU computes: so a plan of a fleet
-    that is not there is the plan that the real cards would get. Where the card shares the host's RAM, what "stays on the host" counts too.
+    that is not there is the plan that the real cards would get: `gpu_layers` is what was asked for there. Where the card shares the host's
+    RAM, what "stays on the host" counts too. Adapters count the bytes of their files; a draft model runs whole beside the model, with as
+    many tokens in a KV cache of its own.
     """
     if device.simulated and device.kind is DeviceKind.CUDA:
         device = replace(device, simulated=False)
         settings = settings_for(
-            device, kind, shape, context=settings.context, slots=settings.slots, kv_type=settings.kv_type
+            device,
+            kind,
+            shape,
+            context=settings.context,
+            slots=settings.slots,
+            kv_tokens=settings.kv_tokens or None,
+            kv_type=settings.kv_type,
+            gpu_layers=gpu_layers,
         )
     if kind is not ModelKind.CHAT:
         return estimate_encoder(
@@ -189,15 +265,31 @@ def estimate_replica(
             precision=settings.precision,
             device_kind=device.kind,
         )
+    found = _estimate_llama(device, shape, settings)
+    if draft is not None:
+        beside = _estimate_llama(device, draft, replace(settings, gpu_layers=-1))
+        found = replace(
+            found,
+            weights=Bytes(found.weights + beside.weights),
+            kv_cache=Bytes(found.kv_cache + beside.kv_cache),
+            compute=Bytes(found.compute + beside.compute),
+        )
+    return replace(found, weights=Bytes(found.weights + sum(adapter.file_bytes for adapter in adapters)))
+
+
+def _estimate_llama(device: DeviceSnapshot, shape: ModelShape, settings: RuntimeSettings) -> MemoryEstimate:
+    gpu_layers = settings.gpu_layers
     if device.unified_memory:
-        shape = replace(shape, host_bytes=Bytes(0))
+        # What is not offloaded lies in the same RAM.
+        shape, gpu_layers = replace(shape, host_bytes=Bytes(0)), -1
     return estimate(
         shape,
         context=settings.context,
         slots=settings.slots,
+        kv_tokens=settings.kv_tokens,
         kv_type=settings.kv_type,
         micro_batch=settings.micro_batch,
         flash_attention=settings.flash_attention,
         device_kind=device.kind,
-        gpu_layers=settings.gpu_layers,
+        gpu_layers=gpu_layers,
     )

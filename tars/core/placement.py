@@ -17,6 +17,7 @@ from tars.core.placement_cost import (
     Measured,
     MeasuredKey,
     barred,
+    contradiction,
     cost_on,
     measured_key,
     too_slow,
@@ -24,6 +25,7 @@ from tars.core.placement_cost import (
 )
 from tars.core.placement_reasons import Standing, reason_for, refusal_of, verdict_on
 from tars.core.placement_search import Ground, Option, Wish, hash_fraction, search
+from tars.core.tuning import SLOTS
 from tars.core.types import (
     Assignment,
     Bytes,
@@ -39,6 +41,7 @@ from tars.core.types import (
     Plan,
     Refusal,
     ReplicaId,
+    RuntimeSettings,
 )
 
 __all__ = ["MeasuredKey", "measured_key", "plan"]
@@ -113,7 +116,9 @@ def _resolve(
         entry = models.get(deployment.model) or names.get(deployment.model.casefold())
         if deployment.replicas < 1:
             continue
-        if entry is not None and entry.variants:
+        if entry is not None and (wrong := contradiction(entry, deployment)) is not None:
+            unknown[entry.name] = Refusal(entry.name, deployment.replicas, (), wrong)
+        elif entry is not None and entry.variants:
             found[entry.name] = (deployment, entry)
         elif entry is not None:
             remedy = "Nothing is known of its size: name its file in a [[model]] table (name, path)."
@@ -124,8 +129,9 @@ def _resolve(
     return [found[name] for name in sorted(found)], [unknown[name] for name in sorted(unknown)]
 
 
-def _size(deployment: Deployment) -> tuple[int, int, int, str]:
-    return (deployment.replicas, deployment.slots, deployment.context or 0, repr(deployment))
+def _size(deployment: Deployment) -> tuple[int, int, int, int, str]:
+    slots = SLOTS if deployment.slots is None else deployment.slots
+    return (deployment.replicas, slots, deployment.kv_tokens or 0, deployment.context or 0, repr(deployment))
 
 
 def _want(deployment: Deployment, entry: ModelEntry, places: list[_Place], measured: Measured) -> _Want:
@@ -181,11 +187,14 @@ def _still_valid(want: _Want, place: _Place, assignment: Assignment, measured: M
     if variant is None or barred(place.node, place.device, want.entry, deployment) is not None:
         return None
     cost = cost_on(place.device, want.entry, variant, deployment, measured)
-    asked = (cost.settings.context, cost.settings.slots, cost.settings.kv_type)
-    has = (assignment.settings.context, assignment.settings.slots, assignment.settings.kv_type)
-    if asked != has:
+    if _asked_for(cost.settings) != _asked_for(assignment.settings):
         return None
     return replace(assignment, memory=cost.memory, node=place.node.id)
+
+
+def _asked_for(settings: RuntimeSettings) -> tuple[object, ...]:
+    """What of the settings somebody wanted; the rest follows from the device."""
+    return (settings.context, settings.slots, settings.kv_tokens, settings.kv_type, settings.gpu_layers)
 
 
 def _most_useful(

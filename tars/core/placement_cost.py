@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from tars.core.memory import estimate_replica
-from tars.core.tuning import settings_for
+from tars.core.tuning import sequences_for, settings_for
 from tars.core.types import (
     Assignment,
     Bytes,
@@ -44,7 +44,9 @@ class MeasuredKey:
     file: str
     context: int
     slots: int
+    kv_tokens: int
     kv_type: KvType
+    gpu_layers: int
 
 
 Measured = Mapping[MeasuredKey, Bytes]
@@ -76,7 +78,9 @@ def _key(device: DeviceId, model: str, variant: str, memory: MemoryEstimate, set
         file=f"{model}:{variant}:{int(memory.weights)}",
         context=settings.context,
         slots=settings.slots,
+        kv_tokens=settings.kv_tokens,
         kv_type=settings.kv_type,
+        gpu_layers=settings.gpu_layers,
     )
 
 
@@ -90,13 +94,42 @@ def cost_on(
         variant.shape,
         context=deployment.context,
         slots=deployment.slots,
+        kv_tokens=deployment.kv_tokens,
         kv_type=deployment.kv_type,
+        gpu_layers=deployment.gpu_layers,
     )
-    memory = estimate_replica(device, entry.kind, variant.shape, settings)
+    memory = estimate_replica(
+        device,
+        entry.kind,
+        variant.shape,
+        settings,
+        gpu_layers=deployment.gpu_layers,
+        adapters=entry.adapters,
+        draft=entry.draft,
+    )
     taken = measured.get(_key(device.id, entry.name, variant.name, memory, settings))
     if taken is not None:
         memory = replace(memory, measured=taken)
     return Cost(variant=variant, memory=memory, settings=settings)
+
+
+def contradiction(entry: ModelEntry, deployment: Deployment) -> str | None:
+    """Why the deployment's wishes cannot be met on any device, whatever its size, as a sentence; None where they can."""
+    if not entry.variants:
+        return None
+    try:
+        sequences_for(
+            entry.kind,
+            entry.variants[0].shape,
+            context=deployment.context,
+            slots=deployment.slots,
+            kv_tokens=deployment.kv_tokens,
+        )
+    except ValueError as wrong:
+        return f"{entry.name}: {wrong}."
+    if deployment.gpu_layers is not None and entry.kind is not ModelKind.CHAT:
+        return f"{entry.name}: gpu_layers is for chat models; a model for {entry.kind.value} is on a card as a whole, so leave it out."
+    return None
 
 
 def wanted_variants(entry: ModelEntry, deployment: Deployment) -> tuple[Variant, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from tars.core.placement_cost import CPU_CHAT_MOST, Cost, barred, cost_on, too_slow, wanted_variants
+from tars.core.tuning import SLOTS_MOST, all_gpu_layers
 from tars.core.types import (
     Assignment,
     Bytes,
@@ -26,6 +27,8 @@ from tars.core.types import (
 
 REMEDIES_MOST = 3
 """More than three ways out are a list, not advice."""
+GPU_SHARE_LEAST = 4
+"""A card that holds less than one in so many layers speeds an answer up by less than a third: not worth proposing."""
 CONTEXT_LEAST = 512
 """A shorter context holds hardly a question and its answer; it is not worth proposing."""
 
@@ -176,6 +179,10 @@ def reason_for(
     if variant:
         parts.append(variant)
     shape = next((each.shape for each in entry.variants if each.name == assignment.variant), None)
+    layers = deployment.gpu_layers
+    on_card = standing.device.kind is not DeviceKind.CPU
+    if on_card and shape is not None and layers is not None and layers < (every := all_gpu_layers(shape)):
+        parts.append(f"{layers} of {every} layers on the card, the rest on the processor: slower")
     if shape is not None and assignment.settings.context > shape.context_trained:
         parts.append(
             f"its context of {assignment.settings.context} is beyond the {shape.context_trained} it was trained for"
@@ -269,6 +276,8 @@ def _remedy(standings: Sequence[Standing], entry: ModelEntry, deployment: Deploy
             return f"{engines[0][:1].upper()}{engines[0][1:]}."
         return "Every device it may use is on a node that drains: resume one (node.resume) or add a PC."
     found = list(_smaller_wishes(usable, entry, deployment))[:REMEDIES_MOST]
+    if len(found) < REMEDIES_MOST:
+        found += _partly_on_a_card(usable, standings, entry, deployment)
     if would_fit_fresh:
         found.append(
             "if everything were placed anew it would fit: remove a model that is in the way and deploy it again"
@@ -298,20 +307,22 @@ def _smaller_wishes(usable: Sequence[Standing], entry: ModelEntry, deployment: D
     if found or entry.kind is not ModelKind.CHAT:
         return
     smallest = min(entry.variants, key=lambda each: each.shape.tensor_bytes).name
-    for context in _contexts(usable, deployment):
+    # Where the slots share one context already, there is nothing to share.
+    shared = deployment.kv_tokens is not None or (deployment.slots or 1) > 1
+    for context in _contexts(usable):
         for kv_type in (KvType.Q8_0, KvType.Q4_0):
             changed = replace(
                 deployment,
                 context=context,
                 kv_type=kv_type,
-                slots=1,
+                kv_tokens=context if shared else None,
                 variant=None if deployment.variant is None else smallest,
             )
             spot = _fits_where(usable, entry, changed, replaces_all=False)
             if spot is not None:
-                slots = ", slots = 1" if deployment.slots > 1 else ""
+                kv_tokens = f", kv_tokens = {context}" if shared else ""
                 variant = f', variant = "{smallest}"' if changed.variant != deployment.variant else ""
-                yield f'set context = {context}, kv_type = "{kv_type}"{slots}{variant}: {_spot(spot)}'
+                yield f'set context = {context}, kv_type = "{kv_type}"{kv_tokens}{variant}: {_spot(spot)}'
                 return
 
 
@@ -324,9 +335,14 @@ def _changes(
     usable: Sequence[Standing], entry: ModelEntry, deployment: Deployment
 ) -> Iterator[tuple[str, Deployment, bool]]:
     """(what to write, the changed deployment, whether it takes the place of all the model's replicas)."""
+    asked = usable[0].smallest.settings
     if entry.kind is ModelKind.CHAT and deployment.replicas > 1:
-        slots = deployment.replicas * deployment.slots
-        yield f"replicas = 1 with slots = {slots}", replace(deployment, replicas=1, slots=slots), True
+        # As many sequences as the replicas together, and as many tokens of them.
+        slots = min(SLOTS_MOST, deployment.replicas * asked.slots)
+        kv_tokens = min(deployment.replicas * asked.kv_tokens, slots * asked.context)
+        sharing = f", kv_tokens = {kv_tokens}" if kv_tokens < slots * asked.context else ""
+        changed = replace(deployment, replicas=1, slots=slots, kv_tokens=kv_tokens if sharing else None)
+        yield f"replicas = 1 with slots = {slots}{sharing}", changed, True
     if deployment.variant is not None:
         pinned = wanted_variants(entry, deployment)[0]
         for variant in sorted(entry.variants, key=lambda each: -each.quality):
@@ -334,24 +350,58 @@ def _changes(
                 yield f'variant = "{variant.name}"', replace(deployment, variant=variant.name), False
     if entry.kind is not ModelKind.CHAT:
         return
+    kv_tokens = asked.kv_tokens
+    while kv_tokens > asked.context:
+        # Sharing keeps the number of answers at once, which fewer slots would not.
+        kv_tokens = max(asked.context, kv_tokens // 2)
+        changed = replace(deployment, slots=asked.slots, kv_tokens=kv_tokens)
+        if _fits_where(usable, entry, changed, replaces_all=False) is not None:
+            yield f"kv_tokens = {kv_tokens} for all {asked.slots} slots instead of {asked.kv_tokens}", changed, False
+            break
     if deployment.kv_type is KvType.F16:
         yield 'kv_type = "q8_0"', replace(deployment, kv_type=KvType.Q8_0), False
-    now = usable[0].smallest.settings.context
-    for context in _contexts(usable, deployment):
-        changed = replace(deployment, context=context)
+    for context in _contexts(usable):
+        kv_tokens = min(asked.kv_tokens, asked.slots * context)
+        named = deployment.kv_tokens is not None and kv_tokens != deployment.kv_tokens
+        changed = replace(deployment, context=context, kv_tokens=kv_tokens if named else deployment.kv_tokens)
         if _fits_where(usable, entry, changed, replaces_all=False) is not None:
-            yield f"context = {context} instead of {now}", changed, False
+            also = f" with kv_tokens = {kv_tokens}" if named else ""
+            yield f"context = {context} instead of {asked.context}{also}", changed, False
             break
-    slots = deployment.slots // 2
-    while slots >= 1:
-        changed = replace(deployment, slots=slots)
-        if _fits_where(usable, entry, changed, replaces_all=False) is not None:
-            yield f"slots = {slots} instead of {deployment.slots}", changed, False
-            break
-        slots //= 2
 
 
-def _contexts(usable: Sequence[Standing], deployment: Deployment) -> Iterator[int]:
+def _partly_on_a_card(
+    usable: Sequence[Standing], standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment
+) -> list[str]:
+    """The most layers that a card can take, where the rest finds room in its PC's RAM; not where a replica has all of them on one."""
+    if entry.kind is not ModelKind.CHAT or any(each.here for each in standings):
+        return []
+    found: list[tuple[int, str, str]] = []
+    for standing in usable:
+        if standing.device.kind is DeviceKind.CPU or standing.device.unified_memory:
+            continue
+        host = next(
+            (each.left for each in standings if each.node is standing.node and each.device.kind is DeviceKind.CPU), 0
+        )
+        variant = min(wanted_variants(entry, deployment), key=lambda each: each.shape.tensor_bytes)
+        every = all_gpu_layers(variant.shape)
+        for layers in range(every - 1, every // GPU_SHARE_LEAST - 1, -1):
+            changed = replace(deployment, gpu_layers=layers)
+            cost = cost_on(standing.device, entry, variant, changed, {})
+            if cost.need > standing.left:
+                continue
+            if variant.shape.tensor_bytes - cost.memory.weights <= host:
+                more = f', variant = "{variant.name}"' if len(wanted_variants(entry, deployment)) > 1 else ""
+                text = (
+                    f"set gpu_layers = {layers}{more}: {layers} of {every} layers fit on {standing.place} "
+                    f"({cost.need} of {standing.left} free), the rest runs on its processor, slower"
+                )
+                found.append((-layers, standing.device.id, text))
+            break
+    return [text for _, _, text in sorted(found)[:1]]
+
+
+def _contexts(usable: Sequence[Standing]) -> Iterator[int]:
     context = usable[0].smallest.settings.context // 2
     while context >= CONTEXT_LEAST:
         yield context

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tars.core.tensors import BLOCKS, Tensor, host_bytes, tensor_bytes, tensor_nbytes
+from tars.core.tensors import BLOCKS, Tensor, host_bytes, layer_bytes, tensor_bytes, tensor_nbytes
 from tars.core.types import Bytes, ModelShape
 
 QUANTISATIONS = ("F16", "Q8_0", "Q4_K_M")
@@ -81,6 +81,7 @@ def planned_shape(counts: Counts, quantisation: str, *, file_bytes: int | None =
         context_trained=counts.context_trained,
         tensor_bytes=held,
         host_bytes=host_bytes(tensors),
+        layer_bytes=layer_bytes(tensors, counts.layers),
         file_bytes=Bytes(held + HEADER_BYTES_PER_TOKEN * counts.vocabulary if file_bytes is None else file_bytes),
     )
 

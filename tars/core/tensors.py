@@ -90,3 +90,15 @@ def host_bytes(tensors: Iterable[Tensor]) -> Bytes:
     if "output.weight" in by_name:
         staying.add("token_embd.weight")
     return tensor_bytes(by_name[name] for name in sorted(staying & by_name.keys()))
+
+
+def layer_bytes(tensors: Iterable[Tensor], layers: int) -> tuple[int, ...]:
+    """What each layer's tensors (`blk.<number>.`) take, [layers]."""
+    found = [0] * layers
+    for tensor in tensors:
+        block, _, rest = tensor.name.partition(".")
+        number = rest.partition(".")[0]
+        # Nine digits are more than any count that a header may claim, and never too many for `int`.
+        if block == "blk" and number.isdecimal() and len(number) <= 9 and int(number) < layers:
+            found[int(number)] += tensor.nbytes
+    return tuple(found)

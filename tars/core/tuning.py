@@ -6,15 +6,22 @@ may replace these defaults; nothing here measures.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from tars.core.types import Bytes, DeviceKind, DeviceSnapshot, KvType, ModelKind, ModelShape, Precision, RuntimeSettings
 
 CONTEXT_MOST = 4096
-"""Tokens per slot unless somebody asks for more: fits a 7B with one slot on an 8 GB card; a trained 128k would cost 16 GiB of KV."""
+"""Tokens of a sequence unless somebody asks for more: a 7B with it fits an 8 GB card; a trained 128k would cost 16 GiB of KV."""
+SLOTS = 4
+"""Sequences of a chat model computed at once unless somebody says how many: they share the KV cache of one context, so that they cost
+no memory. A decode step reads all weights whether it serves one or four; most calls are far shorter than the context."""
 MICRO_BATCH_CUDA = 512
 """llama.cpp's own default: larger ones speed a prefill up by little and grow the compute buffer in proportion."""
 MICRO_BATCH_CPU = 256
 """Half of llama.cpp's default. The compute buffer on a CPU grows with it, and chunks of about 96 tokens are prefilled anyway (field
 notes, Engines), so that more would be reserved and never used."""
+SLOTS_MOST = 256
+"""llama.cpp's LLAMA_MAX_SEQ."""
 BATCH_LEAST = 512
 """Tokens that one `llama_decode` may carry: at least one chunk of prefill and one token for each slot."""
 BATCH_TOKENS_CUDA = 16384
@@ -42,8 +49,17 @@ operation cost more than the work between them, and beside other busy programs t
 64-138 tokens/s with two threads and 7,000 with one (measured)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """How long a sequence may be, how many are computed at once, and how many tokens of them the KV cache holds in all."""
+
+    context: int
+    slots: int
+    kv_tokens: int
+
+
 def default_context(shape: ModelShape) -> int:
-    """Tokens per slot when a deployment names none: the trained context, at most `CONTEXT_MOST`."""
+    """Tokens of a sequence when a deployment names none: the trained context, at most `CONTEXT_MOST`."""
     return max(1, min(CONTEXT_MOST, shape.context_trained))
 
 
@@ -68,31 +84,60 @@ def card_flash_attention(device: DeviceSnapshot) -> bool:
     return device.compute_capability is None or device.compute_capability >= FLASH_ATTENTION_FROM
 
 
+def sequences_for(
+    kind: ModelKind, shape: ModelShape, *, context: int | None, slots: int | None, kv_tokens: int | None
+) -> Sequences:
+    """What a deployment's wishes come to for a model of this shape; None is a default each.
+
+    Without `slots` a chat model has `SLOTS` of them, which share `kv_tokens` (one context); with it every slot has a whole context, unless
+    `kv_tokens` says fewer. Raises `ValueError`, worded for the operator, for wishes that contradict each other.
+    """
+    context = default_context(shape) if context is None else context
+    if context < 1 or (slots is not None and slots < 1):
+        raise ValueError(f"context and slots must be at least 1, not {context} and {slots}")
+    if kind is not ModelKind.CHAT:
+        if kv_tokens is not None:
+            raise ValueError(f"kv_tokens is for chat models: a model for {kind.value} has no KV cache; leave it out")
+        return Sequences(min(context, max(1, shape.context_trained)), slots or 1, 0)
+    if kv_tokens is None:
+        kv_tokens = context * (1 if slots is None else slots)
+    slots = SLOTS if slots is None else slots
+    if not context <= kv_tokens <= slots * context:
+        raise ValueError(
+            f"kv_tokens = {kv_tokens} does not go with a context of {context} and {slots} slots: it must be from {context} (all slots "
+            f"share one context) to {slots * context} (every slot has its own)"
+        )
+    return Sequences(context, slots, kv_tokens)
+
+
 def settings_for(
     device: DeviceSnapshot,
     entry_kind: ModelKind,
     shape: ModelShape,
     *,
     context: int | None = None,
-    slots: int = 1,
+    slots: int | None = None,
+    kv_tokens: int | None = None,
     kv_type: KvType = KvType.F16,
+    gpu_layers: int | None = None,
 ) -> RuntimeSettings:
-    """How one replica of `shape` runs on `device`. `context` is tokens per slot; None takes `default_context`.
+    """How one replica of `shape` runs on `device`. `context` is tokens of a sequence; `sequences_for` says what the Nones become.
 
-    Raises `ValueError` for a context or a number of slots below 1.
+    `gpu_layers` None is all of them; a device without a card has none. Raises `ValueError` for wishes that contradict each other.
     """
-    context = default_context(shape) if context is None else context
-    if context < 1 or slots < 1:
-        raise ValueError(f"context and slots must be at least 1, not {context} and {slots}")
+    found = sequences_for(entry_kind, shape, context=context, slots=slots, kv_tokens=kv_tokens)
+    if gpu_layers is not None and gpu_layers < 0:
+        raise ValueError(f"gpu_layers must be at least 0, not {gpu_layers}")
     # A simulated device only declares memory; the work is done by this machine's CPU.
     on_card = device.kind is DeviceKind.CUDA and not device.simulated
-    threads = _threads(device, on_card=on_card)
+    some = on_card and gpu_layers is not None and gpu_layers < all_gpu_layers(shape)
+    threads = _threads(device, on_card=on_card and not some)
     if not on_card and entry_kind is ModelKind.CHAT:
         threads = min(threads, max(1, -(-shape.tensor_bytes // BYTES_A_THREAD)))
     if entry_kind is not ModelKind.CHAT:
         return RuntimeSettings(
-            context=min(context, max(1, shape.context_trained)),
-            slots=slots,
+            context=found.context,
+            slots=found.slots,
             gpu_layers=-1 if on_card else 0,
             threads=threads,
             precision=_embedding_precision(device, on_card=on_card),
@@ -102,18 +147,24 @@ def settings_for(
     flash_attention = (on_card and card_flash_attention(device)) or kv_type is not KvType.F16
     most = MICRO_BATCH_CUDA if on_card else MICRO_BATCH_CPU
     return RuntimeSettings(
-        context=context,
-        slots=slots,
-        gpu_layers=-1 if on_card else 0,
+        context=found.context,
+        slots=found.slots,
+        kv_tokens=found.kv_tokens,
+        gpu_layers=gpu_layers if some and gpu_layers is not None else -1 if on_card else 0,
         threads=threads,
-        batch=max(BATCH_LEAST, slots),
-        micro_batch=min(most, max(32, context * slots)),
+        batch=max(BATCH_LEAST, found.slots),
+        micro_batch=min(most, max(32, found.kv_tokens)),
         flash_attention=flash_attention,
         kv_type=kv_type,
         # Pages of a mapped file are shared by workers of the same file and need no second copy while loading.
         mmap=True,
         precision=device.precision,
     )
+
+
+def all_gpu_layers(shape: ModelShape) -> int:
+    """How many layers llama.cpp can offload: the model's own and the output layer ("offloaded 33/33 layers to GPU")."""
+    return shape.layers + 1
 
 
 def _threads(device: DeviceSnapshot, *, on_card: bool) -> int:

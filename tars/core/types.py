@@ -162,6 +162,8 @@ class ModelShape:
     host_bytes: Bytes
     file_bytes: Bytes
     experts: int = 0
+    layer_bytes: tuple[int, ...] = ()
+    """Of each layer, the first one first, where the tensors are known; what is neither there nor on the host is the output layer's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,6 +182,15 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapter:
+    """A LoRA adapter of a model: calls name it as `<model>:<name>`. `scale` multiplies what it changes."""
+
+    name: str
+    scale: float
+    file_bytes: Bytes
+
+
+@dataclass(frozen=True, slots=True)
 class ModelEntry:
     """A catalogue entry: what can be deployed. Variants are ordered best quality first."""
 
@@ -189,21 +200,28 @@ class ModelEntry:
     aliases: tuple[str, ...] = ()
     description: str = ""
     licence: str = ""
+    adapters: tuple[Adapter, ...] = ()
+    draft: ModelShape | None = None
+    """Of the small model of the same vocabulary that proposes tokens, where one is named."""
 
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """What somebody wants: `replicas` loaded copies of a model. Replicated to every node (a later issue); saved on each.
 
-    `context` None means the model's trained context, at most 4,096 (the planner's default); `slots` sequences served at once.
+    `context` None means the model's trained context, at most 4,096 (the planner's default). `slots` sequences are served at once, and
+    `kv_tokens` tokens of them in all are in the KV cache; with `slots` None it is `tuning.SLOTS` sharing one context, else every slot
+    has its whole context unless `kv_tokens` says fewer. `gpu_layers` None puts every layer on the card.
     `variant` and `device` pin a choice that the planner otherwise makes (`device`: a DeviceId, a device's name, or `cpu`).
     """
 
     model: str
     replicas: int = 1
     context: int | None = None
-    slots: int = 1
+    slots: int | None = None
+    kv_tokens: int | None = None
     kv_type: KvType = KvType.F16
+    gpu_layers: int | None = None
     variant: str | None = None
     device: str | None = None
     priority: int = 0
@@ -215,8 +233,10 @@ class RuntimeSettings:
 
     context: int
     slots: int = 1
+    kv_tokens: int = 0
+    """Tokens in the KV cache in all; fewer than slots x context are shared by the slots. 0: a model without a KV cache."""
     gpu_layers: int = 0
-    """-1: all of them."""
+    """As llama.cpp counts them, the output layer first; -1: all of them."""
     threads: int = 1
     batch: int = 512
     micro_batch: int = 512
@@ -226,6 +246,11 @@ class RuntimeSettings:
     precision: Precision = Precision.FP32
     batch_tokens: int = 4096
     """Embeddings: tokens in one forward pass at most."""
+
+    @property
+    def shares_kv(self) -> bool:
+        """Whether the slots share one KV cache instead of having one each."""
+        return 0 < self.kv_tokens < self.slots * self.context
 
 
 @dataclass(frozen=True, slots=True)

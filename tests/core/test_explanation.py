@@ -20,7 +20,7 @@ def test_a_placed_model_is_explained_in_a_few_lines() -> None:
     on_the_cpu = lines.pop(3)
     assert lines == [
         "mistral-7b (Q4_K_M) is on RTX 3060 of pc1: needs 5.0 GiB (estimated) of 11.1 GiB free; the only GPU with room.",
-        "  weights 4.0 GiB, KV cache 512 MiB, buffers 74 MiB, process 450 MiB; 4096 tokens",
+        "  weights 4.0 GiB, KV cache 512 MiB, buffers 74 MiB, process 450 MiB; 4 slots of up to 4096 tokens share 4096",
         "Not elsewhere, because:",
         "  GTX 1660 SUPER of pc2: no room: needs 5.0 GiB, 758 MiB free beside minilm, phi-2",
     ]
@@ -47,7 +47,13 @@ def test_measured_memory_is_told_as_measured() -> None:
     key = measured_key(first.assignments[0], home)
     text = explain("mistral-7b", plan(NODES, MODELS, [Deployment("mistral-7b")], measured={key: Bytes.gib(4)}), NODES)
     assert "needs 4.0 GiB (measured)" in text
-    assert "4.0 GiB measured at its last load; 4096 tokens" in text
+    assert "4.0 GiB measured at its last load; 4 slots of up to 4096 tokens share 4096" in text
+
+
+def test_slots_with_a_cache_of_their_own_are_told_so() -> None:
+    for slots, told in ((1, "; 2048 tokens"), (3, "; 2048 tokens in each of 3 slots")):
+        made = plan(NODES, MODELS, [Deployment("mistral-7b", context=2048, slots=slots)])
+        assert explain("mistral-7b", made, NODES).splitlines()[1].endswith(told)
 
 
 def test_a_model_that_nobody_wants_is_said_to_be_so() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -133,12 +134,33 @@ def test_on_a_cpu_every_slot_has_its_row_of_logits():
 
 def test_layers_that_stay_on_the_host_are_not_counted_on_the_card():
     full = estimate(MISTRAL, context=4096)
-    half = estimate(MISTRAL, context=4096, gpu_layers=16)
+    some = estimate(MISTRAL, context=4096, gpu_layers=17)
     none = estimate(MISTRAL, context=4096, gpu_layers=0)
-    assert half.weights == full.weights // 2
-    assert half.kv_cache == full.kv_cache // 2
+    # llama.cpp's first offloaded layer is the output, then come the last ones: here 16 of 32.
+    assert some.weights == full.weights - sum(MISTRAL.layer_bytes[:16])
+    assert some.kv_cache == full.kv_cache // 2
+    output = estimate(MISTRAL, context=4096, gpu_layers=1)
+    assert (output.weights, output.kv_cache) == (4096 * 32000 // 256 * 210 + 4 * 4096, 0)
+    assert estimate(MISTRAL, context=4096, gpu_layers=32).weights == full.weights - MISTRAL.layer_bytes[0]
     assert (none.weights, none.kv_cache, none.overhead) == (0, 0, CUDA_CONTEXT)
     assert estimate(MISTRAL, context=4096, gpu_layers=33) == full
+
+
+def test_layers_whose_bytes_are_not_known_apart_count_in_proportion():
+    unknown = replace(MISTRAL, layer_bytes=())
+    full = estimate(MISTRAL, context=4096).weights
+    assert estimate(unknown, context=4096, gpu_layers=11).weights == -(-full // 3)
+    assert estimate(unknown, context=4096).weights == full
+
+
+def test_slots_that_share_a_cache_cost_no_more_than_one_with_all_of_it():
+    one = estimate(MISTRAL, context=4096)
+    assert estimate(MISTRAL, context=4096, slots=4, kv_tokens=4096) == one
+    assert estimate(MISTRAL, context=4096, slots=4, kv_tokens=16384) == estimate(MISTRAL, context=4096, slots=4)
+    # Each token is masked against every cell that its stream holds: the shared cache's compute buffer is the larger one.
+    shared = estimate(MISTRAL, context=4096, slots=4, kv_tokens=16000)
+    assert shared.kv_cache < estimate(MISTRAL, context=4096, slots=4).kv_cache
+    assert shared.compute > estimate(MISTRAL, context=4096, slots=4).compute
 
 
 def test_an_overhead_that_was_measured_is_taken():
@@ -205,12 +227,20 @@ def test_a_simulated_card_is_counted_as_the_card_it_stands_for():
         assert settings.gpu_layers == 0
         expected = estimate_replica(real, kind, shape, settings_for(real, kind, shape, context=4096))
         assert estimate_replica(simulated, kind, shape, settings) == expected
+    settings = settings_for(simulated, ModelKind.CHAT, MISTRAL, context=4096, gpu_layers=8)
+    assert settings.gpu_layers == 0
+    real_settings = settings_for(real, ModelKind.CHAT, MISTRAL, context=4096, gpu_layers=8)
+    assert estimate_replica(simulated, ModelKind.CHAT, MISTRAL, settings, gpu_layers=8) == estimate_replica(
+        real, ModelKind.CHAT, MISTRAL, real_settings
+    )
 
 
 def test_a_board_that_shares_the_hosts_memory_holds_the_embedding_table_too():
     board = device(unified_memory=True)
     settings = settings_for(board, ModelKind.CHAT, MISTRAL, context=4096)
     assert estimate_replica(board, ModelKind.CHAT, MISTRAL, settings).weights == MISTRAL.tensor_bytes
+    some = settings_for(board, ModelKind.CHAT, MISTRAL, context=4096, gpu_layers=8)
+    assert estimate_replica(board, ModelKind.CHAT, MISTRAL, some).weights == MISTRAL.tensor_bytes
 
 
 def test_an_embedding_replica_is_an_encoder():
@@ -233,15 +263,22 @@ def small_gguf(tmp_path_factory):
 
 @pytest.mark.model
 @pytest.mark.parametrize(
-    ("context", "slots", "micro_batch", "flash_attention", "kv_type"),
+    ("context", "slots", "kv_tokens", "micro_batch", "flash_attention", "kv_type"),
     [
-        (1024, 1, 256, False, KvType.F16),
-        (1024, 1, 256, True, KvType.F16),
-        (1024, 8, 512, False, KvType.F16),
-        (300, 3, 512, True, KvType.F16),
+        (1024, 1, 1024, 256, False, KvType.F16),
+        (1024, 1, 1024, 256, True, KvType.F16),
+        (1024, 8, 8192, 512, False, KvType.F16),
+        (300, 3, 900, 512, True, KvType.F16),
+        (1024, 4, 1024, 256, False, KvType.F16),
+        (1024, 4, 1024, 256, True, KvType.Q8_0),
+        (1024, 8, 4096, 512, False, KvType.F16),
+        (300, 16, 1000, 512, True, KvType.F16),
+        (512, 64, 700, 256, False, KvType.F16),
     ],
 )
-def test_llama_cpp_allocates_what_was_estimated(small_gguf, context, slots, micro_batch, flash_attention, kv_type):
+def test_llama_cpp_allocates_what_was_estimated(
+    small_gguf, context, slots, kv_tokens, micro_batch, flash_attention, kv_type
+):
     import llama_cpp
 
     lines: list[str] = []
@@ -254,11 +291,13 @@ def test_llama_cpp_allocates_what_was_estimated(small_gguf, context, slots, micr
     model = llama_cpp.llama_model_load_from_file(str(small_gguf).encode(), llama_cpp.llama_model_default_params())
     try:
         parameters = llama_cpp.llama_context_default_params()
-        parameters.n_ctx = padded_context(context) * slots
+        shared = kv_tokens < slots * context
+        parameters.n_ctx = padded_context(kv_tokens) if shared else padded_context(context) * slots
         parameters.n_seq_max = slots
         parameters.n_ubatch = micro_batch
         parameters.n_batch = 512
-        parameters.kv_unified = False
+        parameters.kv_unified = shared
+        parameters.type_k = parameters.type_v = {KvType.F16: 1, KvType.Q8_0: 8}[kv_type]
         parameters.flash_attn_type = int(flash_attention)
         llama_cpp.llama_free(llama_cpp.llama_init_from_model(model, parameters))
     finally:
@@ -273,6 +312,7 @@ def test_llama_cpp_allocates_what_was_estimated(small_gguf, context, slots, micr
         parse_gguf(content, len(content)).shape(),
         context=context,
         slots=slots,
+        kv_tokens=kv_tokens,
         micro_batch=micro_batch,
         flash_attention=flash_attention,
         kv_type=kv_type,
@@ -280,4 +320,6 @@ def test_llama_cpp_allocates_what_was_estimated(small_gguf, context, slots, micr
     )
     assert found["KV"] > 0
     assert expected.kv_cache / 2**20 == pytest.approx(found["KV"], abs=0.01)
-    assert expected.compute / 2**20 == pytest.approx(found["compute"] + found["output"], rel=0.03)
+    # Rather too much than too little: up to 8 % with a quantised cache (field notes).
+    within = 0.03 if kv_type is KvType.F16 else 0.08
+    assert expected.compute / 2**20 == pytest.approx(found["compute"] + found["output"], rel=within)

@@ -86,7 +86,7 @@ def test_one_process_with_ten_slots_fits_where_ten_processes_do_not() -> None:
     check_plan(processes, nodes, wanted)
     assert processes.refusals[0].replicas_missing == 5
     assert processes.refusals[0].remedy.startswith(
-        "Set replicas = 1 with slots = 10: fits on RTX 4090 of wsl2 (17.7 GiB"
+        "Set replicas = 1 with slots = 40, kv_tokens = 40960: fits on RTX 4090 of wsl2 (17.7 GiB"
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from fleets import MODELS, cpu, gpu, node
 
 from tars.core.placement_cost import MeasuredKey, barred, cost_on, too_slow, wanted_variants
-from tars.core.types import Bytes, Deployment, DeviceId, KvType, ModelKind
+from tars.core.types import Adapter, Bytes, Deployment, DeviceId, KvType, ModelKind
 
 PHI3 = MODELS["phi-3-mini"]
 
@@ -19,6 +19,10 @@ def test_a_deployments_context_slots_and_kv_type_decide_the_cost() -> None:
     def kv(deployment: Deployment) -> int:
         return cost_on(gpu("a"), PHI3, variant, deployment, {}).memory.kv_cache
 
+    shared = replace(base, slots=10, kv_tokens=4096)
+    assert kv(shared) == 2 * kv(base)
+    assert kv(replace(base, slots=None)) == kv(base)
+
     # Field notes: 384 KiB a token.
     assert kv(base) == 2048 * 384 * 1024
     assert kv(replace(base, slots=10)) == 10 * kv(base)
@@ -29,12 +33,31 @@ def test_a_measurement_counts_only_for_the_same_load() -> None:
     deployment = Deployment("phi-3-mini", context=2048, variant="Q4_K_M")
     variant = wanted_variants(PHI3, deployment)[0]
     cost = cost_on(gpu("a"), PHI3, variant, deployment, {})
-    key = MeasuredKey(DeviceId("a/gpu-0"), f"phi-3-mini:Q4_K_M:{int(cost.memory.weights)}", 2048, 1, KvType.F16)
+    key = MeasuredKey(
+        DeviceId("a/gpu-0"), f"phi-3-mini:Q4_K_M:{int(cost.memory.weights)}", 2048, 4, 2048, KvType.F16, -1
+    )
     measured = {key: Bytes.gib(2)}
     assert cost_on(gpu("a"), PHI3, variant, deployment, measured).need == Bytes.gib(2)
-    for other in (replace(deployment, slots=2), replace(deployment, context=1024)):
+    for other in (
+        replace(deployment, slots=2),
+        replace(deployment, context=1024),
+        replace(deployment, kv_tokens=4096),
+        replace(deployment, gpu_layers=32),
+    ):
         assert cost_on(gpu("a"), PHI3, variant, other, measured).memory.measured is None
     assert cost_on(gpu("b"), PHI3, variant, deployment, measured).memory.measured is None
+
+
+def test_adapters_and_a_draft_model_cost_memory_too() -> None:
+    deployment = Deployment("phi-3-mini", context=2048)
+    variant, draft = wanted_variants(PHI3, deployment)[0], MODELS["phi-2"].variants[-1].shape
+    alone = cost_on(gpu("a"), PHI3, variant, deployment, {})
+    adapted = replace(PHI3, adapters=(Adapter("a", 1.0, Bytes.mib(10)), Adapter("b", 0.5, Bytes.mib(20))))
+    assert cost_on(gpu("a"), adapted, variant, deployment, {}).need == alone.need + Bytes.mib(30)
+    drafted = cost_on(gpu("a"), replace(PHI3, draft=draft), variant, deployment, {}).memory
+    assert drafted.weights == alone.memory.weights + draft.tensor_bytes - draft.host_bytes
+    assert drafted.kv_cache > alone.memory.kv_cache
+    assert drafted.overhead == alone.memory.overhead
 
 
 def test_variants_come_best_first_and_only_the_pinned_one_if_one_is() -> None:

@@ -1,6 +1,8 @@
 """Ranking replicas."""
 
-from tars.core.routing import Candidate, predicted_seconds, rank
+import pytest
+
+from tars.core.routing import UNITS_PER_CALL, Candidate, predicted_seconds, rank, units_per_call
 from tars.core.types import ModelKind, ReplicaId, ReplicaState
 
 
@@ -36,3 +38,23 @@ def test_ties_are_spread_over_calls_and_each_call_is_deterministic():
     firsts = [rank(twins, str(key)).order[0] for key in range(200)]
     assert 60 < firsts.count("a") < 140
     assert firsts == [rank(list(reversed(twins)), str(key)).order[0] for key in range(200)]
+
+
+def test_a_cold_replica_is_taken_at_its_own_measured_speed():
+    fast, slow = candidate("fast", speed=58.0), candidate("slow", speed=10.0)
+    assert all(rank([slow, fast], str(key)).order == ("fast", "slow") for key in range(20))
+    assert predicted_seconds(candidate("a", speed=UNITS_PER_CALL)) == pytest.approx(1.0)
+
+
+def test_a_cold_and_a_warm_replica_are_compared_for_the_same_call():
+    # Calls here are short: 10 tokens at 100 tokens/s. A cold replica of 50 tokens/s needs twice as long, not UNITS_PER_CALL / 50.
+    warm = candidate("warm", seconds_per_call=0.1, speed=100.0)
+    assert units_per_call([warm, candidate("cold", speed=50.0)]) == pytest.approx(10)
+    assert rank([candidate("cold", speed=50.0), warm], "key").order == ("warm", "cold")
+    waiting = candidate("warm", seconds_per_call=0.1, speed=100.0, active=2)
+    assert rank([candidate("cold", speed=50.0), waiting], "key").order == ("cold", "warm")
+
+
+def test_what_a_call_takes_counts_more_than_what_was_measured_at_load():
+    measured = candidate("a", seconds_per_call=3.0, speed=1000.0)
+    assert predicted_seconds(measured) == 3.0

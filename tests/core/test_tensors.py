@@ -5,7 +5,7 @@ from __future__ import annotations
 import gguf
 import pytest
 
-from tars.core.tensors import BLOCKS, TENSOR_TYPES, Tensor, host_bytes, tensor_bytes, tensor_nbytes
+from tars.core.tensors import BLOCKS, TENSOR_TYPES, Tensor, host_bytes, layer_bytes, tensor_bytes, tensor_nbytes
 from tars.core.types import Bytes
 
 
@@ -47,3 +47,17 @@ def test_an_embedding_table_that_is_also_the_output_goes_to_the_card():
 
 def test_position_tables_stay_on_the_host_even_so():
     assert host_bytes([_tensor("token_embd.weight", 400), _tensor("position_embd.weight", 8)]) == 8
+
+
+def test_each_layer_is_counted_apart_and_tables_are_not():
+    tensors = [
+        _tensor("token_embd.weight", 400),
+        _tensor("blk.0.attn_q.weight", 40),
+        _tensor("blk.0.attn_k.weight", 4),
+        _tensor("blk.1.attn_q.weight", 8),
+        _tensor("blk.7.attn_q.weight", 16),
+        _tensor("blk.x.attn_q.weight", 16),
+        _tensor("blk." + "9" * 5000, 16),
+        _tensor("output.weight", 4),
+    ]
+    assert layer_bytes(tensors, 2) == (44, 8)

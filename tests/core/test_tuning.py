@@ -11,6 +11,8 @@ from tars.core.tuning import (
     BATCH_TOKENS_CPU,
     BATCH_TOKENS_CUDA,
     BATCH_TOKENS_SMALL_CARD,
+    SLOTS,
+    all_gpu_layers,
     card_flash_attention,
     default_context,
     precision_for,
@@ -100,6 +102,42 @@ def test_the_default_context_is_the_trained_one_up_to_4096():
 def test_slots_and_kv_type_are_carried_over():
     found = chat(RTX_3060, context=4096, slots=10, kv_type=KvType.Q4_0)
     assert (found.slots, found.kv_type) == (10, KvType.Q4_0)
+
+
+def test_without_slots_four_share_the_cache_of_one_context():
+    found = chat(RTX_3060, context=2048)
+    assert (found.slots, found.kv_tokens, found.shares_kv) == (SLOTS, 2048, True)
+    assert chat(RTX_3060, context=2048, kv_tokens=5000).kv_tokens == 5000
+
+
+def test_slots_that_are_named_have_a_context_each_unless_fewer_tokens_are():
+    found = chat(RTX_3060, context=2048, slots=3)
+    assert (found.slots, found.kv_tokens, found.shares_kv) == (3, 6144, False)
+    shared = chat(RTX_3060, context=2048, slots=3, kv_tokens=2048)
+    assert (shared.slots, shared.kv_tokens, shared.shares_kv) == (3, 2048, True)
+
+
+@pytest.mark.parametrize(("slots", "kv_tokens"), [(None, 2047), (None, 4 * 2048 + 1), (3, 2047), (3, 6145), (3, 0)])
+def test_a_cache_that_is_too_small_or_useless_is_refused_with_its_bounds(slots, kv_tokens):
+    most = (slots or SLOTS) * 2048
+    with pytest.raises(ValueError, match=f"kv_tokens = {kv_tokens} .* from 2048 .* to {most} "):
+        chat(RTX_3060, context=2048, slots=slots, kv_tokens=kv_tokens)
+
+
+def test_an_embedding_model_has_no_kv_cache():
+    found = settings_for(RTX_3060, ModelKind.EMBEDDING, MISTRAL)
+    assert (found.slots, found.kv_tokens, found.shares_kv) == (1, 0, False)
+    with pytest.raises(ValueError, match="has no KV cache"):
+        settings_for(RTX_3060, ModelKind.EMBEDDING, MISTRAL, kv_tokens=2048)
+
+
+def test_some_layers_on_a_card_leave_work_for_every_core():
+    some = chat(RTX_3060, gpu_layers=20)
+    assert (some.gpu_layers, some.threads) == (20, 12)
+    assert chat(RTX_3060, gpu_layers=all_gpu_layers(MISTRAL)) == chat(RTX_3060)
+    assert chat(CPU, gpu_layers=20).gpu_layers == 0
+    with pytest.raises(ValueError, match="gpu_layers"):
+        chat(RTX_3060, gpu_layers=-2)
 
 
 def test_every_slot_has_room_in_a_batch():
