@@ -20,6 +20,7 @@ from typing import Any
 
 from tars.workers.engine import LoadSpec
 from tars.workers.stdio import READ_SIZE, FramingError, MessageReader, frame
+from tars.workers.watchdog import ABORT_SECONDS
 
 log = logging.getLogger("tars.worker")
 
@@ -90,7 +91,9 @@ class Child:
         environment: Mapping[str, str],
         on_message: Callable[[dict[str, Any]], None],
         on_end: Callable[[str], None],
+        abort_seconds: float = ABORT_SECONDS,
     ) -> None:
+        self._abort_seconds = abort_seconds
         self._spec = spec
         self._engine = engine
         self._environment = environment
@@ -143,6 +146,7 @@ class Child:
         """Start the process and watch it to its end; the end's cause."""
         command = [sys.executable, "-P", "-m", "tars.workers.process", "--engine", self._engine]
         command += ["--parent", str(os.getpid()), "--replica", self._spec.replica]
+        command += ["--abort-seconds", str(self._abort_seconds)]
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,

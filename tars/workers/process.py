@@ -9,6 +9,9 @@ What keeps it well-behaved:
 - It ends when its standard input ends. The node may die by SIGKILL: the kernel closes the pipe, and on Linux also sends SIGKILL
   (`PR_SET_PDEATHSIG`, which fires when the node's *thread* that started the worker ends: start workers from the thread that lives longest).
 - Ctrl-C, SIGTERM to the process group and a closed terminal belong to the node, which drains first.
+- The engine never waits for the pipe. A node that does not read (stopped, or busy) leaves bytes waiting here; over `OUTPUT_MOST` the calls
+  that make more of them end with `Overloaded`, so that this process's memory is bounded.
+- A step that stands still is broken off (`Engine.abort_step`, where the engine has it) before the node judges the whole process hung.
 """
 
 from __future__ import annotations
@@ -31,12 +34,14 @@ from typing import Any, NoReturn
 
 import pydantic
 
-from tars.errors import CallerError, InvalidParams, TarsError, WorkerCrashed
+from tars.errors import CallerError, InvalidParams, Overloaded, TarsError, WorkerCrashed
 from tars.messages.inference import Delta
 from tars.messages.node import LoadedInfo, LoadProgress
 from tars.workers import protocol
-from tars.workers.engine import Engine, Event, LoadSpec, Submission
-from tars.workers.stdio import READ_SIZE, BlockingWriter, FramingError, MessageReader, frame
+from tars.workers.engine import Engine, Event, Finished, LoadSpec, Resume, Submission
+from tars.workers.stdio import READ_SIZE, FramingError, MessageReader, frame
+from tars.workers.wakeup import Wakeup
+from tars.workers.watchdog import ABORT_SECONDS, StepWatchdog
 
 PR_SET_PDEATHSIG = 1
 """From linux/prctl.h."""
@@ -46,6 +51,9 @@ ENGINE_STACK_BYTES = 256 * 2**20
 
 UNLOAD_SECONDS = 1.0
 """How long a shutdown waits for the engine to free its memory before the process's end does it."""
+
+OUTPUT_MOST = 32 * 2**20
+"""Bytes that may wait for a node that does not read: about 800,000 tokens. Whole answers always wait: they are as many as the calls."""
 
 EXIT_ENGINE_FAILED = 70
 """EX_SOFTWARE of sysexits.h: the engine thread met an exception that it must not survive."""
@@ -83,35 +91,37 @@ def create_engine(name: str) -> Engine:
     return engine
 
 
+class Output(asyncio.BaseProtocol):
+    """The pipe to the node, which ends this process when it breaks."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The node is gone."""
+        os._exit(0)
+
+
 class Worker:
     """Both ends of one worker's pipe, and its engine."""
 
-    def __init__(self, engine: Engine, output: int) -> None:
+    def __init__(self, engine: Engine, output: asyncio.WriteTransport, abort_seconds: float = ABORT_SECONDS) -> None:
         self._engine = engine
-        self._writer = BlockingWriter(output)
+        self._output = output
         self._loop = asyncio.get_running_loop()
-        self._outbox: deque[dict[str, Any] | tuple[int, Event | Exception]] = deque()
-        self._wake_lock = threading.Lock()
-        self._awake = False
+        self._outbox: deque[dict[str, Any] | Sequence[tuple[int, Event | Exception]]] = deque()
+        self._wake = Wakeup(self._loop, self._flush)
+        self._watchdog = StepWatchdog(abort_seconds)
         self._in_flight: set[int] = set()
         self._thread: threading.Thread | None = None
         self._loaded = False
 
     # --- the engine thread's side ---
 
-    def _post(self, item: dict[str, Any] | tuple[int, Event | Exception]) -> None:
+    def _post(self, item: dict[str, Any] | Sequence[tuple[int, Event | Exception]]) -> None:
         """Hand something to the event loop; wakes it once however much is posted before it looks."""
         self._outbox.append(item)
-        with self._wake_lock:
-            if self._awake:
-                return
-            self._awake = True
-        with contextlib.suppress(RuntimeError):  # the loop is closed: the process is ending
-            self._loop.call_soon_threadsafe(self._flush)
+        self._wake()
 
     def _emit(self, events: Sequence[tuple[int, Event | Exception]]) -> None:
-        for one in events:
-            self._post(one)
+        self._post(tuple(events))  # a copy: the engine may use its list again
 
     def _progress(self, stage: str, percent: float) -> None:
         progress = LoadProgress(stage=stage, percent=min(100.0, max(0.0, float(percent))))
@@ -143,35 +153,44 @@ class Worker:
         self._write([protocol.result(number, info)])
 
     def _flush(self) -> None:
-        with self._wake_lock:
-            self._awake = False
-        messages = []
+        """One write of what the engine emitted: all deltas, then the ends, behind which no call has deltas any more."""
+        rows: list[protocol.Row] = []
+        messages: list[dict[str, Any]] = []
+        ended: set[int] = set()
+        in_flight = self._in_flight
         while self._outbox:
             item = self._outbox.popleft()
             if isinstance(item, dict):
                 messages.append(item)
                 continue
-            sequence, event = item
-            if sequence not in self._in_flight:
-                continue
-            if isinstance(event, Delta):
-                messages.append(protocol.notification(protocol.DELTA, {"id": sequence, "delta": event.model_dump()}))
-                continue
-            self._in_flight.discard(sequence)
-            if isinstance(event, Exception):
-                if not isinstance(event, TarsError):
-                    traceback.print_exception(event)
-                messages.append(protocol.failure(sequence, event))
-            else:
-                messages.append(protocol.result(sequence, event))
+            for sequence, event in item:
+                if sequence not in in_flight:
+                    continue
+                if isinstance(event, Delta):
+                    rows.append(protocol.row_of(sequence, event))
+                else:
+                    in_flight.discard(sequence)
+                    ended.add(sequence)
+                    messages.append(_answer(sequence, event))
+        if rows:
+            if self._output.get_write_buffer_size() > OUTPUT_MOST:
+                # What ended just now keeps its last rows: a stream has no gap, and nothing follows them.
+                messages += self._break_off({row[0] for row in rows} & in_flight)
+                rows = [row for row in rows if row[0] in ended]
+            messages.insert(0, protocol.notification(protocol.STEP, rows))
         if messages:
             self._write(messages)
 
+    def _break_off(self, sequences: set[int]) -> list[dict[str, Any]]:
+        """End calls whose deltas have no room any more; see the module's law."""
+        error = Overloaded("The node read this answer too slowly, and it was stopped. Send the call again in a moment.")
+        for sequence in sequences:
+            self._engine.cancel(sequence)
+        self._in_flight -= sequences
+        return [protocol.failure(sequence, error) for sequence in sorted(sequences)]
+
     def _write(self, messages: list[dict[str, Any]]) -> None:
-        try:
-            self._writer.write(b"".join(map(frame, messages)))
-        except OSError:
-            os._exit(0)  # the node is gone
+        self._output.write(b"".join(map(frame, messages)))
 
     def _receive(self, message: dict[str, Any]) -> None:
         number, method, params = message.get("id"), message.get("method"), message.get("params", {})
@@ -195,7 +214,18 @@ class Worker:
             mark=self._engine.progress_mark(),
             in_flight=len(self._in_flight),
             memory_bytes=self._engine.memory_bytes() if self._loaded else 0,
+            counters=self._engine.counters() if self._loaded else None,
         )
+
+    async def _watch_steps(self) -> None:
+        """Break off a step that stands still. Whether to try it again or to give its calls up is the engine's business."""
+        while True:
+            await asyncio.sleep(self._watchdog.interval)
+            if self._watchdog.is_stuck(self._engine.progress_mark(), bool(self._in_flight), time.monotonic()):
+                print("worker: a step of the engine stands still", file=sys.stderr)
+                abort_step = getattr(self._engine, "abort_step", None)
+                if abort_step is not None:
+                    abort_step()
 
     def _start_engine(self, number: int, spec: LoadSpec) -> None:
         # A system that refuses so large a stack (ulimit -v) still gets a thread with its default one.
@@ -213,13 +243,14 @@ class Worker:
     def _submit(self, number: int, method: str, params: dict[str, Any]) -> None:
         try:
             work = protocol.WORK_OF[method].model_validate(params["work"])
+            resume = Resume.model_validate(params["resume"]) if params.get("resume") is not None else None
         except pydantic.ValidationError:
             self._write([protocol.failure(number, InvalidParams("The worker refused the call's params."))])
             return
         timeout_ms = params.get("timeout_ms")
         deadline = None if timeout_ms is None else time.monotonic() + timeout_ms / 1000
         self._in_flight.add(number)
-        self._engine.submit(Submission(number, work, deadline))
+        self._engine.submit(Submission(number, work, deadline, resume))
 
     def _shut_down(self) -> NoReturn:
         if self._thread is not None and self._loaded:
@@ -229,15 +260,30 @@ class Worker:
 
     async def serve(self, reader: MessageReader) -> None:
         """Handle messages until the pipe ends."""
-        while (messages := await reader.read()) is not None:
-            for message in messages:
-                self._receive(message)
+        watching = asyncio.create_task(self._watch_steps())
+        try:
+            while (messages := await reader.read()) is not None:
+                for message in messages:
+                    self._receive(message)
+        finally:
+            watching.cancel()
 
 
-async def _serve(engine_name: str, output: int) -> None:
+def _answer(sequence: int, event: Finished | Exception) -> dict[str, Any]:
+    """What ends a call."""
+    if not isinstance(event, Exception):
+        return protocol.result(sequence, event)
+    if not isinstance(event, TarsError):
+        traceback.print_exception(event)
+    return protocol.failure(sequence, event)
+
+
+async def _serve(engine_name: str, output: int, abort_seconds: float) -> None:
+    loop = asyncio.get_running_loop()
     stream = asyncio.StreamReader(limit=READ_SIZE)
-    await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), sys.stdin)
-    await Worker(create_engine(engine_name), output).serve(MessageReader(stream))
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), sys.stdin)
+    transport, _ = await loop.connect_write_pipe(Output, os.fdopen(output, "wb", buffering=0))
+    await Worker(create_engine(engine_name), transport, abort_seconds).serve(MessageReader(stream))
 
 
 def main() -> NoReturn:
@@ -247,13 +293,16 @@ def main() -> NoReturn:
     parser.add_argument("--engine", required=True, help="module:Class")
     parser.add_argument("--parent", type=int, default=0, help="process id of the node")
     parser.add_argument("--replica", default="", help="shown by ps; means nothing to the worker")
+    parser.add_argument(
+        "--abort-seconds", type=float, default=ABORT_SECONDS, help="a step without progress is broken off"
+    )
     arguments = parser.parse_args()
     leave_signals_to_the_node()
     die_with_parent(arguments.parent)
     faulthandler.enable(file=sys.stderr)
     code = 0
     try:
-        asyncio.run(_serve(arguments.engine, output))
+        asyncio.run(_serve(arguments.engine, output, arguments.abort_seconds))
     except FramingError as error:
         print(f"worker: {error}", file=sys.stderr)
         code = EXIT_ENGINE_FAILED

@@ -10,13 +10,15 @@ Law of this file: names and shapes only, shared by both ends. Requests go from t
 | `worker.cancel` (notification) | node | `{id}` | the cancelled call's error |
 | `worker.shutdown` (notification) | node | none | the end of the process |
 | `worker.progress` (notification) | worker | a `LoadProgress` | |
-| `worker.delta` (notification) | worker | `{id, delta}` | |
+| `worker.step` (notification) | worker | `[row, ...]`, see `Row` | |
 
-A call's id is its sequence number in the engine.
+A call's id is its sequence number in the engine. One step of the engine is one write: a `worker.step` with the deltas of all calls, and
+behind it the answers of the calls that ended.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from tars.errors import InternalError, TarsError
@@ -24,6 +26,7 @@ from tars.messages.base import Message
 from tars.messages.inference import (
     ChatParams,
     CompleteParams,
+    Delta,
     Embedded,
     EmbedParams,
     Generated,
@@ -40,7 +43,7 @@ PING = "worker.ping"
 CANCEL = "worker.cancel"
 SHUTDOWN = "worker.shutdown"
 PROGRESS = "worker.progress"
-DELTA = "worker.delta"
+STEP = "worker.step"
 
 WORK_OF: dict[str, type[Work]] = {
     "worker.chat": ChatParams,
@@ -65,6 +68,30 @@ RESULT_OF: dict[type[Work], type[Finished]] = {
 """What ends each kind of work well."""
 
 
+Row = Sequence[Any]
+"""A delta on the pipe: `[id, index, text, token_ids]`, and where it has more than a token's text a fifth element, the other fields by name.
+
+Names would be most of the bytes, and a model's dump and its check most of the time: this is the one message that comes every few
+milliseconds for each sequence.
+"""
+
+
+def row_of(sequence: int, delta: Delta) -> Row:
+    """A delta as it goes over the pipe."""
+    if delta.logprobs is None and not delta.reasoning and not delta.tool_calls:
+        return (sequence, delta.index, delta.text, delta.token_ids)
+    more = delta.model_dump(include={"logprobs", "reasoning", "tool_calls"})
+    return (sequence, delta.index, delta.text, delta.token_ids, more)
+
+
+def delta_of(row: Row) -> Delta:
+    """The delta of a row."""
+    if len(row) == 4:
+        # The checked constructor is compiled; `model_construct` is Python and slower.
+        return Delta(text=row[2], token_ids=row[3], index=row[1])
+    return Delta.model_validate({"text": row[2], "token_ids": row[3], "index": row[1], **row[4]})
+
+
 class Pong(Message):
     """A worker's answer to `worker.ping`, made by its event loop while the engine works."""
 
@@ -80,7 +107,7 @@ def request(number: int, method: str, params: dict[str, Any]) -> dict[str, Any]:
     return {"jsonrpc": "2.0", "id": number, "method": method, "params": params}
 
 
-def notification(method: str, params: dict[str, Any]) -> dict[str, Any]:
+def notification(method: str, params: dict[str, Any] | Sequence[Row]) -> dict[str, Any]:
     """A JSON-RPC notification."""
     return {"jsonrpc": "2.0", "method": method, "params": params}
 

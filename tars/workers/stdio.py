@@ -1,6 +1,6 @@
 """JSON-RPC messages over a byte stream, framed as the Language Server Protocol frames them.
 
-Law of this file: `Framer` is pure (bytes in, messages out) and owns no stream; the two asyncio pieces below only move bytes. Nothing here
+Law of this file: `Framer` is pure (bytes in, messages out) and owns no stream; the asyncio piece below only moves bytes. Nothing here
 knows what a message means. A stream that breaks the framing cannot be trusted any more: there is no resynchronising.
 
 A frame is `Content-Length: <bytes>\\r\\n`, optionally other headers, an empty line, then so many bytes of UTF-8 JSON
@@ -10,7 +10,6 @@ A frame is `Content-Length: <bytes>\\r\\n`, optionally other headers, an empty l
 from __future__ import annotations
 
 import asyncio
-import os
 from typing import Any
 
 import orjson
@@ -133,16 +132,3 @@ class MessageReader:
                 return None
             if messages := self._framer.feed(data):
                 return messages
-
-
-class BlockingWriter:
-    """Writes frames to a descriptor that may be a pipe, whole, from one thread. For the child, whose only reader is the node."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def write(self, data: bytes) -> None:
-        """All of `data`. Raises `BrokenPipeError` when the reader is gone."""
-        view = memoryview(data)
-        while view:
-            view = view[os.write(self._descriptor, view) :]

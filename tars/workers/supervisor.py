@@ -11,15 +11,17 @@ import asyncio
 import contextlib
 import logging
 import os
+import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from tars.core.types import Deadline, ReplicaState
 from tars.errors import (
-    DeadlineExceeded,
+    CallerError,
     Draining,
     InvalidParams,
     Overloaded,
@@ -29,13 +31,15 @@ from tars.errors import (
     WorkerCrashed,
     from_json,
 )
-from tars.messages.inference import Delta
-from tars.messages.node import LoadedInfo, LoadProgress
+from tars.messages.inference import Delta, GenerationParams
+from tars.messages.node import EngineCounters, LoadedInfo, LoadProgress
 from tars.workers import lifecycle, protocol
+from tars.workers.calls import Call, CallHandle, too_late
 from tars.workers.child import Child, child_environment
-from tars.workers.engine import Event, Finished, LoadSpec, Work
+from tars.workers.engine import Event, Finished, LoadSpec, Resume, Saved, SaveParams, Work
 from tars.workers.lifecycle import Lifecycle, Limits
 from tars.workers.stdio import frame
+from tars.workers.watchdog import ABORT_SECONDS
 
 log = logging.getLogger("tars.worker")
 
@@ -64,6 +68,8 @@ class WorkerOptions:
     ping_interval_seconds: float = 2.0
     hang_seconds: float = 60.0
     """Far above the longest single step (a prefill chunk on a slow CPU), far below a caller's patience. At least three pings."""
+    abort_seconds: float = ABORT_SECONDS
+    """A step that stands still for so long is broken off inside the worker; at most a third of `hang_seconds`."""
     backoff_initial_seconds: float = 0.5
     backoff_most_seconds: float = 60.0
     stop_seconds: float = 5.0
@@ -79,6 +85,8 @@ class WorkerOptions:
     engines: Mapping[str, str] = field(default_factory=lambda: ENGINES)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to every worker's environment."""
+    saved_folder: Path | None = None
+    """Where the states of saved sequences are put; None is the system's folder for temporary files."""
 
     def limits(self) -> Limits:
         """The times as the lifecycle takes them."""
@@ -95,15 +103,12 @@ class WorkerOptions:
         )
 
 
-class _Call:
-    """One call in flight: its events, until one of them ends it."""
+@dataclass(frozen=True, slots=True)
+class SavedSequence:
+    """A running answer's state, out of the engine. The file is its receiver's, who deletes it."""
 
-    __slots__ = ("events", "started", "work")
-
-    def __init__(self, work: Work, started: float) -> None:
-        self.work = work
-        self.started = started
-        self.events: asyncio.Queue[Event | TarsError] = asyncio.Queue()
+    path: Path
+    saved: Saved
 
 
 class ReplicaWorker:
@@ -119,7 +124,7 @@ class ReplicaWorker:
         self._on_change = on_change
         self._lifecycle = Lifecycle(options.limits())
         self._child: Child | None = None
-        self._calls: dict[int, _Call] = {}
+        self._calls: dict[int, Call] = {}
         self._next_call = _FIRST_CALL
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
@@ -170,19 +175,40 @@ class ReplicaWorker:
         return self._pong.memory_bytes if self._pong is not None else None
 
     @property
+    def counters(self) -> EngineCounters | None:
+        """What the engine did since it was loaded, at most a ping interval ago; None before the first pong. Restarts begin anew."""
+        return self._pong.counters if self._pong is not None else None
+
+    @property
     def last_lines(self) -> list[str]:
         """The worker's last printed lines, for the operator's eyes only: they may hold paths."""
         return list(self._child.last_lines) if self._child is not None else self._epitaph
 
     @property
     def active_calls(self) -> int:
-        """Calls that the engine serves now."""
-        return min(len(self._calls), self._slots)
+        """Calls that the engine serves now: those that have at least one slot.
+
+        The node alone gives this worker work, so counting here is exact and newer than the last pong. Only that the KV cache holds fewer
+        sequences than there are slots is known to nobody but the engine, which then says that some wait.
+        """
+        counters, slots = self.counters, self._slots
+        if counters is not None and counters.waiting and 0 < counters.running < slots:
+            slots = counters.running
+        return self._served(slots)
 
     @property
     def queued_calls(self) -> int:
         """Calls that wait for a slot."""
         return len(self._calls) - self.active_calls
+
+    def _served(self, slots: int) -> int:
+        """Calls, in their order, that find one of `slots` free; a call of several answers takes as many as it has."""
+        taken = served = 0
+        for call in self._calls.values():
+            if taken < slots or not call.width:
+                served += 1
+                taken += call.width
+        return served
 
     @property
     def _slots(self) -> int:
@@ -223,37 +249,69 @@ class ReplicaWorker:
 
     # --- calls ---
 
-    async def run(self, work: Work, deadline: Deadline) -> AsyncIterator[Event]:
+    async def run(
+        self, work: Work, deadline: Deadline, *, resume: Resume | None = None, handle: CallHandle | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Any number of `Delta`, then one finished event. Closing the iterator cancels the work in the engine.
 
-        Raises `StillLoading`, `Overloaded`, `WorkerCrashed`, `Draining`, `ReplicaFailed`, `DeadlineExceeded`, or the engine's error.
+        `resume` goes on with an answer that was broken off elsewhere; `handle` names the call for `save`. A caller who reads slowly may
+        get several deltas as one. Raises `StillLoading`, `Overloaded`, `WorkerCrashed`, `Draining`, `ReplicaFailed`, `DeadlineExceeded`,
+        or the engine's error.
         """
-        number, call = self._begin(work, deadline)
-        finished = False
+        number, call = self._begin(work, deadline, resume)
+        if handle is not None:
+            handle.number = number
         try:
-            while not finished:
-                event = await self._next_event(call, deadline)
-                finished = not isinstance(event, Delta)
+            while True:
+                event = await call.next()
                 if isinstance(event, TarsError):
                     raise event
                 yield event
+                if not isinstance(event, Delta):
+                    return
         finally:
-            self._end(number, call, cancel=not finished)
+            self._end(number, call)
 
-    def _begin(self, work: Work, deadline: Deadline) -> tuple[int, _Call]:
+    async def save(self, handle: CallHandle, deadline: Deadline) -> SavedSequence:
+        """Write a running answer's state to a new file that only this user can read, and end its call with `Draining`.
+
+        Raises `CallerError` where that call does not run here or has no state, and what `run` raises; then no file is left. What was
+        generated before reaches the caller of `run` before its `Draining`.
+        """
+        number = handle.number
+        call = self._calls.get(number) if number is not None else None
+        if number is None or call is None or not call.open or not isinstance(call.work, GenerationParams):
+            raise CallerError("This call is not running here, or is not a generation: there is no state to save.")
+        path = _state_file(self.options.saved_folder)
+        try:
+            async with contextlib.aclosing(self.run(SaveParams(sequence=number, path=str(path)), deadline)) as events:
+                async for event in events:
+                    assert isinstance(event, Saved), "the only event that ends a save"
+                    return SavedSequence(path, event)
+            raise AssertionError("a call without an end")
+        except BaseException:
+            _remove(path)
+            raise
+
+    def _begin(self, work: Work, deadline: Deadline, resume: Resume | None) -> tuple[int, Call]:
         if self.state is not ReplicaState.READY or self._child is None:
             raise self._not_ready()
-        if self.queued_calls >= self.options.queue_limit:
+        width = 0 if isinstance(work, SaveParams) else work.n if isinstance(work, GenerationParams) else 1
+        queued = len(self._calls) - self._served(self._slots)
+        if width and queued >= self.options.queue_limit:
             raise Overloaded(
-                f"{self.queued_calls} calls wait for this replica already, which is its bound. Try again in a moment.",
-                retry_after_ms=int(min(60.0, max(0.2, self._seconds_per_call)) * 1000),
-                details={"limit": self.options.queue_limit, "queued": self.queued_calls},
+                f"{queued} calls wait for this replica already, which is its bound. Try again in a moment.",
+                # By then about half of the queue is served: a newcomer finds room, and not everybody comes back at once.
+                retry_after_ms=int(min(60.0, max(0.2, self._seconds_per_call * queued / (2 * self._slots))) * 1000),
+                details={"limit": self.options.queue_limit, "queued": queued},
             )
         remaining = deadline.remaining(time.monotonic())
         if remaining <= 0:
-            raise _too_late()
+            raise too_late()
         number = self._next_call
         params = {"work": work.model_dump(exclude_unset=True), "timeout_ms": max(1, int(remaining * 1000))}
+        if resume is not None:
+            params["resume"] = resume.model_dump()
         try:
             data = frame(protocol.request(number, protocol.METHOD_OF[type(work)], params))
         except TypeError:
@@ -263,23 +321,15 @@ class ReplicaWorker:
             ) from None
         self._next_call += 1
         self.calls_total += 1
-        call = self._calls[number] = _Call(work, time.monotonic())
+        call = self._calls[number] = Call(work, remaining, width)
         self._idle.clear()
         self._child.send_bytes(data)
         return number, call
 
-    async def _next_event(self, call: _Call, deadline: Deadline) -> Event | TarsError:
-        if not call.events.empty():
-            return call.events.get_nowait()
-        try:
-            async with asyncio.timeout(deadline.remaining(time.monotonic())):
-                return await call.events.get()
-        except TimeoutError:
-            raise _too_late() from None
-
-    def _end(self, number: int, call: _Call, *, cancel: bool) -> None:
+    def _end(self, number: int, call: Call) -> None:
+        call.close()
         was_known = self._calls.pop(number, None) is not None
-        if cancel and was_known and self._child is not None:
+        if call.open and was_known and self._child is not None:
             self._child.send(protocol.notification(protocol.CANCEL, {"id": number}))
         # A moving average over about ten calls: what `Overloaded` tells callers to wait.
         self._seconds_per_call += 0.1 * (time.monotonic() - call.started - self._seconds_per_call)
@@ -312,7 +362,7 @@ class ReplicaWorker:
 
     def _fail_calls(self, error: TarsError) -> None:
         for number, call in list(self._calls.items()):
-            call.events.put_nowait(error)
+            call.fail(error)
             if self._child is not None and self._lifecycle.state is ReplicaState.READY:
                 self._child.send(protocol.notification(protocol.CANCEL, {"id": number}))
         self._calls.clear()
@@ -369,6 +419,7 @@ class ReplicaWorker:
             environment,
             lambda message: self._receive(child, message),
             lambda cause: self._ended(child, cause),
+            min(self.options.abort_seconds, self.options.limits().hang / 3),
         )
         self._child = child
         child.send(protocol.request(LOAD_REQUEST, protocol.LOAD, self.spec.model_dump()))
@@ -397,10 +448,10 @@ class ReplicaWorker:
         if child is not self._child:
             return
         number, method = message.get("id"), message.get("method")
-        if method == protocol.DELTA:
-            params = message["params"]
-            if (call := self._calls.get(params["id"])) is not None:
-                call.events.put_nowait(Delta.model_validate(params["delta"]))
+        if method == protocol.STEP:
+            for row in message["params"]:
+                if (step_of := self._calls.get(row[0])) is not None:
+                    step_of.add(row)
         elif method == protocol.PROGRESS:
             progress = LoadProgress.model_validate(message["params"])
             self._happened(lifecycle.Progressed(progress.stage, progress.percent))
@@ -410,7 +461,7 @@ class ReplicaWorker:
         elif number == LOAD_REQUEST:
             self._load_answered(message)
         elif isinstance(number, int) and (call := self._calls.get(number)) is not None:
-            call.events.put_nowait(_end_event(call.work, message))
+            call.finish(_end_event(call.work, message))
 
     def _load_answered(self, message: dict[str, Any]) -> None:
         if "error" in message:
@@ -425,8 +476,17 @@ def _end_event(work: Work, message: dict[str, Any]) -> Finished | TarsError:
     return protocol.RESULT_OF[type(work)].model_validate(message["result"])
 
 
-def _too_late() -> DeadlineExceeded:
-    return DeadlineExceeded("The call's time budget is used up; the work was stopped. Give it a larger `timeout_ms`.")
+def _state_file(folder: Path | None) -> Path:
+    """A new empty file with mode 0600 from its first moment: the engine's library would make one that all can read."""
+    if folder is not None:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix="sequence-", suffix=".state", dir=folder)
+    os.close(descriptor)
+    return Path(name)
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def _load_left_ms(percent: float, elapsed: float) -> int:

@@ -2,23 +2,37 @@
 
 `LoadSpec.path` decides the load: `ok`, `slow:<path>` (goes on until that file exists), `bad-file`, `abort`, `raise`, `stuck` (no progress),
 `crash-once:<path>` (aborts the first time; the file remembers).
-A prompt decides the call: `count N` (N deltas), `forever`, `abort`, `hang` (the engine thread sleeps for ever), `print` (native prints),
-`fail`, `bug`; an embedding answers its texts' lengths.
+A prompt decides the call: `count N` (N deltas at once), `slow N` (one a millisecond; can be saved and resumed), `forever`, `flood` (as
+`forever`, 64 KiB a delta and without a pause), `abort`, `hang` (the engine thread sleeps for ever), `stuck` (a step that stands still until
+it is broken off, and again), `stuck-once`, `print` (native prints), `fail`, `bug`; an embedding answers its texts' lengths.
+Where a call asks for log probabilities or several answers, its deltas have them.
 """
 
 from __future__ import annotations
 
 import base64
 import ctypes
+import json
 import os
 import struct
+import threading
 import time
 from pathlib import Path
 
-from tars.errors import BadGrammar, BadModelFile, Cancelled, DeadlineExceeded
-from tars.messages.inference import CompleteParams, Delta, Embedded, EmbedParams, Generated, Timings, Tokenized, Usage
+from tars.errors import BadGrammar, BadModelFile, Cancelled, DeadlineExceeded, Draining, WorkerCrashed
+from tars.messages.inference import (
+    CompleteParams,
+    Delta,
+    Embedded,
+    EmbedParams,
+    Generated,
+    Timings,
+    Tokenized,
+    TokenLogprob,
+    Usage,
+)
 from tars.messages.node import EngineCounters, LoadedInfo
-from tars.workers.engine import Emit, LoadSpec, Progress, Submission
+from tars.workers.engine import Emit, LoadSpec, Progress, Saved, SaveParams, Submission
 from tars.workers.inbox import Inbox
 
 
@@ -27,6 +41,9 @@ class FakeEngine:
         self._inbox = Inbox()
         self._mark = 0
         self._emit: Emit = lambda events: None
+        self._aborted = threading.Event()
+        self._generated = 0
+        self._running = 0
 
     def load(self, spec: LoadSpec, progress: Progress, emit: Emit) -> LoadedInfo:
         self._emit = emit
@@ -62,10 +79,13 @@ class FakeEngine:
         return 4711
 
     def counters(self) -> EngineCounters:
-        return EngineCounters()
+        return EngineCounters(running=self._running, generated_tokens=self._generated, steps=self._mark)
 
     def progress_mark(self) -> int:
         return self._mark
+
+    def abort_step(self) -> None:
+        self._aborted.set()
 
     def unload(self) -> None:
         self._inbox.close()
@@ -83,7 +103,9 @@ class FakeEngine:
                 waiting.remove(submission)
                 self._emit([(submission.sequence, Cancelled("cancelled"))])
             if waiting:
+                self._running = 1
                 self._answer(waiting.pop(0), cancelled)
+                self._running = 0
 
     def _answer(self, submission: Submission, cancelled: set[int]) -> None:
         self._mark += 1
@@ -93,6 +115,9 @@ class FakeEngine:
             vectors = [base64.b64encode(struct.pack("<f", len(text))).decode() for text in texts]
             self._emit([(number, Embedded(vectors=vectors, dimensions=1, prompt_tokens=len(texts), timings=Timings()))])
             return
+        if isinstance(work, SaveParams):
+            self._emit([(number, WorkerCrashed("nothing to save"))])
+            return
         if not isinstance(work, CompleteParams):
             self._emit([(number, Tokenized(tokens=[1, 2, 3]))])
             return
@@ -101,6 +126,13 @@ class FakeEngine:
             os.abort()
         if what == "hang":
             time.sleep(3600)
+        if what.startswith("stuck"):
+            for _ in range(1 if what == "stuck-once" else 2):
+                self._aborted.wait()
+                self._aborted.clear()
+            if what == "stuck":
+                self._emit([(number, WorkerCrashed("the step was broken off twice"))])
+                return
         if what == "print":
             os.write(1, b"raw noise\r\n\r\n")
             libc = ctypes.CDLL(None)
@@ -113,11 +145,25 @@ class FakeEngine:
         if what == "bug":
             self._emit([(number, ValueError("secret /path"))])
             return
-        wanted = int(argument) if what == "count" else 10**9 if what == "forever" else 1
-        for index in range(wanted):
+        wanted = int(argument) if what in ("count", "slow") else 10**9 if what in ("forever", "flood") else 1
+        first = 0
+        if submission.resume is not None:
+            first = len(submission.resume.generated)
+            if submission.resume.path is not None:
+                assert json.loads(Path(submission.resume.path).read_text()) == submission.resume.generated
+            ready = submission.resume.generated[submission.resume.handed_out :]
+            self._emit([(number, Delta(text="".join(f"{one} " for one in ready), token_ids=ready))])
+        for index in range(first, wanted):
             self._mark += 1
+            self._generated += 1
             taken = self._inbox.take(wait=False)
             for late in taken.submissions:
+                if isinstance(late.work, SaveParams) and late.work.sequence == number:
+                    state = json.dumps(list(range(index)))
+                    Path(late.work.path).write_text(state)
+                    saved = Saved(bytes=len(state), prompt_tokens=1, generated=list(range(index)), seed=7)
+                    self._emit([(number, Draining("moved")), (late.sequence, saved)])
+                    return
                 self._inbox.put(late)
             cancelled |= taken.cancelled
             if number in cancelled:
@@ -126,8 +172,17 @@ class FakeEngine:
             if submission.deadline is not None and time.monotonic() > submission.deadline:
                 self._emit([(number, DeadlineExceeded("late"))])
                 return
-            self._emit([(number, Delta(text=f"{index} ", token_ids=[index]))])
-            if what == "forever":
+            text = "x" * 65_536 if what == "flood" else f"{index} "
+            logprobs = None
+            if work.logprobs is not None:
+                logprobs = [TokenLogprob(token=text, token_id=index, logprob=-0.5, top=[(text, -0.5)])]
+            self._emit(
+                [
+                    (number, Delta(text=text, token_ids=[index], index=answer, logprobs=logprobs))
+                    for answer in range(work.n)
+                ]
+            )
+            if what in ("slow", "forever"):
                 time.sleep(0.001)
         usage = Usage(prompt_tokens=1, completion_tokens=wanted, total_tokens=wanted + 1)
         self._emit([(number, Generated(text="done", finish_reason="stop", usage=usage, timings=Timings()))])

@@ -56,7 +56,7 @@ async def test_a_worker_answers_pings_and_refuses_work_before_it_loaded() -> Non
             answers += await reader.read() or []
         process.stdin.close()
         await process.wait()
-    assert answers[0]["result"] == {"mark": 0, "in_flight": 0, "memory_bytes": 0}
+    assert answers[0]["result"] == {"mark": 0, "in_flight": 0, "memory_bytes": 0, "counters": None}
     error = answers[1]["error"]
     assert isinstance(error, dict)
     assert error["data"]["kind"] == "invalid_request"
