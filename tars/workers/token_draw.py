@@ -3,7 +3,7 @@
 Law of this file: numpy and numbers, no model, no grammar, no request. Stages, their order and their formulas are llama.cpp's
 (`src/llama-sampler.cpp`; a test compares the kept tokens and their probabilities with llama.cpp's own samplers). The draw is ours: u is a
 hash of (seed, position), so a sequence that is continued, preempted or moved to another machine draws what it would have drawn. Candidates
-stand in one order, logit descending and id ascending, so that equal numbers always give the same token.
+stand in one order, logit descending and id ascending (all of the vocabulary: by id), so that equal numbers always give the same token.
 
 Why not llama.cpp's samplers: they copy the whole vocabulary into structures for every token, and their generator has a state.
 """
@@ -59,7 +59,8 @@ def best(row: Row, count: int) -> Ids:
         bound = np.partition(row, size - count)[size - count]
         found = np.flatnonzero(row >= bound)
     else:
-        maxima = row[: blocks * BLOCK].reshape(blocks, BLOCK).max(axis=1)
+        # Down the columns: element-wise maxima of long rows are what processors do best.
+        maxima = row[: blocks * BLOCK].reshape(BLOCK, blocks).max(axis=0)
         bound = np.partition(maxima, blocks - count)[blocks - count]
         found = np.flatnonzero(row >= bound)
     return found[np.argsort(-row[found], kind="stable")[:count]]
@@ -127,9 +128,10 @@ class TokenDraw:
             ids = np.flatnonzero(row >= row.max() + np.float32(self._least_ratio))
             ids = ids[np.argsort(-row[ids], kind="stable")]
         else:
-            ids = best(row, len(row))
+            # All of them, so their order says nothing and sorting them would take milliseconds.
+            ids = np.arange(len(row))
         values = row[ids].astype(np.float64)
-        values -= values[0]
+        values -= values.max()
         if self._top_k > 0 and self._top_p < 1:
             cumulated = np.exp(values).cumsum()
             values = values[: int(cumulated.searchsorted(self._top_p * cumulated[-1])) + 1]
@@ -145,7 +147,8 @@ class TokenDraw:
         ids, weights = self.kept(row)
         cumulated = weights.cumsum()
         at = int(cumulated.searchsorted(uniform(self._seed, position, attempt) * cumulated[-1], side="right"))
-        return int(ids[min(at, len(ids) - 1)])
+        # The product may round up to the sum; behind the place where that is reached only tokens of weight 0 follow.
+        return int(ids[min(at, int(cumulated.searchsorted(cumulated[-1])))])
 
     def _nucleus(self, row: Row) -> Ids:
         """The fewest best tokens whose probabilities reach top-p, best first."""

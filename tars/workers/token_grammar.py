@@ -1,0 +1,196 @@
+"""A grammar over a model's tokens: which may come next, and the state after one.
+
+Law of this file: bytes of tokens on one side, `grammar_states` on the other; no logits, no native code. Tokens need not end between
+characters: what began and did not end waits as `Place.unfinished`, and is only allowed where some character that begins so is.
+UTF-8 is kept whole by that: bytes that can begin no character are never allowed.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tars.errors import BadGrammar
+from tars.workers.gbnf import parse
+from tars.workers.grammar_states import Automaton, State
+
+Mask = np.ndarray[Any, np.dtype[np.bool_]]
+"""[vocabulary]: whether a token may come next."""
+
+WORK_MOST = 250_000
+"""Of one token, in `Automaton.work`: a quarter of a second or so of everybody's time. A count and not a clock, so that it ends the same
+calls on every machine; JSON schemas take some thousands for their first tokens and nothing once their states are known."""
+
+MASKS_KEPT = 64
+"""As bits, so 16 KB each for 128,000 tokens. An answer in JSON meets a dozen states again and again."""
+
+
+class TokenTexts:
+    """The vocabulary in the order of its texts, so that tokens that begin alike are looked at once. Made once a model; never changes."""
+
+    def __init__(self, pieces: Sequence[bytes], end_tokens: Iterable[int]) -> None:
+        """`pieces`: bytes of every token, empty for control tokens, which no grammar allows."""
+        self.pieces = pieces
+        self.end_tokens = frozenset(end_tokens)
+        self.texts: list[str | None] = [_text(piece) for piece in pieces]
+        """None where the bytes are not whole characters by themselves, or none at all."""
+        self.broken = [
+            token for token, piece in enumerate(pieces) if piece and self.texts[token] is None and b"\0" not in piece
+        ]
+        """Tokens that begin or end inside a character."""
+        self.continuing = [token for token in self.broken if 0x80 <= pieces[token][0] < 0xC0]
+        """Those of them that go on with one."""
+        ordered = sorted(
+            (text, token) for token, text in enumerate(self.texts) if text and token not in self.end_tokens
+        )
+        self.sorted_texts = [text for text, _ in ordered]
+        self.sorted_tokens = [token for _, token in ordered]
+        self.shared = [
+            0,
+            *(_shared(one, other) for one, other in zip(self.sorted_texts, self.sorted_texts[1:], strict=False)),
+        ]
+        """Of each text: how many characters it has in common with the one before."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a sequence stands."""
+
+    state: State
+    unfinished: bytes = b""
+    """Bytes of a character that began."""
+
+
+class TokenGrammar:
+    """One grammar for one vocabulary. Compile it in any thread (no native code, no shared state); use it in one."""
+
+    def __init__(self, text: str, tokens: TokenTexts) -> None:
+        """Raises `BadGrammar`."""
+        self._tokens = tokens
+        grammar = parse(text)
+        self._automaton = Automaton(grammar)
+        self._automaton.work_most = WORK_MOST
+        self._borders = grammar.borders
+        self._masks: OrderedDict[State, np.ndarray[Any, np.dtype[np.uint8]]] = OrderedDict()
+        self.start = Place(self._automaton.start)
+        if not self.start.state.items and not self.start.state.accepting:
+            raise BadGrammar(
+                "The grammar has no text at all: every way through its rules leads back to their beginning."
+            )
+
+    def begin_token(self) -> None:
+        """Give the next calls a new allowance of work; beyond it they raise `TooAmbiguous`, a `BadGrammar`."""
+        self._automaton.work = 0
+
+    def after(self, place: Place, token: int) -> Place | None:
+        """Where the sequence stands after `token`; None where it may not come. An end token leaves it where it was."""
+        if token in self._tokens.end_tokens:
+            return place if place.state.accepting and not place.unfinished else None
+        text = self._tokens.texts[token]
+        if text is not None and not place.unfinished:
+            state = self._automaton.after_text(place.state, text)
+            return None if state is None else Place(state)
+        piece = self._tokens.pieces[token]
+        if not piece or b"\0" in piece:
+            return None
+        data = place.unfinished + piece
+        rest = unfinished(data)
+        if rest is None:
+            return None
+        state = self._automaton.after_text(place.state, data[: len(data) - len(rest)].decode())
+        if state is None or (rest and not self._may_become(state, rest)):
+            return None
+        return Place(state, rest)
+
+    def mask(self, place: Place) -> Mask:
+        """Every token that may come next."""
+        if place.unfinished:
+            mask = np.zeros(len(self._tokens.pieces), dtype=np.bool_)
+            mask[[token for token in self._tokens.continuing if self.after(place, token) is not None]] = True
+            return mask
+        kept = self._masks.get(place.state)
+        if kept is None:
+            kept = self._masks[place.state] = np.packbits(self._whole_mask(place))
+            if len(self._masks) > MASKS_KEPT:
+                self._masks.popitem(last=False)
+        else:
+            self._masks.move_to_end(place.state)
+        return np.unpackbits(kept, count=len(self._tokens.pieces)).view(np.bool_)
+
+    def _whole_mask(self, place: Place) -> Mask:
+        mask = np.zeros(len(self._tokens.pieces), dtype=np.bool_)
+        automaton, tokens = self._automaton, self._tokens
+        allowed = [token for token in tokens.broken if self.after(place, token) is not None]
+        if place.state.accepting:
+            allowed += tokens.end_tokens
+        # States after each character of the text before: what two texts share is walked once, and not at all where it already failed.
+        path = [place.state]
+        for text, token, shared in zip(tokens.sorted_texts, tokens.sorted_tokens, tokens.shared, strict=True):
+            if shared >= len(path):
+                continue
+            del path[shared + 1 :]
+            state = path[-1]
+            for character in text[shared:]:
+                kind = automaton.character_class(character)
+                following = state.successors[kind] if kind in state.successors else automaton.after(state, kind)
+                if following is None:
+                    break
+                path.append(following)
+                state = following
+            else:
+                allowed.append(token)
+        mask[allowed] = True
+        return mask
+
+    def _may_become(self, state: State, rest: bytes) -> bool:
+        """Whether some character that begins with these bytes may come."""
+        first, last = _characters(rest)
+        kinds = range(self._automaton.character_class(first), self._automaton.character_class(last) + 1)
+        return any(self._automaton.after(state, kind) is not None for kind in kinds)
+
+
+def unfinished(data: bytes) -> bytes | None:
+    """The bytes of a character that `data` ends inside of (none: b""), or None where `data` cannot begin UTF-8."""
+    decoder = codecs.getincrementaldecoder("utf-8")("strict")
+    try:
+        decoder.decode(data)
+    except UnicodeDecodeError:
+        return None
+    rest = decoder.getstate()[0]
+    # Python waits for the third byte of what can only become a surrogate, and refuses it then.
+    return None if len(rest) > 1 and rest[0] == 0xED and rest[1] >= 0xA0 else rest
+
+
+def _characters(rest: bytes) -> tuple[str, str]:
+    """The first and the last character of those that begin with these bytes (RFC 3629, section 4)."""
+    length = 2 if rest[0] < 0xE0 else 3 if rest[0] < 0xF0 else 4
+    least, most = 0x80, 0xBF
+    if len(rest) == 1:
+        least = {0xE0: 0xA0, 0xF0: 0x90}.get(rest[0], least)
+        most = {0xED: 0x9F, 0xF4: 0x8F}.get(rest[0], most)
+    missing = length - len(rest) - 1
+    return (
+        (rest + bytes([least]) + b"\x80" * missing).decode(),
+        (rest + bytes([most]) + b"\xbf" * missing).decode(),
+    )
+
+
+def _text(piece: bytes) -> str | None:
+    if not piece or b"\0" in piece:
+        return None
+    try:
+        return piece.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def _shared(one: str, other: str) -> int:
+    most = min(len(one), len(other))
+    if one[:most] == other[:most]:
+        return most
+    return next(index for index in range(most) if one[index] != other[index])
