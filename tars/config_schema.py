@@ -342,6 +342,12 @@ class WorkerSection(Section):
         le=86_400,
         description="Without progress while it has work: a worker is hung. A prefill chunk of a 33B on a CPU takes seconds.",
     )
+    abort_seconds: float = Field(
+        20.0,
+        gt=0,
+        le=86_400,
+        description="A step of the engine that stands still for so long is broken off and tried once more; at most a third of hang_seconds.",
+    )
     backoff_initial_seconds: float = Field(
         0.5, gt=0, le=3600, description="Before the first restart; doubles with each."
     )

@@ -34,7 +34,7 @@ from tars.rpc.http_server import add_rpc_routes, refusal_renderer
 from tars.rpc.listener import Listener, listen
 from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
 from tars.serving.local_service import LocalNodeService
-from tars.state_folder import StateFolder
+from tars.state_folder import SEQUENCES, StateFolder
 from tars.web.routes import PUBLIC_PATHS, add_web_routes, render_refusal
 from tars.workers.engines_installed import probe_engines
 from tars.workers.supervisor import ReplicaWorker, WorkerOptions
@@ -106,6 +106,8 @@ def worker_options(config: Config) -> WorkerOptions:
         start_timeout_seconds=worker.start_timeout_seconds,
         ping_interval_seconds=worker.ping_interval_seconds,
         hang_seconds=worker.hang_seconds,
+        abort_seconds=worker.abort_seconds,
+        saved_folder=config.node.state_dir / SEQUENCES,
         backoff_initial_seconds=worker.backoff_initial_seconds,
         backoff_most_seconds=worker.backoff_most_seconds,
         stop_seconds=worker.stop_seconds,

@@ -18,6 +18,9 @@ import orjson
 from tars.core.types import NodeId
 from tars.errors import ConfigError, DiskFull
 
+SEQUENCES = "sequences"
+"""The folder in it where running answers' states are put while they move to another replica; emptied at each start."""
+
 PARTIAL = ".partial"
 """How the name of a file ends while it is being written."""
 
@@ -57,6 +60,8 @@ class StateFolder:
         with suppress(OSError):
             for partial in self.path.glob(f"*{PARTIAL}"):
                 partial.unlink(missing_ok=True)
+            for sequence in (self.path / SEQUENCES).glob("sequence-*"):
+                sequence.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Give the lock back. Idempotent."""

@@ -27,7 +27,9 @@ class FakeWorker:
         self.on_change = on_change
         self.state = ReplicaState.STARTING
         self.restarts = self.active_calls = self.queued_calls = self.calls_total = 0
-        self.info = self.progress = self.last_error = None
+        self.info = self.progress = self.last_error = self.counters = None
+        self.retry_due = False
+        self.starts = 0
         self.stopped_with = None
         self.stop_asked = asyncio.Event()
         self.script = []
@@ -36,6 +38,8 @@ class FakeWorker:
         self.may_stop.set()
 
     async def start(self):
+        self.retry_due = False
+        self.starts += 1
         self.state = ReplicaState.LOADING
         self.on_change(self)
 
@@ -51,6 +55,10 @@ class FakeWorker:
     async def run(self, work, deadline):
         for event in self.script:
             yield event
+
+    def cooled_down(self):
+        self.retry_due = True
+        self.on_change(self)
 
     async def stop(self, grace):
         self.stopped_with = grace

@@ -94,7 +94,10 @@ def test_a_full_disk_at_the_very_start_is_said_as_such(tmp_path, monkeypatch):
 def test_opening_removes_what_a_killed_node_left_half_written(tmp_path):
     (tmp_path / "deployments.json.4242.partial").write_bytes(b"{")
     (tmp_path / "deployments.json").write_bytes(b"{}")
+    (tmp_path / "sequences").mkdir()
+    (tmp_path / "sequences" / "sequence-abc.state").write_bytes(b"of nobody any more")
     folder = StateFolder(tmp_path)
     folder.open()
-    assert {path.name for path in tmp_path.iterdir()} == {"deployments.json", "lock"}
+    assert {path.name for path in tmp_path.iterdir()} == {"deployments.json", "lock", "sequences"}
+    assert list((tmp_path / "sequences").iterdir()) == []
     folder.close()

@@ -173,7 +173,12 @@ class Coordinator:
             loading = self._moving()
             devices = {device.id: device for node in nodes for device in node.devices}
             for assignment in self.plan.assignments:
-                if assignment.replica in self.replicas or assignment.device in loading:
+                if assignment.device in loading:
+                    continue
+                if (known := self.replicas.get(assignment.replica)) is not None:
+                    if known.worker.retry_due:
+                        loading.add(assignment.device)
+                        await known.worker.start()
                     continue
                 entry = models[assignment.model]
                 variant = next(each for each in entry.variants if each.name == assignment.variant)

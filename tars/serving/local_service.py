@@ -378,6 +378,7 @@ def _describe_replica(live: LiveReplica) -> ReplicaDescription:
         active_calls=worker.active_calls,
         queued_calls=worker.queued_calls,
         calls_total=worker.calls_total,
+        counters=worker.counters,
         last_error=worker.last_error.message if worker.last_error else None,
         reason=assignment.reason,
     )

@@ -7,8 +7,9 @@ The rules, in words:
 - A load that cannot heal (`retryable` is False on its error: a corrupt file, no room) is FAILED at once: a person must act.
 - Everything else restarts after `backoff_initial * 2**(n-1)` seconds, at most `backoff_most`, n the quick crashes in a row. A worker that
   stayed READY for `stable` seconds has its count forgiven.
-- After `crash_limit` quick crashes in a row it is FAILED, and tried again once after every `cool_down` seconds: nobody is on call,
-  and a driver update or freed memory may have healed it.
+- After `crash_limit` quick crashes in a row it is FAILED, and may be tried again once after every `cool_down` seconds: nobody is on call,
+  and a driver update or freed memory may have healed it. That try is asked for (`StartAsked`) by whoever sees to it that loads on one
+  device come one at a time; here it only becomes due (`retry_due`).
 - Hung is: no answer to a ping for `hang` seconds (a stopped or swapped-out process), or calls in flight while the engine's progress mark
   stands still that long (a dead kernel, an endless grammar). A hung worker is killed; what follows is the same as after a crash.
 - While it imports or starts, native code may hold the interpreter for long: there the patience is `start_timeout`, as it is for a load
@@ -171,6 +172,8 @@ class Lifecycle:
         self.last_error: TarsError | None = None
         self.restart_at: float | None = None
         """When the next start is due, None where none is."""
+        self.retry_due = False
+        """FAILED by crashes, and its cool-down is over: `StartAsked` tries once more."""
         self._alive = False
         self._quick_crashes = 0
         self._ready_since = 0.0
@@ -189,7 +192,7 @@ class Lifecycle:
         """What to do about `event`."""
         match event:
             case StartAsked():
-                return self._start(now) if self.state is ReplicaState.STOPPED else []
+                return self._start_asked(now)
             case StopAsked():
                 return self._stop(now)
             case Progressed(stage, percent):
@@ -227,8 +230,17 @@ class Lifecycle:
         assert state in LEGAL[self.state], f"{self.state} -> {state}"
         self.state = state
 
+    def _start_asked(self, now: float) -> list[Effect]:
+        if self.state is ReplicaState.STOPPED:
+            return self._start(now)
+        if not self.retry_due:
+            return []
+        self.restarts += 1
+        return self._start(now)
+
     def _start(self, now: float) -> list[Effect]:
         self._enter(ReplicaState.STARTING)
+        self.retry_due = False
         self.progress = LoadProgress(stage="spawn", percent=0.0)
         self.info = None
         self.restart_at = None
@@ -247,6 +259,7 @@ class Lifecycle:
         if self.state in (ReplicaState.STOPPING, ReplicaState.STOPPED):
             return []
         self.restart_at = None
+        self.retry_due = False
         self.progress = None
         if not self._alive:
             self._enter(ReplicaState.STOPPED)
@@ -322,6 +335,10 @@ class Lifecycle:
         self._last_tick = now
         if self.state in (ReplicaState.RESTARTING, ReplicaState.FAILED):
             if self.restart_at is None or now < self.restart_at or self._alive:
+                return []
+            if self.state is ReplicaState.FAILED:
+                self.restart_at = None
+                self.retry_due = True
                 return []
             self.restarts += 1
             return self._start(now)

@@ -79,7 +79,7 @@ class WorkerOptions:
     crash_limit: int = 6
     """Quick crashes in a row until FAILED: with the backoff above about 30 s of trying."""
     cool_down_seconds: float = 300.0
-    """From FAILED by crashes to the next single try."""
+    """From FAILED by crashes until the next single try is due."""
     queue_limit: int = 64
     """Calls that may wait behind the ones being served; one more is `Overloaded`."""
     engines: Mapping[str, str] = field(default_factory=lambda: ENGINES)
@@ -155,6 +155,11 @@ class ReplicaWorker:
         return self._lifecycle.info
 
     @property
+    def retry_due(self) -> bool:
+        """FAILED, and `start` would try once more: only whoever places the loads knows when its device is free for one."""
+        return self._lifecycle.retry_due
+
+    @property
     def restarts(self) -> int:
         """How often the worker was started again."""
         return self._lifecycle.restarts
@@ -217,7 +222,7 @@ class ReplicaWorker:
     # --- life ---
 
     async def start(self) -> None:
-        """Start the worker; returns at once, loading goes on."""
+        """Start the worker, or try a failed one again whose retry is due; returns at once, loading goes on."""
         self._draining = False
         self._happened(lifecycle.StartAsked())
 
@@ -380,7 +385,7 @@ class ReplicaWorker:
 
     def _visible(self) -> tuple[object, ...]:
         machine = self._lifecycle
-        return (machine.state, machine.progress, machine.info, machine.last_error, machine.restarts)
+        return (machine.state, machine.progress, machine.info, machine.last_error, machine.restarts, machine.retry_due)
 
     def _notify(self) -> None:
         self._changed.set()

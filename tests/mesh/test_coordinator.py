@@ -82,6 +82,24 @@ async def test_loads_on_one_device_happen_one_at_a_time(bench):
     assert len(bench.workers) == 2
 
 
+async def test_a_failed_replica_is_tried_again_after_its_cool_down_when_nothing_else_loads_on_its_device(bench):
+    for model in (bench.model, bench.second):
+        bench.deployments.deploy(Deployment(model))
+    await bench.coordinator.reconcile()
+    failed = bench.workers[0]
+    failed.failed(BadModelFile("broken"))
+    await bench.coordinator.reconcile()
+    other = bench.workers[1]
+    failed.cooled_down()
+    await bench.coordinator.reconcile()
+    assert (failed.starts, failed.state) == (1, ReplicaState.FAILED)
+    other.loaded()
+    await bench.coordinator.reconcile()
+    assert (failed.starts, failed.state) == (2, ReplicaState.LOADING)
+    await bench.coordinator.reconcile()
+    assert failed.starts == 2
+
+
 async def test_two_devices_load_side_by_side(bench):
     bench.devices = [card("gpu-a", 700), card("gpu-b", 700)]
     bench.deployments.deploy(Deployment(bench.model, replicas=2))

@@ -120,9 +120,19 @@ def test_quick_crashes_wait_longer_each_and_are_given_up_then_tried_once_in_a_wh
     assert "4 times in a row" in machine.last_error.message
     assert machine.next_wake() == now + 300
     assert machine.handle(Tick(), now + 299) == []
-    assert machine.handle(Tick(), now + 300) == [Spawn()]
-    machine.handle(ProcessEnded("exit code 1"), now + 301)
-    assert machine.state is S.FAILED
+    assert machine.handle(StartAsked(), now + 299) == []
+    assert not machine.retry_due
+    # Another load may be under way on its device: it waits to be asked.
+    assert machine.handle(Tick(), now + 300) == []
+    assert (machine.state, machine.retry_due, machine.next_wake()) == (S.FAILED, True, None)
+    assert machine.handle(StartAsked(), now + 350) == [Spawn()]
+    assert (machine.state, machine.retry_due, machine.restarts) == (S.STARTING, False, 4)
+    machine.handle(ProcessEnded("exit code 1"), now + 351)
+    assert (machine.state, machine.retry_due) == (S.FAILED, False)
+    machine.handle(Tick(), now + 651)
+    assert machine.retry_due
+    machine.handle(StopAsked(), now + 652)
+    assert (machine.state, machine.retry_due) == (S.STOPPED, False)
 
 
 def test_a_stable_time_forgives_earlier_crashes() -> None:

@@ -20,6 +20,7 @@ from tars.core.types import Deadline, ReplicaState
 from tars.errors import (
     BadGrammar,
     BadModelFile,
+    CallerError,
     DeadlineExceeded,
     Draining,
     InvalidParams,
@@ -30,7 +31,8 @@ from tars.errors import (
     WorkerCrashed,
 )
 from tars.messages.inference import CompleteParams, Delta, Embedded, EmbedParams, Generated, Tokenized, TokenizeParams
-from tars.workers.engine import Event, LoadSpec, Work
+from tars.workers.calls import CallHandle
+from tars.workers.engine import Event, LoadSpec, Resume, Work
 from tars.workers.supervisor import ReplicaWorker, WorkerOptions
 
 HERE = Path(__file__).parent
@@ -122,6 +124,28 @@ async def test_events_arrive_in_order_and_end_with_the_result(shared: ReplicaWor
     assert isinstance(events[-1], Generated)
     assert worker.calls_total == before + 1
     assert (worker.active_calls, worker.queued_calls) == (0, 0)
+
+
+@together
+async def test_a_call_of_several_answers_with_log_probabilities_comes_whole(shared: ReplicaWorker) -> None:
+    events = await collect(shared, CompleteParams(prompt="count 20", n=3, logprobs=1))
+    deltas = [event for event in events if isinstance(event, Delta)]
+    for index in range(3):
+        mine = [delta for delta in deltas if delta.index == index]
+        assert "".join(delta.text for delta in mine) == "".join(f"{n} " for n in range(20))
+        assert [one.top[0][0] for delta in mine for one in delta.logprobs or ()] == [f"{n} " for n in range(20)]
+
+
+@together
+async def test_a_reader_who_falls_behind_gets_the_same_text_in_fewer_pieces(shared: ReplicaWorker) -> None:
+    stream = shared.run(CompleteParams(prompt="count 5000"), soon())
+    deltas = [await anext(stream)]
+    # Another call's answer: the first one's engine is through, and nothing of it was read meanwhile.
+    await collect(shared, CompleteParams(prompt="count 1"))
+    deltas += [event async for event in stream]
+    assert isinstance(deltas.pop(), Generated)
+    assert [token for delta in deltas if isinstance(delta, Delta) for token in delta.token_ids] == list(range(5000))
+    assert len(deltas) < 1000
 
 
 @together
@@ -228,6 +252,154 @@ async def test_an_engine_that_hangs_behind_a_live_event_loop_is_replaced(make: M
     await worker.wait_ready(20)
 
 
+async def test_a_step_that_stands_still_is_broken_off_and_tried_again_before_the_worker_counts_as_hung(
+    make: Make,
+) -> None:
+    worker = await make(abort_seconds=0.2, hang_seconds=5.0)
+    assert isinstance((await collect(worker, CompleteParams(prompt="stuck-once")))[-1], Generated)
+    with pytest.raises(WorkerCrashed, match="broken off twice"):
+        await collect(worker, CompleteParams(prompt="stuck"))
+    assert worker.state is ReplicaState.READY
+    assert worker.restarts == 0
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+
+
+async def test_a_step_is_broken_off_early_enough_for_a_second_try_whatever_the_options_say(make: Make) -> None:
+    worker = await make(abort_seconds=100.0, hang_seconds=3.0)
+    with pytest.raises(WorkerCrashed, match="broken off twice"):
+        await collect(worker, CompleteParams(prompt="stuck"))
+    assert worker.restarts == 0
+
+
+async def test_a_node_that_does_not_read_bounds_the_workers_memory_and_loses_only_those_calls(make: Make) -> None:
+    worker = await make(hang_seconds=30.0)
+    assert worker.pid
+    stream = worker.run(CompleteParams(prompt="flood"), soon(60))
+    await anext(stream)
+    # 64 KiB a delta and as fast as they can be made, while this event loop, the only reader of the pipe, stands still until the worker
+    # has given up: then it has nothing to do.
+    process = psutil.Process(worker.pid)
+    before, most = process.memory_info().rss, 0
+    give_up = time.monotonic() + 20
+    while time.monotonic() < give_up:
+        most = max(most, process.memory_info().rss)
+        used = process.cpu_times().user
+        time.sleep(0.2)  # noqa: ASYNC251  # the event loop is meant to stand still
+        if process.cpu_times().user - used < 0.01:
+            break
+    assert most - before < 160 * 2**20, f"{(most - before) / 2**20:.0f} MiB"
+    with pytest.raises(Overloaded, match="too slowly"):
+        [event async for event in stream]
+    assert worker.restarts == 0
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+
+
+@together
+async def test_counters_come_with_the_pongs(shared: ReplicaWorker) -> None:
+    def generated() -> int:
+        return shared.counters.generated_tokens if shared.counters is not None else 0
+
+    before = generated()
+    await collect(shared, CompleteParams(prompt="count 123"))
+    await until(lambda: generated() >= before + 123)
+
+
+async def test_counters_begin_anew_with_the_worker(make: Make) -> None:
+    worker = await make()
+    await collect(worker, CompleteParams(prompt="count 50"))
+    await until(lambda: worker.counters is not None and worker.counters.generated_tokens == 50)
+    with pytest.raises(WorkerCrashed):
+        await collect(worker, CompleteParams(prompt="abort"))
+    await worker.wait_ready(20)
+    await until(lambda: worker.counters is not None)
+    assert worker.counters is not None
+    assert worker.counters.generated_tokens == 0
+
+
+async def test_a_running_answer_is_saved_and_goes_on_where_it_was_without_a_gap(make: Make, tmp_path: Path) -> None:
+    worker = await make(saved_folder=tmp_path / "sequences")
+    handle = CallHandle()
+    stream = worker.run(CompleteParams(prompt="slow 300"), soon(), handle=handle)
+    tokens: list[int] = []
+    while len(tokens) < 40:
+        event = await anext(stream)
+        assert isinstance(event, Delta)
+        tokens += event.token_ids
+    state = await worker.save(handle, soon())
+    with pytest.raises(Draining):
+        while isinstance(event := await anext(stream), Delta):
+            tokens += event.token_ids
+    assert state.path.parent == tmp_path / "sequences"
+    assert state.path.stat().st_mode & 0o777 == 0o600
+    assert state.path.parent.stat().st_mode & 0o777 == 0o700
+    assert state.saved.bytes == state.path.stat().st_size
+    assert tokens == state.saved.generated
+    assert (worker.active_calls, worker.queued_calls) == (0, 0)
+
+    # On another worker, which knows the answer by its state only; two tokens' text was held back.
+    other = await make()
+    resume = Resume(
+        generated=state.saved.generated, handed_out=len(tokens) - 2, seed=state.saved.seed, path=str(state.path)
+    )
+    rest = [event async for event in other.run(CompleteParams(prompt="slow 300"), soon(), resume=resume)]
+    assert isinstance(rest.pop(), Generated)
+    assert tokens[:-2] + [token for delta in rest if isinstance(delta, Delta) for token in delta.token_ids] == list(
+        range(300)
+    )
+
+
+async def test_what_cannot_be_saved_is_said_and_leaves_no_file(make: Make, tmp_path: Path) -> None:
+    worker = await make(saved_folder=tmp_path)
+    with pytest.raises(CallerError, match="not running here"):
+        await worker.save(CallHandle(), soon())
+    handle = CallHandle()
+    events = worker.run(CompleteParams(prompt="count 3"), soon(), handle=handle)
+    async for _ in events:
+        pass
+    with pytest.raises(CallerError, match="not running here"):
+        await worker.save(handle, soon())
+    handle = CallHandle()
+    stream = worker.run(CompleteParams(prompt="forever"), soon(), handle=handle)
+    await anext(stream)
+    with pytest.raises(DeadlineExceeded):
+        await worker.save(handle, Deadline(time.monotonic() - 1))
+    assert os.listdir(tmp_path) == []
+    assert isinstance(await anext(stream), Delta), "a refused save does the answer no harm"
+    assert worker.pid
+    os.kill(worker.pid, signal.SIGSTOP)
+    with pytest.raises(DeadlineExceeded):
+        await worker.save(handle, soon(0.1))
+    assert os.listdir(tmp_path) == []
+    os.kill(worker.pid, signal.SIGCONT)
+    await stream.aclose()
+
+
+async def test_a_full_queue_does_not_keep_a_running_answer_from_being_saved(make: Make, tmp_path: Path) -> None:
+    worker = await make(queue_limit=1, saved_folder=tmp_path)
+    handle = CallHandle()
+    stream = worker.run(CompleteParams(prompt="forever"), soon(), handle=handle)
+    await anext(stream)
+    waiting = asyncio.create_task(collect(worker, CompleteParams(prompt="count 1")))
+    await until(lambda: worker.queued_calls == 1)
+    assert (await worker.save(handle, soon())).saved.generated
+    assert await waiting
+    await stream.aclose()
+
+
+async def test_a_call_of_several_answers_takes_as_many_slots(make: Make) -> None:
+    worker = await make(slots=4, queue_limit=1)
+    calls = [asyncio.create_task(collect(worker, CompleteParams(prompt="forever", n=2))) for _ in range(3)]
+    await until(lambda: (worker.active_calls, worker.queued_calls) == (2, 1))
+    with pytest.raises(Overloaded) as caught:
+        await collect(worker, CompleteParams(prompt="count 1"))
+    assert caught.value.details == {"limit": 1, "queued": 1}
+    assert caught.value.retry_after_ms is not None
+    assert 200 <= caught.value.retry_after_ms <= 60_000
+    for call in calls:
+        call.cancel()
+    await asyncio.wait(calls)
+
+
 async def test_a_long_busy_call_is_not_mistaken_for_a_hang(make: Make) -> None:
     worker = await make()
     with pytest.raises(DeadlineExceeded):
@@ -240,7 +412,7 @@ async def test_closing_the_iterator_cancels_the_work_in_the_engine(shared: Repli
     worker = shared
     stream = worker.run(CompleteParams(prompt="forever"), soon())
     assert isinstance(await anext(stream), Delta)
-    await stream.aclose()  # type: ignore[attr-defined]  # an async generator
+    await stream.aclose()
     assert worker.active_calls == 0
     # The engine serves one call at a time: the next answer proves that the first was stopped.
     assert await collect(worker, CompleteParams(prompt="count 1"))
@@ -304,6 +476,17 @@ async def test_a_load_that_keeps_crashing_is_given_up_with_a_clear_message(make:
         await worker.wait_ready(20)
     assert worker.restarts == 2
     assert "secret" not in str(caught.value)
+
+
+async def test_a_worker_that_was_given_up_is_due_after_its_cool_down_and_waits_to_be_asked(make: Make) -> None:
+    worker = await make("abort", ready=False, crash_limit=1, cool_down_seconds=0.05)
+    with pytest.raises(ReplicaFailed):
+        await worker.wait_ready(20)
+    await until(lambda: worker.retry_due)
+    assert (worker.state, worker.restarts) == (ReplicaState.FAILED, 0)
+    await worker.start()
+    assert (worker.state, worker.restarts) == (ReplicaState.STARTING, 1)
+    await until(lambda: worker.state is ReplicaState.FAILED)
 
 
 async def test_a_load_that_crashed_once_is_tried_again(make: Make, tmp_path: Path) -> None:
