@@ -23,7 +23,7 @@ from tars.messages.inference import GenerationParams, TokenLogprob
 from tars.workers.json_schema_grammar import schema_grammar
 from tars.workers.llama_model import Logits, Model
 from tars.workers.token_draw import TokenDraw, best, greedy_rows
-from tars.workers.token_grammar import Place, TokenGrammar, TokenTexts
+from tars.workers.token_grammar import ALLOWANCE_GROWTH, ALLOWANCE_MOST, Place, TokenGrammar, TokenTexts
 
 __all__ = ["CompiledGrammar", "Sampler", "check_finite", "compile_grammar", "greedy_rows", "token_logprob"]
 
@@ -108,14 +108,15 @@ class Sampler:
         self._grammar = grammar
         if grammar is not None:
             self._place = grammar.start
+            self._allowance = ALLOWANCE_MOST
             for token in generated:
-                grammar.begin_token()
+                grammar.allow(self._allowance)
                 place = grammar.after(self._place, token)
                 if place is None:
                     raise BadGrammar(
                         "The text that is to be continued does not follow the grammar. Begin a new answer."
                     )
-                self._place = place
+                self._went_on(grammar, place)
 
     def sample(self, logits: Logits) -> int:
         """The next token, already taken into account for the one after it.
@@ -126,11 +127,11 @@ class Sampler:
         row = self._draw.adjusted(logits)
         token = self._draw.draw(row, self._position)
         if self._grammar is not None:
-            self._grammar.begin_token()
+            self._grammar.allow(self._allowance)
             place = self._grammar.after(self._place, token)
             if place is None:
                 token, place = self._draw_permitted(self._grammar, row)
-            self._place = place
+            self._went_on(self._grammar, place)
         self._draw.accept(token)
         self._position += 1
         return token
@@ -138,6 +139,10 @@ class Sampler:
     def close(self) -> None:
         """Forget the grammar; nothing native is held."""
         self._grammar = None
+
+    def _went_on(self, grammar: CompiledGrammar, place: Place) -> None:
+        self._place = place
+        self._allowance = min(ALLOWANCE_MOST, self._allowance - grammar.spent() + ALLOWANCE_GROWTH)
 
     def _draw_permitted(self, grammar: CompiledGrammar, row: Logits) -> tuple[int, Place]:
         permitted: list[int] = []

@@ -8,6 +8,8 @@ UTF-8 is kept whole by that: bytes that can begin no character are never allowed
 from __future__ import annotations
 
 import codecs
+import re
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -19,12 +21,19 @@ from tars.errors import BadGrammar
 from tars.workers.gbnf import parse
 from tars.workers.grammar_states import Automaton, State
 
+Ids = np.ndarray[Any, np.dtype[np.intp]]
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 """[vocabulary]: whether a token may come next."""
 
-WORK_MOST = 250_000
-"""Of one token, in `Automaton.work`: a quarter of a second or so of everybody's time. A count and not a clock, so that it ends the same
-calls on every machine; JSON schemas take some thousands for their first tokens and nothing once their states are known."""
+ALLOWANCE_MOST = 250_000
+"""Of one sequence, in `Automaton.work`: measured 80 ms of everybody's time on one slow core. A count and not a clock, so that it does not
+depend on what else the machine does; JSON schemas take some hundreds for a new state and nothing for a known one."""
+
+ALLOWANCE_GROWTH = 2_000
+"""With each token, up to `ALLOWANCE_MOST`: so the longest answer is held up by less than a millisecond a token."""
+
+FEW_CLASSES = 1024
+"""Up to so many classes of characters all successors of a state are looked at, to find those that lead back to it."""
 
 MASKS_KEPT = 64
 """As bits, so 16 KB each for 128,000 tokens. An answer in JSON meets a dozen states again and again."""
@@ -49,12 +58,20 @@ class TokenTexts:
             (text, token) for token, text in enumerate(self.texts) if text and token not in self.end_tokens
         )
         self.sorted_texts = [text for text, _ in ordered]
-        self.sorted_tokens = [token for _, token in ordered]
+        self.sorted_tokens = np.array([token for _, token in ordered], dtype=np.intp)
         self.shared = [
             0,
             *(_shared(one, other) for one, other in zip(self.sorted_texts, self.sorted_texts[1:], strict=False)),
         ]
         """Of each text: how many characters it has in common with the one before."""
+        begins = [index for index, shared in enumerate(self.shared[: len(ordered)]) if not shared]
+        self.groups = [
+            (self.sorted_texts[begin][0], begin, end)
+            for begin, end in zip(begins, [*begins[1:], len(ordered)], strict=True)
+        ]
+        """(first character, first index, index behind the last) of the texts that begin with it."""
+        self.joined = "\0".join(self.sorted_texts)
+        self.joined_starts = np.cumsum([0, *(len(text) + 1 for text in self.sorted_texts[:-1])])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +91,6 @@ class TokenGrammar:
         self._tokens = tokens
         grammar = parse(text)
         self._automaton = Automaton(grammar)
-        self._automaton.work_most = WORK_MOST
         self._borders = grammar.borders
         self._masks: OrderedDict[State, np.ndarray[Any, np.dtype[np.uint8]]] = OrderedDict()
         self.start = Place(self._automaton.start)
@@ -83,9 +99,13 @@ class TokenGrammar:
                 "The grammar has no text at all: every way through its rules leads back to their beginning."
             )
 
-    def begin_token(self) -> None:
-        """Give the next calls a new allowance of work; beyond it they raise `TooAmbiguous`, a `BadGrammar`."""
-        self._automaton.work = 0
+    def allow(self, work: int) -> None:
+        """How much work the calls until the next `allow` may take together; beyond it they raise `TooAmbiguous`, a `BadGrammar`."""
+        self._automaton.work, self._automaton.work_most = 0, work
+
+    def spent(self) -> int:
+        """Work since the last `allow`."""
+        return self._automaton.work
 
     def after(self, place: Place, token: int) -> Place | None:
         """Where the sequence stands after `token`; None where it may not come. An end token leaves it where it was."""
@@ -123,19 +143,57 @@ class TokenGrammar:
         return np.unpackbits(kept, count=len(self._tokens.pieces)).view(np.bool_)
 
     def _whole_mask(self, place: Place) -> Mask:
-        mask = np.zeros(len(self._tokens.pieces), dtype=np.bool_)
-        automaton, tokens = self._automaton, self._tokens
-        allowed = [token for token in tokens.broken if self.after(place, token) is not None]
-        if place.state.accepting:
-            allowed += tokens.end_tokens
+        tokens, state = self._tokens, place.state
+        mask = np.zeros(len(tokens.pieces), dtype=np.bool_)
+        mask[[token for token in tokens.broken if self.after(place, token) is not None]] = True
+        if state.accepting:
+            mask[list(tokens.end_tokens)] = True
+        by_class: dict[int, State | None] = {}
+        looping = 0
+        groups = []
+        for first, begin, end in tokens.groups:
+            kind = self._automaton.character_class(first)
+            if kind not in by_class:
+                by_class[kind] = self._automaton.after(state, kind)
+            if by_class[kind] is not None:
+                groups.append((begin, end))
+                looping += end - begin if by_class[kind] is state else 0
+        if 2 * looping > len(tokens.sorted_texts) and len(self._borders) <= FEW_CLASSES:
+            mask[tokens.sorted_tokens[self._by_leaving(state)]] = True
+        else:
+            for begin, end in groups:
+                mask[tokens.sorted_tokens[self._by_walking(state, begin, end)]] = True
+        return mask
+
+    def _by_leaving(self, state: State) -> Ids:
+        """Indices of allowed texts where most characters lead back to `state`, as in a string: only the texts with others are walked."""
+        tokens, borders = self._tokens, [*self._borders, sys.maxunicode + 1]
+        back = "".join(
+            f"\\U{borders[kind]:08x}-\\U{min(borders[kind + 1], sys.maxunicode + 1) - 1:08x}"
+            for kind in range(len(self._borders))
+            if borders[kind] <= sys.maxunicode and self._automaton.after(state, kind) is state
+        )
+        leaving = [found.start() for found in re.finditer(f"[^\\0{back}]", tokens.joined)]
+        others = np.unique(np.searchsorted(tokens.joined_starts, leaving, side="right") - 1)
+        allowed = np.ones(len(tokens.sorted_texts), dtype=np.bool_)
+        allowed[others] = [
+            self._automaton.after_text(state, tokens.sorted_texts[index]) is not None for index in others.tolist()
+        ]
+        return np.flatnonzero(allowed)
+
+    def _by_walking(self, start: State, begin: int, end: int) -> list[int]:
+        """Indices of allowed texts in a part of them."""
+        automaton, texts, common = self._automaton, self._tokens.sorted_texts, self._tokens.shared
+        allowed = []
         # States after each character of the text before: what two texts share is walked once, and not at all where it already failed.
-        path = [place.state]
-        for text, token, shared in zip(tokens.sorted_texts, tokens.sorted_tokens, tokens.shared, strict=True):
+        path = [start]
+        for index in range(begin, end):
+            shared = common[index]
             if shared >= len(path):
                 continue
             del path[shared + 1 :]
             state = path[-1]
-            for character in text[shared:]:
+            for character in texts[index][shared:]:
                 kind = automaton.character_class(character)
                 following = state.successors[kind] if kind in state.successors else automaton.after(state, kind)
                 if following is None:
@@ -143,9 +201,8 @@ class TokenGrammar:
                 path.append(following)
                 state = following
             else:
-                allowed.append(token)
-        mask[allowed] = True
-        return mask
+                allowed.append(index)
+        return allowed
 
     def _may_become(self, state: State, rest: bytes) -> bool:
         """Whether some character that begins with these bytes may come."""

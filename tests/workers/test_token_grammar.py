@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from tars.errors import BadGrammar
-from tars.workers import token_grammar
 from tars.workers.token_grammar import Place, TokenGrammar, TokenTexts, unfinished
 
 END = 0
@@ -33,6 +32,7 @@ GRAMMARS = [
     "root ::= [é日🙂-🙏a]+",
     "root ::= [^a]*",
     'root ::= "日本語" | "日x"',
+    r'root ::= [^"\\]* ("\"" "}"? | "\\" [^a-f])',
 ]
 
 
@@ -88,14 +88,13 @@ def test_characters_may_come_in_pieces_but_only_those_that_are_allowed() -> None
         assert place_after(anything, first, second) is None, "a surrogate, an overlong form, beyond the last character"
 
 
-def test_work_is_bounded_for_each_token_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(token_grammar, "WORK_MOST", 3_000)
+def test_work_is_bounded_between_allowances() -> None:
     grammar = TokenGrammar('root ::= "h" root root root "b"? | "h"', TEXTS)
 
     def write(grammar: TokenGrammar, tokens: int) -> None:
         place: Place | None = grammar.start
         for _ in range(tokens):
-            grammar.begin_token()
+            grammar.allow(3_000)
             assert place is not None
             place = grammar.after(place, token("h"))
 
@@ -103,6 +102,17 @@ def test_work_is_bounded_for_each_token_anew(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(BadGrammar, match="too ambiguous"):
         write(grammar, 300)
     write(TokenGrammar('root ::= "h"*', TEXTS), 10_000)  # a plain one goes on for ever
+    grammar.allow(10_000)
+    write(grammar, 10)
+
+
+def test_a_long_list_of_words_is_not_ambiguous() -> None:
+    words = " | ".join(f'"{number:x}z{number}"' for number in range(15_000))
+    grammar = TokenGrammar(f"root ::= ({words})*", TEXTS)
+    grammar.allow(100_000)
+    assert grammar.mask(grammar.start).sum() == 16 + 1
+    assert place_after(grammar, "1", "0", "z", "1", "6") is not None
+    assert place_after(grammar, "1", "0", "z", "1", "7") is None
 
 
 def test_a_grammar_without_any_text_is_refused() -> None:
