@@ -246,6 +246,18 @@ class ChatResult(Message):
     seed: int | None = Field(None, description="Send it to get the same text again.")
     further: list[Choice] = Field(default_factory=list, description="The other answers, where `n` asked for several.")
 
+    def choices(self) -> list[Choice]:
+        """All answers, the first one too."""
+        first = Choice(
+            index=0,
+            text=self.message.content,
+            finish_reason=self.finish_reason,
+            logprobs=self.logprobs,
+            reasoning=self.message.reasoning,
+            tool_calls=self.message.tool_calls,
+        )
+        return [first, *self.further]
+
 
 class CompleteResult(Message):
     """`inference.complete`'s answer."""
@@ -259,6 +271,11 @@ class CompleteResult(Message):
     logprobs: list[TokenLogprob] | None = None
     seed: int | None = Field(None, description="Send it to get the same text again.")
     further: list[Choice] = Field(default_factory=list, description="The other answers, where `n` asked for several.")
+
+    def choices(self) -> list[Choice]:
+        """All answers, the first one too."""
+        first = Choice(index=0, text=self.text, finish_reason=self.finish_reason, logprobs=self.logprobs)
+        return [first, *self.further]
 
 
 class EmbedParams(Message):

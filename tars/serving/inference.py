@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
@@ -93,7 +93,7 @@ class Inference:
         claim = await self._claim(call, params)
         if not isinstance(claim, Claim):
             kept = cast("Result", claim)
-            for choice in _choices(kept):
+            for choice in kept.choices():
                 yield _whole(choice)
             yield kept
             return
@@ -104,7 +104,7 @@ class Inference:
                         yield event
                     elif isinstance(event, Generated):
                         made = result(_full_name(model, params.model), event, served_by)
-                        claim.succeed(made, sum(map(_characters, _choices(made))) * BYTES_A_CHARACTER)
+                        claim.succeed(made, sum(map(_characters, made.choices())) * BYTES_A_CHARACTER)
                         yield made
         finally:
             claim.fail()
@@ -243,20 +243,6 @@ def _common(generated: Generated) -> dict[str, Any]:
 def _full_name(model: ServedModel, asked: str | None) -> str:
     """A model's own name, whichever of its names was asked for; with the adapter, where one was named (`name:adapter`)."""
     return model.name if asked is None or asked == model.name or asked in model.aliases else asked
-
-
-def _choices(result: ChatResult | CompleteResult) -> Iterator[Choice]:
-    """All answers of a call, the first one too."""
-    said = result.message if isinstance(result, ChatResult) else None
-    yield Choice(
-        index=0,
-        text=result.text if isinstance(result, CompleteResult) else result.message.content,
-        finish_reason=result.finish_reason,
-        logprobs=result.logprobs,
-        reasoning=None if said is None else said.reasoning,
-        tool_calls=[] if said is None else said.tool_calls,
-    )
-    yield from result.further
 
 
 def _whole(choice: Choice) -> Delta:

@@ -21,14 +21,17 @@ from tars.errors import (
 )
 from tars.messages.inference import (
     ChatResult,
+    Choice,
     CompleteResult,
     Delta,
     EmbedResult,
     FinishReason,
+    RerankResult,
     TokenLogprob,
     Usage,
 )
 from tars.messages.node import ModelDescription
+from tars.web.openai_tools import tool_call_pieces, tool_calls_body
 
 Json = dict[str, Any]
 
@@ -79,6 +82,7 @@ def usage_body(usage: Usage) -> Json:
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total_tokens,
+        "prompt_tokens_details": {"cached_tokens": usage.cached_tokens},
     }
 
 
@@ -91,6 +95,7 @@ def total_usage(usages: Iterable[Usage]) -> Usage:
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
+        cached_tokens=sum(usage.cached_tokens for usage in counted),
     )
 
 
@@ -144,19 +149,32 @@ def chat_answer(answer_id: str, created: int, result: ChatResult) -> Json:
         "model": result.model,
         "choices": [
             {
-                "index": 0,
-                "message": {"role": "assistant", "content": result.message.content, "refusal": None},
-                "logprobs": chat_logprobs(result.logprobs),
-                "finish_reason": finish_reason(result.finish_reason),
+                "index": choice.index,
+                "message": _message(choice),
+                "logprobs": chat_logprobs(choice.logprobs),
+                "finish_reason": finish_reason(choice.finish_reason),
             }
+            for choice in result.choices()
         ],
         "usage": usage_body(result.usage),
         "system_fingerprint": None,
     }
 
 
+def _message(choice: Choice) -> Json:
+    """`content` is null where the model only calls tools. `reasoning_content` is DeepSeek's, llama.cpp's and vLLM's."""
+    said: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.reasoning is not None:
+        said["reasoning_content"] = choice.reasoning
+    if choice.tool_calls:
+        said["content"] = choice.text or None
+        said["tool_calls"] = tool_calls_body(choice.tool_calls)
+    return said
+
+
 def completion_answer(answer_id: str, created: int, results: Sequence[CompleteResult], echoed: Sequence[str]) -> Json:
-    """A whole `text_completion`; `echoed[i]` stands before the text of choice i."""
+    """A whole `text_completion`: the answers to the first prompt, then those to the next; `echoed[i]` stands before those to prompt i."""
+    made = [(choice, echo) for result, echo in zip(results, echoed, strict=True) for choice in result.choices()]
     return {
         "id": answer_id,
         "object": "text_completion",
@@ -165,11 +183,11 @@ def completion_answer(answer_id: str, created: int, results: Sequence[CompleteRe
         "choices": [
             {
                 "index": index,
-                "text": echo + result.text,
-                "logprobs": completion_logprobs(result.logprobs),
-                "finish_reason": finish_reason(result.finish_reason),
+                "text": echo + choice.text,
+                "logprobs": completion_logprobs(choice.logprobs),
+                "finish_reason": finish_reason(choice.finish_reason),
             }
-            for index, (result, echo) in enumerate(zip(results, echoed, strict=True))
+            for index, (choice, echo) in enumerate(made)
         ],
         "usage": usage_body(total_usage(result.usage for result in results)),
         "system_fingerprint": None,
@@ -183,24 +201,31 @@ class ChatChunks:
         self._head: Json = {"id": answer_id, "object": "chat.completion.chunk", "created": created, "model": model}
         self._tail: Json = {"usage": None} if usage else {}
 
-    def role(self) -> Json:
-        """The first chunk: who speaks."""
-        return self._chunk({"role": "assistant", "content": "", "refusal": None}, None, None)
+    def role(self, index: int = 0) -> Json:
+        """The first chunk of choice `index`: who speaks."""
+        return self._chunk(index, {"role": "assistant", "content": "", "refusal": None}, None, None)
 
     def text(self, delta: Delta) -> Json:
-        """One piece of text."""
-        return self._chunk({"content": delta.text}, chat_logprobs(delta.logprobs), None)
+        """One piece of an answer: text, reasoning, tool calls."""
+        said: Json = {}
+        if delta.reasoning:
+            said["reasoning_content"] = delta.reasoning
+        if delta.tool_calls:
+            said["tool_calls"] = tool_call_pieces(delta.tool_calls)
+        if delta.text or not said:
+            said["content"] = delta.text
+        return self._chunk(delta.index, said, chat_logprobs(delta.logprobs), None)
 
-    def end(self, result: ChatResult) -> Json:
-        """Why it ended."""
-        return self._chunk({}, None, finish_reason(result.finish_reason))
+    def ends(self, result: ChatResult) -> list[Json]:
+        """Why each choice ended."""
+        return [self._chunk(choice.index, {}, None, finish_reason(choice.finish_reason)) for choice in result.choices()]
 
     def usage(self, usage: Usage) -> Json:
         """The last chunk where the caller asked for the usage: no choice."""
         return {**self._head, "choices": [], "usage": usage_body(usage)}
 
-    def _chunk(self, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
-        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+    def _chunk(self, index: int, delta: Json, logprobs: Json | None, reason: str | None) -> Json:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return {**self._head, "choices": [choice], **self._tail}
 
 
@@ -222,9 +247,12 @@ class CompletionChunks:
         self._offsets[index] = offset + sum(len(entry.token) for entry in delta.logprobs or ())
         return self._chunk(index, delta.text, completion_logprobs(delta.logprobs, offset), None)
 
-    def end(self, index: int, result: CompleteResult) -> Json:
-        """Why choice `index` ended."""
-        return self._chunk(index, "", None, finish_reason(result.finish_reason))
+    def ends(self, first: int, result: CompleteResult) -> list[Json]:
+        """Why each choice of a prompt ended; `first` is the number of its first one."""
+        return [
+            self._chunk(first + choice.index, "", None, finish_reason(choice.finish_reason))
+            for choice in result.choices()
+        ]
 
     def usage(self, usages: Sequence[Usage]) -> Json:
         """The last chunk where the caller asked for the usage: the sum over the prompts."""
@@ -236,7 +264,9 @@ class CompletionChunks:
 
 
 def embeddings_answer(result: EmbedResult) -> Json:
-    """A `list` of embeddings. `truncated` is TARS's addition: the indices of the texts that were cut to the model's limit."""
+    """A `list` of embeddings. `truncated` and `split` are TARS's additions: the indices of the texts that were cut to the model's limit,
+    and of those that were split and averaged.
+    """
     return {
         "object": "list",
         "model": result.model,
@@ -244,6 +274,25 @@ def embeddings_answer(result: EmbedResult) -> Json:
             {"object": "embedding", "index": index, "embedding": vector}
             for index, vector in enumerate(result.embeddings)
         ],
+        "usage": {"prompt_tokens": result.usage.prompt_tokens, "total_tokens": result.usage.total_tokens},
+        "truncated": result.truncated,
+        "split": result.split,
+    }
+
+
+def rerank_answer(answer_id: str, result: RerankResult) -> Json:
+    """The best documents first, as Cohere and Jina say it. `truncated` is TARS's addition."""
+    results: list[Json] = []
+    for scored in result.results:
+        one: Json = {"index": scored.index, "relevance_score": scored.score}
+        if scored.document is not None:
+            one["document"] = {"text": scored.document}
+        results.append(one)
+    return {
+        "id": answer_id,
+        "object": "list",
+        "model": result.model,
+        "results": results,
         "usage": {"prompt_tokens": result.usage.prompt_tokens, "total_tokens": result.usage.total_tokens},
         "truncated": result.truncated,
     }

@@ -1,6 +1,7 @@
-"""The OpenAI API: /v1/models, /v1/chat/completions, /v1/completions, /v1/embeddings.
+"""The OpenAI API: /v1/models, /v1/chat/completions, /v1/completions, /v1/embeddings, and the field's /v1/rerank.
 
-Law of this file: HTTP to service and back; requests are `openai_messages.py`'s, the shapes of answers `openai_answers.py`'s.
+Law of this file: HTTP to service and back; the shapes of requests are `openai_messages.py`'s and `openai_retrieval.py`'s, those of
+answers `openai_answers.py`'s.
 A stream commits to 200 with its first byte, which waits for the model's first: everything that goes wrong before has its real status.
 """
 
@@ -30,12 +31,14 @@ from tars.web.openai_answers import (
     embeddings_answer,
     error_body,
     model_body,
+    rerank_answer,
 )
-from tars.web.openai_messages import ChatRequest, CompletionRequest, EmbeddingRequest, refusal
+from tars.web.openai_messages import ChatRequest, CompletionRequest
+from tars.web.openai_retrieval import EmbeddingRequest, RerankRequest
 
 DONE = b"data: [DONE]\n\n"
 
-PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+PATHS = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/rerank")
 
 
 def openai_face(service: NodeService, options: RpcOptions, admission: Admission) -> Face:
@@ -54,6 +57,7 @@ def add_openai_routes(app: web.Application, service: NodeService, options: RpcOp
             web.post("/v1/chat/completions", face.call("inference.chat", api.chat)),
             web.post("/v1/completions", face.call("inference.complete", api.complete)),
             web.post("/v1/embeddings", face.call("inference.embed", api.embed)),
+            web.post("/v1/rerank", face.call("inference.rerank", api.rerank)),
             web.route("*", "/v1/{rest:.*}", face.look(_nothing_here)),
         ]
     )
@@ -105,14 +109,14 @@ class OpenAIApi:
         chunks = ChatChunks(answer_id, created, self._name(params.model, ModelKind.CHAT), usage=request.wants_usage)
 
         async def frames(call: CallContext) -> AsyncGenerator[bytes, None]:
-            opening = event(chunks.role())
+            opening = b"".join(event(chunks.role(index)) for index in range(params.n))
             async with closing(self._service.chat(params, call)) as items:
                 async for item in items:
                     if isinstance(item, Delta):
                         yield opening + event(chunks.text(item))
                     else:
                         usage = event(chunks.usage(item.usage)) if request.wants_usage else b""
-                        yield opening + event(chunks.end(item)) + usage + DONE
+                        yield opening + b"".join(map(event, chunks.ends(item))) + usage + DONE
                         return
                     opening = b""
             raise _no_result()
@@ -138,16 +142,18 @@ class OpenAIApi:
 
         async def frames(call: CallContext) -> AsyncGenerator[bytes, None]:
             usages: list[Usage] = []
-            for index, params in enumerate(runs):
-                opening = event(chunks.echo(index, params.prompt)) if request.echo else b""
-                async with closing(self._service.complete(params, _numbered(call, index, runs))) as items:
+            for at, params in enumerate(runs):
+                first = at * params.n
+                echoes = range(first, first + params.n) if request.echo else ()
+                opening = b"".join(event(chunks.echo(index, params.prompt)) for index in echoes)
+                async with closing(self._service.complete(params, _numbered(call, at, runs))) as items:
                     async for item in items:
                         if isinstance(item, Delta):
-                            yield opening + event(chunks.text(index, item))
+                            yield opening + event(chunks.text(first + item.index, item))
                             opening = b""
                         else:
                             usages.append(item.usage)
-                            yield opening + event(chunks.end(index, item))
+                            yield opening + b"".join(map(event, chunks.ends(first, item)))
                             break
                     else:
                         raise _no_result()
@@ -161,12 +167,14 @@ class OpenAIApi:
         request = validated(EmbeddingRequest, body)
         params = translated(request.to_params, body)
         result = await exchange.whole(lambda call: self._service.embed(params, call))
-        if request.dimensions is not None and request.dimensions != result.dimensions:
-            raise refusal(
-                "dimensions",
-                f"this model's vectors have {result.dimensions} dimensions, and TARS does not cut them; leave dimensions out",
-            )
         return json_response(embeddings_answer(result))
+
+    async def rerank(self, exchange: Exchange) -> web.StreamResponse:
+        """POST /v1/rerank."""
+        body = await exchange.json()
+        params = translated(validated(RerankRequest, body).to_params, body)
+        result = await exchange.whole(lambda call: self._service.rerank(params, call))
+        return json_response(rerank_answer(_answer_id("rerank"), result))
 
     async def _completed(self, params: CompleteParams, call: CallContext) -> CompleteResult:
         async with closing(self._service.complete(params, call)) as items:

@@ -1,21 +1,19 @@
-"""What the OpenAI API's requests may say, and what of it TARS can do.
+"""What the OpenAI API's chats and completions may ask for, as TARS's own params.
 
-Law of this file: request shapes and their translation into `tars.messages`; no HTTP. Three kinds of fields: those that TARS carries
-out, those that may be ignored because the answer means the same without them (`user`, `metadata`...), and those that would change
-what the answer means (`n` > 1, tools, audio...): these are refused, unless they stand at the value that asks for nothing.
-Shapes follow https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repeat_penalty` and `grammar` are TARS's additions,
-named as in `inference.chat`.
+Law of this file: the request shapes of chat and completions and their translation into `tars.messages`; no HTTP. Shapes follow
+https://platform.openai.com/docs/api-reference; `top_k`, `min_p`, `repeat_penalty`, `grammar` and `reasoning` are TARS's additions, named
+as in `inference.chat`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from tars.errors import InvalidParams
-from tars.messages.base import Message
-from tars.messages.inference import ChatMessage, ChatParams, CompleteParams, EmbedParams
+from tars.messages.inference import ChatMessage, ChatParams, CompleteParams
+from tars.web.openai_request import OpenAIRequest, refusal, refuse_tokens
+from tars.web.openai_tools import RequestTool, RequestToolCall, tool_choice_of
 
 COMPLETION_MAX_TOKENS = 16
 """The API reference's default of `max_tokens` for /v1/completions; chat has none."""
@@ -28,64 +26,6 @@ SMALLEST_TOP_P = 1e-6
 
 MAX_PROMPTS = 256
 """Prompts of one /v1/completions call: they run one after the other under one deadline, so more could never end in time."""
-
-_CANNOT: dict[str, str] = {
-    "n": "TARS gives one choice per call; send the call several times, with different seeds",
-    "best_of": "TARS generates one candidate; leave best_of out",
-    "tools": "TARS does not call tools; leave tools out, or ask for JSON with response_format",
-    "tool_choice": "TARS does not call tools; leave tool_choice out",
-    "functions": "TARS does not call functions; leave functions out, or ask for JSON with response_format",
-    "function_call": "TARS does not call functions; leave function_call out",
-    "modalities": "TARS answers in text only; leave modalities out",
-    "audio": "TARS answers in text only; leave audio out",
-    "web_search_options": "TARS does not search the web; leave web_search_options out",
-    "moderation": "TARS does not moderate; leave moderation out",
-    "suffix": "TARS does not fill in the middle; leave suffix out",
-}
-"""Refused field -> why, and what to do."""
-
-_ASKS_NOTHING: dict[str, tuple[object, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "functions": ([],),
-    "function_call": ("none", "auto"),
-    "modalities": (["text"],),
-    "audio": (),
-    "web_search_options": (),
-    "moderation": (),
-    "suffix": ("",),
-}
-"""Refused field -> the values at which it asks for nothing and is let through (null always is)."""
-
-
-def refusal(param: str, message: str) -> InvalidParams:
-    """For a field that would change what the answer means. No ValueError, so that pydantic lets it through."""
-    return InvalidParams(f"{message}. Nothing was run.", details={"errors": [{"at": param, "problem": message}]})
-
-
-class OpenAIRequest(Message):
-    """Base of the requests: an unknown field is an error, as at OpenAI, so that a typing mistake is seen."""
-
-    ignored: ClassVar[frozenset[str]] = frozenset()
-    """Known fields that change nothing in the meaning of the answer: dropped before validation."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_and_refuse(cls, given: Any) -> Any:
-        if not isinstance(given, dict):
-            return given
-        kept = {}
-        for name, value in given.items():
-            if name in cls.ignored:
-                continue
-            if name in _CANNOT and name not in cls.model_fields:
-                if value is None or any(value == allowed for allowed in _ASKS_NOTHING[name]):
-                    continue
-                raise refusal(str(name), _CANNOT[name])
-            kept[name] = value
-        return kept
 
 
 class StreamOptions(OpenAIRequest):
@@ -107,6 +47,7 @@ class _SamplingRequest(OpenAIRequest):
     top_p: float | None = Field(None, ge=0, le=1)
     stop: str | list[str] | None = None
     seed: int | None = None
+    n: int | None = Field(None, ge=1)
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -135,6 +76,7 @@ class _SamplingRequest(OpenAIRequest):
             "temperature",
             "presence_penalty",
             "frequency_penalty",
+            "n",
             "top_k",
             "min_p",
             "repeat_penalty",
@@ -172,27 +114,49 @@ class ContentPart(OpenAIRequest):
 
 
 class RequestMessage(OpenAIRequest):
-    """One turn. `developer` is the newer name of `system`. Fields that a client copies back from an answer are let through when empty."""
+    """One turn. `developer` is the newer name of `system`. What a client copies back from an answer is understood, or let through empty.
 
-    ignored = frozenset({"name", "tool_call_id", "refusal", "annotations"})
+    `reasoning_content` is what DeepSeek, llama.cpp and vLLM call a turn's reasoning, and so does this API's answer.
+    """
+
+    ignored = frozenset({"name", "refusal", "annotations"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart]
+    content: str | list[ContentPart] | None = None
+    reasoning_content: str | None = None
+    tool_calls: list[RequestToolCall] | None = None
+    tool_call_id: str | None = None
 
     @model_validator(mode="before")
     @classmethod
-    def _no_tool_calls(cls, given: Any) -> Any:
+    def _no_old_calls(cls, given: Any) -> Any:
         if not isinstance(given, dict):
             return given
-        for name in ("tool_calls", "function_call", "audio"):
+        for name, instead in (("function_call", "tool_calls"), ("audio", "content")):
             if given.get(name):
-                raise refusal("messages", f"TARS does not call tools or play audio, and a message has {name}")
-        return {name: value for name, value in given.items() if name not in ("tool_calls", "function_call", "audio")}
+                raise refusal("messages", f"a message has {name}, which TARS does not read; send {instead}")
+        return {name: value for name, value in given.items() if name not in ("function_call", "audio")}
+
+    @model_validator(mode="after")
+    def _says_something(self) -> RequestMessage:
+        if self.content is None and not self.tool_calls:
+            raise ValueError("content is required, unless an assistant's message has tool_calls")
+        return self
 
     def to_chat_message(self) -> ChatMessage:
         """The same as `inference.chat` takes it; text parts are joined by line breaks."""
-        content = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
-        return ChatMessage(role="system" if self.role == "developer" else self.role, content=content)
+        content = self.content or ""
+        if not isinstance(content, str):
+            content = "\n".join(part.text for part in content)
+        said: dict[str, Any] = {}
+        if self.reasoning_content is not None:
+            said["reasoning"] = self.reasoning_content
+        if self.tool_calls:
+            said["tool_calls"] = [call.to_tool_call() for call in self.tool_calls]
+        if self.role == "tool" and self.tool_call_id is not None:
+            # Only a tool's turn answers a call; elsewhere the field says nothing.
+            said["tool_call_id"] = self.tool_call_id
+        return ChatMessage(role="system" if self.role == "developer" else self.role, content=content, **said)
 
 
 class JsonSchemaFormat(OpenAIRequest):
@@ -228,12 +192,10 @@ class ChatRequest(_SamplingRequest):
     """POST /v1/chat/completions."""
 
     ignored = _SamplingRequest.ignored | {
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
-        "reasoning_effort",
         "verbosity",
     }
 
@@ -242,6 +204,19 @@ class ChatRequest(_SamplingRequest):
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
     response_format: ResponseFormat | None = None
+    tools: list[RequestTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    reasoning: bool | None = None
+
+    @model_validator(mode="after")
+    def _calls_may_be_several(self) -> ChatRequest:
+        if self.tools and self.parallel_tool_calls is False:
+            raise refusal(
+                "parallel_tool_calls", "TARS cannot hold a model to one tool call; leave parallel_tool_calls out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _logprobs_first(self) -> ChatRequest:
@@ -257,8 +232,26 @@ class ChatRequest(_SamplingRequest):
             max_tokens=limit,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
             json_schema=None if self.response_format is None else self.response_format.to_json_schema(),
+            **self._tools(),
             **self._sampling(),
         )
+
+    def _tools(self) -> dict[str, Any]:
+        said: dict[str, Any] = {}
+        if self.tools:
+            said["tools"] = [tool.to_tool() for tool in self.tools]
+        choice = tool_choice_of(self.tool_choice)
+        if choice is not None and self.tools:
+            said["tool_choice"] = choice
+        elif choice not in (None, "none", "auto"):  # which clients send without tools too, where both ask for nothing
+            raise refusal(
+                "tool_choice", "tool_choice asks for a tool, and there are no tools; send tools, or leave it out"
+            )
+        if self.reasoning is not None:
+            said["reasoning"] = self.reasoning
+        elif self.reasoning_effort == "none":
+            said["reasoning"] = False
+        return said
 
 
 class CompletionRequest(_SamplingRequest):
@@ -271,7 +264,7 @@ class CompletionRequest(_SamplingRequest):
     @field_validator("prompt", mode="before")
     @classmethod
     def _texts(cls, given: Any) -> Any:
-        _refuse_tokens("prompt", given)
+        refuse_tokens("prompt", given)
         return given
 
     @model_validator(mode="after")
@@ -292,32 +285,3 @@ class CompletionRequest(_SamplingRequest):
         limit = self.max_tokens if self.max_tokens is not None else COMPLETION_MAX_TOKENS
         said = self._sampling()
         return [CompleteParams(prompt=text, max_tokens=limit, logprobs=self.logprobs, **said) for text in self.prompts]
-
-
-class EmbeddingRequest(OpenAIRequest):
-    """POST /v1/embeddings. `dimensions` must be the model's own: TARS does not cut vectors."""
-
-    ignored = frozenset({"user"})
-
-    model: str | None = None
-    input: str | list[str]
-    encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
-
-    @field_validator("input", mode="before")
-    @classmethod
-    def _texts(cls, given: Any) -> Any:
-        _refuse_tokens("input", given)
-        return given
-
-    def to_params(self) -> EmbedParams:
-        """What `inference.embed` takes."""
-        return EmbedParams(model=self.model, input=self.input, encoding_format=self.encoding_format or "float")
-
-
-def _refuse_tokens(param: str, given: object) -> None:
-    """Token ids belong to OpenAI's own vocabularies: here they would name other words."""
-    if isinstance(given, list) and given and isinstance(given[0], int | list):
-        raise refusal(
-            param, f"{param} must be text: token ids of another vocabulary would be read as other words; send the text"
-        )

@@ -1,4 +1,4 @@
-"""The REST facade: GET /health /status /models /config /metrics, POST /inference /embed.
+"""The REST facade: GET /health /status /models /config /metrics, POST /inference /embed /rerank.
 
 Law of this file: JSON-RPC's messages over plain HTTP, for curl and for scripts; nothing here that JSON-RPC cannot do. Errors are
 JSON-RPC's error objects (`{"error": {code, message, data}}`) under the error's own HTTP status.
@@ -12,7 +12,15 @@ from aiohttp import hdrs, web
 
 from tars.errors import InternalError, InvalidParams, TarsError
 from tars.messages.base import CallContext
-from tars.messages.inference import ChatParams, ChatResult, CompleteParams, CompleteResult, Delta, EmbedParams
+from tars.messages.inference import (
+    ChatParams,
+    ChatResult,
+    CompleteParams,
+    CompleteResult,
+    Delta,
+    EmbedParams,
+    RerankParams,
+)
 from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
@@ -46,6 +54,7 @@ def add_rest_routes(app: web.Application, service: NodeService, options: RpcOpti
             web.get("/metrics", face.look(rest.metrics)),
             web.post("/inference", face.call("inference.complete", rest.inference)),
             web.post("/embed", face.call("inference.embed", rest.embed)),
+            web.post("/rerank", face.call("inference.rerank", rest.rerank)),
         ]
     )
 
@@ -135,6 +144,11 @@ class RestFacade:
         """POST /embed: `inference.embed`."""
         params = validated(EmbedParams, await exchange.json())
         return json_response(await exchange.whole(lambda call: self._service.embed(params, call)))
+
+    async def rerank(self, exchange: Exchange) -> web.Response:
+        """POST /rerank: `inference.rerank`."""
+        params = validated(RerankParams, await exchange.json())
+        return json_response(await exchange.whole(lambda call: self._service.rerank(params, call)))
 
 
 def _no_result() -> InternalError:

@@ -19,14 +19,20 @@ from tars.messages.inference import (
     ChatMessage,
     ChatParams,
     ChatResult,
+    Choice,
     CompleteParams,
     CompleteResult,
     Delta,
     EmbedParams,
     EmbedResult,
+    RerankParams,
+    RerankResult,
+    Scored,
     ServedBy,
     Timings,
     TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
     Usage,
 )
 from tars.messages.node import (
@@ -45,6 +51,7 @@ from tars.messages.node import (
 from tars.rpc.access import Access, access_middleware
 from tars.rpc.listener import Listener, listen
 from tars.rpc.options import AccessOptions, RpcOptions
+from tars.serving.vectors import written
 from tars.web.routes import PUBLIC_PATHS, add_web_routes, render_refusal
 from tars.web.status_feed import StatusFeed
 
@@ -59,6 +66,10 @@ class FakeService:
     def __init__(self) -> None:
         self.pieces = ["Hello", ", ", "wörld"]
         self.logprobs = False
+        self.reasoning: str | None = None
+        """What each chat answer thinks first."""
+        self.tool_call: ToolCall | None = None
+        """What each chat answer calls last; it comes in two pieces."""
         self.finish_reason = "stop"
         self.error: TarsError | Exception | None = None
         """Raised before the first piece."""
@@ -75,7 +86,7 @@ class FakeService:
         self.unsayable = False
         """The second piece holds a lone surrogate, as no engine should give."""
         self.streams: list[AsyncIterator[object]] = []
-        self.params: list[ChatParams | CompleteParams | EmbedParams] = []
+        self.params: list[ChatParams | CompleteParams | EmbedParams | RerankParams] = []
         self.calls: list[CallContext] = []
         self.started: list[str] = []
         self.ended: list[tuple[str, TarsError | None, str]] = []
@@ -126,7 +137,12 @@ class FakeService:
                 if isinstance(item, Delta):
                     yield item
                 else:
-                    said = ChatMessage(role="assistant", content="".join(self.pieces))
+                    said = ChatMessage(
+                        role="assistant",
+                        content="".join(self.pieces),
+                        reasoning=self.reasoning,
+                        tool_calls=[] if self.tool_call is None else [self.tool_call],
+                    )
                     yield ChatResult(model="help-desk", message=said, **item)
 
     async def _complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | CompleteResult]:
@@ -145,11 +161,16 @@ class FakeService:
         if params.model not in (None, "help-desk", "demo"):
             raise UnknownModel("no such model", details={"known": ["help-desk"]})
         try:
+            if self.reasoning is not None:
+                for answer in range(params.n):
+                    yield Delta(text="", index=answer, reasoning=self.reasoning)
             for index, piece in enumerate(self.pieces):
-                delta = Delta(text=piece, token_ids=[index], logprobs=[logprob(piece)] if self.logprobs else None)
-                if self.unsayable and index == 1:
-                    delta = delta.model_copy(update={"text": "\ud800"})
-                yield delta
+                for answer in range(params.n):
+                    logprobs = [logprob(piece)] if self.logprobs else None
+                    delta = Delta(text=piece, token_ids=[index], logprobs=logprobs, index=answer)
+                    if self.unsayable and index == 1:
+                        delta = delta.model_copy(update={"text": "\ud800"})
+                    yield delta
                 if self.gate is not None:
                     self.waiting.set()
                     await self.gate.wait()
@@ -158,12 +179,32 @@ class FakeService:
             raise
         if self.late_error is not None:
             raise self.late_error
+        if self.tool_call is not None:
+            called = self.tool_call
+            for answer in range(params.n):
+                for piece in (
+                    ToolCallDelta(index=0, id=called.id, name=called.name),
+                    ToolCallDelta(index=0, arguments=called.arguments),
+                ):
+                    yield Delta(text="", index=answer, tool_calls=[piece])
         yield {
             "finish_reason": self.finish_reason,
-            "usage": Usage(prompt_tokens=7, completion_tokens=len(self.pieces), total_tokens=7 + len(self.pieces)),
+            "usage": Usage(
+                prompt_tokens=7, completion_tokens=len(self.pieces), total_tokens=7 + len(self.pieces), cached_tokens=5
+            ),
             "timings": Timings(),
             "served_by": ServedBy(node=self.node_id, replica="help-desk@cpu#0", device="cpu"),
             "logprobs": [logprob(piece) for piece in self.pieces] if self.logprobs else None,
+            "further": [
+                Choice(
+                    index=index,
+                    text="".join(self.pieces),
+                    finish_reason="length",
+                    reasoning=self.reasoning,
+                    tool_calls=[] if self.tool_call is None else [self.tool_call],
+                )
+                for index in range(1, params.n)
+            ],
         }
 
     async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
@@ -179,16 +220,44 @@ class FakeService:
                 self.closed.set()
                 raise
         count = 1 if isinstance(params.input, str) else len(params.input)
-        vectors = [[0.6, 0.8, float(index)] for index in range(count)]
-        packed = [base64.b64encode(struct.pack("<3f", *vector)).decode() for vector in vectors]
-        return EmbedResult(
+        vectors = [[0.6, 0.8, float(index)][: params.dimensions] for index in range(count)]
+        form = "<{}f" if params.output_type == "float" else "<{}b"
+        packed = [
+            base64.b64encode(
+                struct.pack(form.format(len(vector)), *(map(int, vector) if form == "<{}b" else vector))
+            ).decode()
+            for vector in vectors
+        ]
+        return EmbedResult.model_construct(
             model="all-MiniLM-L6-v2",
-            embeddings=packed if params.encoding_format == "base64" else vectors,
-            dimensions=3,
+            embeddings=packed if params.encoding_format == "base64" else (await written(packed, params.output_type))[0],
+            dimensions=len(vectors[0]),
             truncated=[],
             usage=Usage(prompt_tokens=4, total_tokens=4),
             timings=Timings(),
             served_by=ServedBy(node=self.node_id, replica="all-MiniLM-L6-v2@cpu#0", device="cpu"),
+        )
+
+    async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
+        self.params.append(params)
+        self.calls.append(call)
+        if self.error is not None:
+            raise self.error
+        order = list(range(len(params.documents)))[::-1][: params.top_n]
+        return RerankResult(
+            model="reranker",
+            results=[
+                Scored(
+                    index=index,
+                    score=(index + 1) / len(params.documents),
+                    document=params.documents[index] if params.return_documents else None,
+                )
+                for index in order
+            ],
+            truncated=[],
+            usage=Usage(prompt_tokens=4, total_tokens=4),
+            timings=Timings(),
+            served_by=ServedBy(node=self.node_id, replica="reranker@cpu#0", device="cpu"),
         )
 
 

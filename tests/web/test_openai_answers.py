@@ -13,9 +13,12 @@ from tars.messages.inference import (
     CompleteResult,
     Delta,
     EmbedResult,
+    RerankResult,
+    Scored,
     ServedBy,
     Timings,
     TokenLogprob,
+    ToolCallDelta,
     Usage,
 )
 from tars.web.openai_answers import (
@@ -25,6 +28,7 @@ from tars.web.openai_answers import (
     completion_answer,
     embeddings_answer,
     error_body,
+    rerank_answer,
 )
 
 COMMON = {
@@ -59,7 +63,7 @@ def test_chat_chunks_fit_the_clients_type_and_say_usage_only_where_asked():
     result = ChatResult(message=ChatMessage(role="assistant", content="a"), finish_reason="stop", **COMMON)
     for usage in (False, True):
         chunks = ChatChunks("chatcmpl-1", 5, "m", usage=usage)
-        said = [chunks.role(), chunks.text(Delta(text="a", logprobs=LOGPROBS)), chunks.end(result)]
+        said = [chunks.role(), chunks.text(Delta(text="a", logprobs=LOGPROBS)), *chunks.ends(result)]
         assert [strictly(ChatCompletionChunk, chunk).choices[0].finish_reason for chunk in said] == [None, None, "stop"]
         assert [chunk.get("usage", "absent") for chunk in said] == [None if usage else "absent"] * 3
         assert strictly(ChatCompletionChunk, chunks.usage(result.usage)).usage.total_tokens == 5
@@ -98,7 +102,39 @@ def test_embeddings_fit_the_clients_type():
     result = EmbedResult(embeddings=[[0.6, 0.8]], dimensions=2, truncated=[0], **COMMON)
     answer = strictly(CreateEmbeddingResponse, embeddings_answer(result))
     assert answer.data[0].embedding == [0.6, 0.8]
-    assert answer.truncated == [0]
+    assert (answer.truncated, answer.split) == ([0], [])
+
+
+def test_a_usage_says_what_was_not_computed_again():
+    result = CompleteResult(
+        text="a",
+        finish_reason="stop",
+        **COMMON | {"usage": Usage(prompt_tokens=2, completion_tokens=3, total_tokens=5, cached_tokens=2)},
+    )
+    answer = strictly(Completion, completion_answer("cmpl-1", 5, [result, result], ["", ""]))
+    assert answer.usage.prompt_tokens_details.cached_tokens == 4
+
+
+def test_a_piece_without_text_has_no_empty_one_unless_it_says_nothing_else():
+    chunks = ChatChunks("chatcmpl-1", 5, "m", usage=False)
+    pieces = [
+        Delta(text="", index=1, reasoning="hm"),
+        Delta(text="", tool_calls=[ToolCallDelta(index=0, id="1", name="f")]),
+        Delta(text=""),
+    ]
+    said = [strictly(ChatCompletionChunk, chunks.text(piece)).choices[0] for piece in pieces]
+    assert [choice.index for choice in said] == [1, 0, 0]
+    assert [choice.delta.content for choice in said] == [None, None, ""]
+
+
+def test_a_document_is_in_the_answer_only_where_it_was_asked_for():
+    scored = [Scored(index=1, score=0.75, document="b"), Scored(index=0, score=0.5)]
+    answer = rerank_answer("rerank-1", RerankResult(results=scored, truncated=[1], **COMMON))
+    assert answer["results"] == [
+        {"index": 1, "relevance_score": 0.75, "document": {"text": "b"}},
+        {"index": 0, "relevance_score": 0.5},
+    ]
+    assert (answer["id"], answer["truncated"]) == ("rerank-1", [1])
 
 
 def every_error() -> list[type[errors.TarsError]]:

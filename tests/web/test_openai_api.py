@@ -11,6 +11,7 @@ import openai
 import pytest
 
 from tars.errors import Draining, Overloaded, ReplicaFailed, StillLoading, WorkerCrashed
+from tars.messages.inference import ChatMessage, ToolCall
 from tars.rpc.options import EnvelopeLimits, RpcOptions
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -126,11 +127,134 @@ async def test_embeddings_come_back_as_numbers_in_both_encodings(client, service
     assert [params.encoding_format for params in service.params] == ["base64", "float"]
 
 
-async def test_dimensions_are_taken_only_where_they_are_the_models_own(client):
-    await client.embeddings.create(model="all-MiniLM-L6-v2", input="a", dimensions=3)
-    with pytest.raises(openai.BadRequestError) as refused:
-        await client.embeddings.create(model="all-MiniLM-L6-v2", input="a", dimensions=2)
-    assert refused.value.param == "dimensions"
+async def test_dimensions_and_tarss_own_wishes_reach_the_model(client, service):
+    cut = await client.embeddings.create(model="all-MiniLM-L6-v2", input="a", dimensions=2)
+    assert cut.data[0].embedding == pytest.approx([0.6, 0.8], abs=1e-6)
+    await client.embeddings.create(
+        model="all-MiniLM-L6-v2", input="a", extra_body={"overflow": "mean", "input_type": "query"}
+    )
+    await client.embeddings.create(
+        model="all-MiniLM-L6-v2", input="a", extra_body={"truncate": False, "prompt": "passage: "}
+    )
+    assert [params.dimensions for params in service.params] == [2, None, None]
+    assert [params.overflow for params in service.params] == [None, "mean", None]
+    assert [params.input_type for params in service.params] == [None, "query", None]
+    assert [(params.truncate, params.prompt) for params in service.params[1:]] == [(True, None), (False, "passage: ")]
+
+
+async def test_small_vectors_come_as_whole_numbers_which_the_client_does_not_read_as_float32(client, service):
+    for output_type in ("int8", "binary"):
+        small = await client.embeddings.create(
+            model="all-MiniLM-L6-v2", input=["a", "b"], extra_body={"output_type": output_type}
+        )
+        assert [entry.embedding for entry in small.data] == [[0, 0, 0], [0, 0, 1]]
+        assert service.params[-1].output_type == output_type
+
+
+async def test_several_answers_are_numbered_choices_whole_and_streamed(client, service):
+    whole = await client.chat.completions.create(model="help-desk", messages=HELLO, n=3, seed=5)
+    assert [(choice.index, choice.message.content, choice.finish_reason) for choice in whole.choices] == [
+        (0, "Hello, wörld", "stop"),
+        (1, "Hello, wörld", "length"),
+        (2, "Hello, wörld", "length"),
+    ]
+    assert (service.params[0].n, service.params[0].seed) == (3, 5)
+    assert whole.usage.prompt_tokens_details.cached_tokens == 5
+    texts, roles, reasons = {}, {}, {}
+    async for chunk in await client.chat.completions.create(model="help-desk", messages=HELLO, n=2, stream=True):
+        choice = chunk.choices[0]
+        texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        roles[choice.index] = roles.get(choice.index) or choice.delta.role
+        reasons[choice.index] = choice.finish_reason
+    assert texts == {0: "Hello, wörld", 1: "Hello, wörld"}
+    assert roles == {0: "assistant", 1: "assistant"}
+    assert reasons == {0: "stop", 1: "length"}
+
+
+async def test_several_answers_to_several_prompts_are_numbered_prompt_by_prompt(client, service):
+    ask = {"model": "help-desk", "prompt": ["a", "b"], "n": 2, "echo": True}
+    whole = await client.completions.create(**ask)
+    expected = {0: "aHello, wörld", 1: "aHello, wörld", 2: "bHello, wörld", 3: "bHello, wörld"}
+    assert {choice.index: choice.text for choice in whole.choices} == expected
+    streamed, reasons = {}, {}
+    async for chunk in await client.completions.create(**ask, stream=True):
+        choice = chunk.choices[0]
+        streamed[choice.index] = streamed.get(choice.index, "") + choice.text
+        reasons[choice.index] = choice.finish_reason
+    assert streamed == expected
+    assert reasons == {0: "stop", 1: "length", 2: "stop", 3: "length"}
+
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "description": "The weather of a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        "strict": True,
+    },
+}
+
+
+async def test_a_tool_is_called_whole_and_streamed_and_its_answer_given_back(client, service):
+    service.pieces, service.finish_reason = [], "tool_calls"
+    service.tool_call = ToolCall(id="call_1", name="weather", arguments='{"city": "Rome"}')
+    ask = {"model": "help-desk", "messages": HELLO, "tools": [WEATHER]}
+    choice = {"type": "function", "function": {"name": "weather"}}
+    whole = await client.chat.completions.create(**ask, tool_choice=choice)
+    params = service.params[0]
+    assert (params.tools[0].name, params.tool_choice) == ("weather", "weather")
+    assert params.tools[0].parameters == WEATHER["function"]["parameters"]
+    assert whole.choices[0].finish_reason == "tool_calls"
+    said = whole.choices[0].message
+    assert said.content is None
+    assert [(call.id, call.function.name, call.function.arguments) for call in said.tool_calls] == [
+        ("call_1", "weather", '{"city": "Rome"}')
+    ]
+    pieces = [
+        chunk.choices[0].delta.tool_calls[0]
+        async for chunk in await client.chat.completions.create(**ask, stream=True)
+        if chunk.choices[0].delta.tool_calls
+    ]
+    assert [(piece.index, piece.id, piece.type) for piece in pieces] == [(0, "call_1", "function"), (0, None, None)]
+    assert pieces[0].function.name == "weather"
+    assert "".join(piece.function.arguments for piece in pieces) == '{"city": "Rome"}'
+    answered = [*HELLO, said, {"role": "tool", "tool_call_id": "call_1", "content": "sunny"}]
+    await client.chat.completions.create(model="help-desk", messages=answered, tools=[WEATHER])
+    turns = service.params[-1].messages[1:]
+    assert turns == [
+        ChatMessage(role="assistant", content="", tool_calls=[service.tool_call]),
+        ChatMessage(role="tool", content="sunny", tool_call_id="call_1"),
+    ]
+
+
+async def test_what_a_model_thinks_stands_apart_from_what_it_says(client, service):
+    service.reasoning = "hm"
+    whole = await client.chat.completions.create(model="help-desk", messages=HELLO)
+    assert (whole.choices[0].message.reasoning_content, whole.choices[0].message.content) == ("hm", "Hello, wörld")
+    thought, said = "", ""
+    async for chunk in await client.chat.completions.create(model="help-desk", messages=HELLO, stream=True):
+        thought += getattr(chunk.choices[0].delta, "reasoning_content", None) or ""
+        said += chunk.choices[0].delta.content or ""
+    assert (thought, said) == ("hm", "Hello, wörld")
+    await client.chat.completions.create(
+        model="help-desk", messages=[*HELLO, whole.choices[0].message, *HELLO], reasoning_effort="none"
+    )
+    assert service.params[-1].reasoning is False
+    assert service.params[-1].messages[1].reasoning == "hm"
+
+
+async def test_documents_are_reranked_in_the_shape_that_cohere_and_jina_have(node, service):
+    body = {"model": "reranker", "query": "q", "documents": ["a", {"text": "b"}, "c"], "top_n": 2}
+    async with node.http.post(f"{node.url}/v1/rerank", json=body) as response:
+        answer = await response.json()
+    assert answer["results"] == [{"index": 2, "relevance_score": 1.0}, {"index": 1, "relevance_score": 2 / 3}]
+    assert (answer["model"], answer["usage"]["total_tokens"]) == ("reranker", 4)
+    async with node.http.post(f"{node.url}/v1/rerank", json={**body, "return_documents": True}) as response:
+        results = (await response.json())["results"]
+    assert [one["document"] for one in results] == [{"text": "c"}, {"text": "b"}]
+    assert service.started == ["inference.rerank"] * 2
+    assert service.params[0].documents == ["a", "b", "c"]
 
 
 async def test_models_lists_what_is_deployed_and_finds_it_by_alias(client):
@@ -295,14 +419,24 @@ async def test_a_node_at_its_limit_refuses_the_next_call(serve, service):
 @pytest.mark.parametrize(
     ("path", "body", "param", "words"),
     [
-        ("chat/completions", {"messages": HELLO, "n": 2}, "n", "one choice"),
-        ("chat/completions", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools", "does not call tools"),
+        ("chat/completions", {"messages": HELLO, "n": 17}, "n", "16"),
+        ("chat/completions", {"messages": HELLO, "tools": [{"type": "custom"}]}, "tools", "functions only"),
+        ("chat/completions", {"messages": HELLO, "tools": [{"type": "function"}]}, "tools[0].function", "required"),
+        ("chat/completions", {"messages": HELLO, "tool_choice": "required"}, "tool_choice", "there are no tools"),
+        ("chat/completions", {"messages": HELLO, "tool_choice": {"a": 1}}, "tool_choice", 'is "none"'),
+        ("chat/completions", {"messages": [{"role": "user"}]}, "messages[0]", "content is required"),
         ("chat/completions", {"messages": HELLO, "temprature": 1}, "temprature", "did you mean 'temperature'"),
         ("chat/completions", {"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role", "system"),
         ("completions", {"prompt": [1, 2, 3]}, "prompt", "must be text"),
         ("completions", {"prompt": "a", "suffix": "b"}, "suffix", "middle"),
         ("embeddings", {"input": [[1, 2]]}, "input", "must be text"),
         ("embeddings", {}, "input", "required"),
+        ("embeddings", {"input": "a", "dimensions": 0}, "dimensions", "1"),
+        ("rerank", {"query": "q"}, "documents", "required"),
+        ("rerank", {"query": "q", "documents": []}, "documents", "1"),
+        ("rerank", {"query": "q", "documents": [{"title": "a"}]}, "documents", "no text"),
+        ("rerank", {"query": "q", "documents": [5]}, "documents[0]", "string"),
+        ("rerank", {"query": "q", "documents": ["a"], "top_n": 0}, "top_n", "1"),
     ],
 )
 async def test_a_bad_request_names_its_parameter(node, service, path, body, param, words):

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from tars.errors import InvalidParams
-from tars.web.openai_messages import ChatRequest, CompletionRequest, EmbeddingRequest
+from tars.web.openai_messages import ChatRequest, CompletionRequest
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -105,7 +105,8 @@ def test_an_answer_copied_back_by_a_client_is_understood():
     [
         {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]},
         {"role": "user", "content": [{"type": "input_audio", "input_audio": {}}]},
-        {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+        {"role": "assistant", "content": None, "function_call": {"name": "f"}},
+        {"role": "assistant", "content": "", "audio": {"id": "1"}},
     ],
 )
 def test_what_is_not_text_is_refused_with_its_reason(message):
@@ -117,7 +118,7 @@ def test_what_is_not_text_is_refused_with_its_reason(message):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 1}, {"tools": []}, {"tools": None}, {"tool_choice": "none"}, {"modalities": ["text"]}, {"audio": None},
+        {"n": None}, {"tools": []}, {"tools": None}, {"tool_choice": "none"}, {"best_of": 1}, {"modalities": ["text"]}, {"audio": None},
         {"user": "u"}, {"metadata": {"a": "b"}}, {"store": True}, {"parallel_tool_calls": True}, {"reasoning_effort": "low"},
         {"service_tier": "auto"}, {"stream_options": None}, {"logit_bias": {}}, {"prompt_cache_key": "k"},
     ],
@@ -129,8 +130,8 @@ def test_what_changes_nothing_is_let_through(fields):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"n": 2}, {"tools": [{}]}, {"tool_choice": "required"}, {"functions": [{}]}, {"modalities": ["text", "audio"]},
-        {"audio": {"voice": "x"}}, {"web_search_options": {}}, {"n": []},
+        {"best_of": 2}, {"functions": [{}]}, {"function_call": "required"}, {"modalities": ["text", "audio"]},
+        {"audio": {"voice": "x"}}, {"web_search_options": {}},
     ],
 )  # fmt: skip
 def test_what_would_change_the_meaning_is_refused(fields):
@@ -138,6 +139,46 @@ def test_what_would_change_the_meaning_is_refused(fields):
     with pytest.raises(InvalidParams) as refused:
         chat(**fields)
     assert refused.value.details["errors"][0]["at"] == name
+
+
+TOOL = {"type": "function", "function": {"name": "f"}}
+
+
+def test_a_model_cannot_be_held_to_one_tool_call():
+    with pytest.raises(InvalidParams) as refused:
+        chat(tools=[TOOL], parallel_tool_calls=False)
+    assert refused.value.details["errors"][0]["at"] == "parallel_tool_calls"
+    assert chat(parallel_tool_calls=False) == chat()
+    assert chat(tools=[TOOL], parallel_tool_calls=True) == chat(tools=[TOOL])
+
+
+def test_several_answers_may_be_asked_for():
+    assert chat(n=3).n == 3
+    completion = CompletionRequest.model_validate({"prompt": ["a", "b"], "n": 2})
+    assert [params.n for params in completion.to_params()] == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "reasoning"),
+    [
+        ({}, None),
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "high"}, None),
+        ({"reasoning": True}, True),
+    ],
+)
+def test_thinking_can_be_turned_off(fields, reasoning):
+    assert chat(**fields).reasoning is reasoning
+
+
+def test_only_a_tools_turn_answers_a_call():
+    turns = chat(
+        messages=[
+            {"role": "user", "content": "a", "tool_call_id": "x"},
+            {"role": "tool", "content": [{"type": "text", "text": "b"}], "tool_call_id": "x"},
+        ]
+    ).messages
+    assert [turn.tool_call_id for turn in turns] == [None, "x"]
 
 
 def test_a_completion_has_openais_own_default_length():
@@ -155,8 +196,6 @@ def test_the_number_of_prompts_is_bounded(prompt):
 def test_token_ids_are_refused(prompt):
     with pytest.raises(InvalidParams, match="another vocabulary"):
         CompletionRequest.model_validate({"prompt": prompt})
-    with pytest.raises(InvalidParams, match="another vocabulary"):
-        EmbeddingRequest.model_validate({"input": prompt})
 
 
 def test_echo_with_log_probabilities_is_refused():

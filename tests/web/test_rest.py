@@ -8,6 +8,7 @@ import json
 import pytest
 
 from tars.errors import StillLoading, WorkerCrashed
+from tars.messages.inference import ChatResult, Delta, ToolCall
 
 BOUND = 5.0
 
@@ -106,6 +107,8 @@ async def test_an_error_is_jsonrpcs_object_under_its_http_status(node, service):
         ("inference", {"messages": []}, "messages"),
         ("embed", {"input": []}, ""),
         ("embed", {"input": "a", "encoding_format": "hex"}, "encoding_format"),
+        ("rerank", {"query": "q", "documents": []}, "documents"),
+        ("rerank", {"query": "q", "documents": ["a"], "top_k": 1}, "top_k"),
     ],
 )
 async def test_a_bad_body_is_refused_with_its_place(node, service, path, body, place):
@@ -121,6 +124,32 @@ async def test_a_bad_body_is_refused_with_its_place(node, service, path, body, p
 async def test_embed_answers_with_the_vectors(node):
     async with node.http.post(f"{node.url}/embed", json={"input": ["a", "b"]}) as response:
         assert (await response.json())["embeddings"] == [[0.6, 0.8, 0.0], [0.6, 0.8, 1.0]]
+
+
+async def test_several_answers_reasoning_and_tool_calls_stand_in_the_deltas_and_in_the_result(node, service):
+    service.reasoning = "hm"
+    service.tool_call = ToolCall(id="1", name="f", arguments="{}")
+    body = {"messages": [{"role": "user", "content": "a"}], "n": 2}
+    async with node.http.post(f"{node.url}/inference", json=body) as response:
+        whole = ChatResult.model_validate(await response.json())
+    assert (whole.message.reasoning, whole.message.tool_calls) == ("hm", [service.tool_call])
+    assert [choice.index for choice in whole.further] == [1]
+    async with node.http.post(f"{node.url}/inference", json={**body, "stream": True}) as response:
+        events = events_of(await response.text())
+    deltas = [Delta.model_validate(body) for name, body in events if name == "message"]
+    for index in (0, 1):
+        mine = [delta for delta in deltas if delta.index == index]
+        assert "".join(delta.text for delta in mine) == "Hello, wörld"
+        assert "".join(delta.reasoning for delta in mine) == "hm"
+        assert "".join(piece.arguments for delta in mine for piece in delta.tool_calls) == "{}"
+    assert ChatResult.model_validate(events[-1][1]) == whole
+
+
+async def test_rerank_answers_with_the_scores(node, service):
+    body = {"query": "q", "documents": ["a", "b"], "return_documents": True, "top_n": 1}
+    async with node.http.post(f"{node.url}/rerank", json=body) as response:
+        assert (await response.json())["results"] == [{"index": 1, "score": 1.0, "document": "b"}]
+    assert service.started == ["inference.rerank"]
 
 
 async def test_leaving_a_stream_cancels_the_work(node, service):
