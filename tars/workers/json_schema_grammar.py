@@ -73,6 +73,21 @@ def schema_grammar(schema: Schema) -> str:
     return text
 
 
+def schemas_grammar(schemas: dict[str, Schema]) -> str:
+    """Rules for a grammar that has its root elsewhere: one under each key's name, and all that they need.
+
+    A key is a GBNF name without a hyphen that is none of `FIXED`'s. Raises as `schema_grammar`.
+    """
+    rules = dict(FIXED)
+    for name, schema in schemas.items():
+        converter = _Converter(schema, f"{name}-")
+        rules[name] = converter.expression(schema, 0)
+        rules.update(converter.rules)
+        if sum(map(len, rules.values())) > GRAMMAR_MOST:
+            raise _too_large()
+    return "".join(f"{name} ::= {rule}\n" for name, rule in rules.items())
+
+
 def _too_large() -> BadGrammar:
     return BadGrammar(f"The JSON schema makes a grammar of more than {GRAMMAR_MOST} characters. Make it smaller.")
 
@@ -82,8 +97,10 @@ def _refused(what: str) -> BadGrammar:
 
 
 class _Converter:
-    def __init__(self, root: Schema) -> None:
+    def __init__(self, root: Schema, prefix: str = "") -> None:
         self.root = root
+        self._prefix = prefix
+        """Of the names of its rules."""
         self.rules: dict[str, str] = {}
         self._references: dict[str, str] = {}
         self._size = 0
@@ -95,7 +112,7 @@ class _Converter:
         self._size += len(expression)
         if self._size > GRAMMAR_MOST:
             raise _too_large()
-        name = f"r{len(self.rules)}"
+        name = f"{self._prefix}r{len(self.rules)}"
         self.rules[name] = expression
         return name
 
@@ -128,7 +145,7 @@ class _Converter:
             return self.expression(_merged(others, target), depth + 1)
         if reference not in self._references:
             # Named before it is made: a schema may refer to itself.
-            name = self._references[reference] = f"ref{len(self._references)}"
+            name = self._references[reference] = f"{self._prefix}ref{len(self._references)}"
             self.rules[name] = ""
             expression = self.expression(target, depth + 1)
             self._size += len(expression)
