@@ -61,9 +61,9 @@ def best(row: Row, count: int) -> Ids:
     else:
         # Down the columns: element-wise maxima of long rows are what processors do best.
         maxima = row[: blocks * BLOCK].reshape(BLOCK, blocks).max(axis=0)
-        bound = np.partition(maxima, blocks - count)[blocks - count]
-        found = np.flatnonzero(row >= bound)
-    return found[np.argsort(-row[found], kind="stable")[:count]]
+        maxima.partition(blocks - count)
+        found = (row >= maxima[blocks - count]).nonzero()[0]
+    return found[(-row[found]).argsort(kind="stable")[:count]]
 
 
 class TokenDraw:

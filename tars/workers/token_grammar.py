@@ -65,11 +65,9 @@ class TokenTexts:
         ]
         """Of each text: how many characters it has in common with the one before."""
         begins = [index for index, shared in enumerate(self.shared[: len(ordered)]) if not shared]
-        self.groups = [
-            (self.sorted_texts[begin][0], begin, end)
-            for begin, end in zip(begins, [*begins[1:], len(ordered)], strict=True)
-        ]
-        """(first character, first index, index behind the last) of the texts that begin with it."""
+        self.group_starts = np.array([*begins, len(ordered)], dtype=np.intp)
+        """First index of the texts that begin with the same character, and the index behind the last ones."""
+        self.group_characters = np.array([ord(self.sorted_texts[begin][0]) for begin in begins], dtype=np.intp)
         self.joined = "\0".join(self.sorted_texts)
         self.joined_starts = np.cumsum([0, *(len(text) + 1 for text in self.sorted_texts[:-1])])
 
@@ -92,6 +90,11 @@ class TokenGrammar:
         grammar = parse(text)
         self._automaton = Automaton(grammar)
         self._borders = grammar.borders
+        self._group_classes = np.searchsorted(grammar.borders, tokens.group_characters, side="right") - 1
+        self._first_classes: dict[int, int] = {}
+        """Classes that texts of the vocabulary begin with, and how many do."""
+        for kind, count in zip(self._group_classes.tolist(), np.diff(tokens.group_starts).tolist(), strict=True):
+            self._first_classes[kind] = self._first_classes.get(kind, 0) + count
         self._masks: OrderedDict[State, np.ndarray[Any, np.dtype[np.uint8]]] = OrderedDict()
         self.start = Place(self._automaton.start)
         if not self.start.state.items and not self.start.state.accepting:
@@ -148,20 +151,14 @@ class TokenGrammar:
         mask[[token for token in tokens.broken if self.after(place, token) is not None]] = True
         if state.accepting:
             mask[list(tokens.end_tokens)] = True
-        by_class: dict[int, State | None] = {}
-        looping = 0
-        groups = []
-        for first, begin, end in tokens.groups:
-            kind = self._automaton.character_class(first)
-            if kind not in by_class:
-                by_class[kind] = self._automaton.after(state, kind)
-            if by_class[kind] is not None:
-                groups.append((begin, end))
-                looping += end - begin if by_class[kind] is state else 0
+        successors = {kind: self._automaton.after(state, kind) for kind in self._first_classes}
+        looping = sum(count for kind, count in self._first_classes.items() if successors[kind] is state)
         if 2 * looping > len(tokens.sorted_texts) and len(self._borders) <= FEW_CLASSES:
             mask[tokens.sorted_tokens[self._by_leaving(state)]] = True
         else:
-            for begin, end in groups:
+            going_on = [kind for kind, successor in successors.items() if successor is not None]
+            for group in np.flatnonzero(np.isin(self._group_classes, going_on)).tolist():
+                begin, end = tokens.group_starts[group : group + 2].tolist()
                 mask[tokens.sorted_tokens[self._by_walking(state, begin, end)]] = True
         return mask
 
