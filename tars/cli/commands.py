@@ -30,7 +30,7 @@ from tars.cli.connection import (
     read_standard_input,
     report_failure,
 )
-from tars.cli.output import embeddings_view, models_view, not_served, not_served_view, plain, status_view
+from tars.cli.output import embeddings_view, models_view, not_served, not_served_view, plain, rerank_view, status_view
 from tars.cli.plan_output import deploy_view
 from tars.cli.planning import explain, plan
 from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
@@ -42,7 +42,7 @@ WATCH_SECONDS = 1.0
 """How often `tars status --watch` asks: devices are probed once a second, so asking oftener shows nothing new."""
 
 MOST_TEXTS = 2048
-"""Texts of one embedding call, as `inference.embed` bounds them."""
+"""Texts of one call, as `inference.embed` and `inference.rerank` bound them."""
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
@@ -124,6 +124,10 @@ def _watch(connection: Connection) -> int:
 @click.argument("texts", nargs=-1)
 @click.option("--file", "file", type=click.File("r", encoding="utf-8"), help="One text a line; - is standard input.")
 @click.option("--model", help="Model name; may be left out where the node serves only one embedding model.")
+@click.option("--dimensions", type=click.IntRange(1, 65_536), help="Only the first so many values (Matryoshka models).")
+@click.option(
+    "--input-type", type=click.Choice(["query", "passage"]), help="Put the model's own prefix before each text."
+)
 @click.option("--no-truncate", is_flag=True, help="Refuse a text that is longer than the model's limit.")
 @connection_options
 @pass_connection
@@ -132,32 +136,81 @@ def embed(
     texts: tuple[str, ...],
     file: TextIO | None,
     model: str | None,
+    dimensions: int | None,
+    input_type: Literal["query", "passage"] | None,
     no_truncate: bool,
 ) -> int:
     """Embed TEXTS (or - for standard input) and show how similar they are."""
-    if file is not None and texts:
-        raise click.UsageError("give texts or --file, not both")
-    if texts == ("-",):
-        texts = tuple(_lines(read_standard_input()))
-    elif file is not None:
-        try:
-            texts = tuple(_lines(file.read()))
-        except UnicodeDecodeError:
-            raise click.BadParameter("the file is not UTF-8 text", param_hint="--file") from None
-    if not texts:
-        raise click.UsageError("nothing to embed: tars embed 'one text' 'another'")
-    if len(texts) > MOST_TEXTS:
-        raise click.UsageError(f"{len(texts)} texts; one call takes at most {MOST_TEXTS}: split the file")
-    error_console = connection.console(stderr=True)
-    with (
-        error_console.status(f"embedding {len(texts)} texts") if error_console.is_terminal else contextlib.nullcontext()
-    ):
-        result = ask(connection, lambda client: client.embed(texts, model=model, truncate=not no_truncate))
+    texts = _texts(texts, file, "texts", "tars embed 'one text' 'another'")
+    with _busy(connection, f"embedding {len(texts)} texts"):
+        result = ask(
+            connection,
+            lambda client: client.embed(
+                texts, model=model, dimensions=dimensions, input_type=input_type, truncate=not no_truncate
+            ),
+        )
     if connection.as_json:
         print_json(result)
     else:
         connection.console().print(embeddings_view(result, texts))
     return Exit.OK
+
+
+@cli.command()
+@click.argument("query")
+@click.argument("documents", nargs=-1)
+@click.option(
+    "--file", "file", type=click.File("r", encoding="utf-8"), help="One document a line; - is standard input."
+)
+@click.option("--model", help="Model name; may be left out where the node serves only one rerank model.")
+@click.option("--top", type=click.IntRange(min=1), help="Only the best so many.")
+@click.option("--no-truncate", is_flag=True, help="Refuse a document that is longer than the model's limit.")
+@connection_options
+@pass_connection
+def rerank(
+    connection: Connection,
+    query: str,
+    documents: tuple[str, ...],
+    file: TextIO | None,
+    model: str | None,
+    top: int | None,
+    no_truncate: bool,
+) -> int:
+    """Sort DOCUMENTS (or - for standard input) by how relevant they are to QUERY."""
+    documents = _texts(documents, file, "documents", "tars rerank 'a question' 'one text' 'another'")
+    with _busy(connection, f"reranking {len(documents)} documents"):
+        result = ask(
+            connection,
+            lambda client: client.rerank(query, documents, model=model, top_n=top, truncate=not no_truncate),
+        )
+    if connection.as_json:
+        print_json(result)
+    else:
+        connection.console().print(rerank_view(result, documents))
+    return Exit.OK
+
+
+def _texts(given: tuple[str, ...], file: TextIO | None, noun: str, example: str) -> tuple[str, ...]:
+    """What was given as arguments, on standard input (`-`) or in a file, one a line."""
+    if file is not None and given:
+        raise click.UsageError(f"give {noun} or --file, not both")
+    if given == ("-",):
+        given = tuple(_lines(read_standard_input()))
+    elif file is not None:
+        try:
+            given = tuple(_lines(file.read()))
+        except UnicodeDecodeError:
+            raise click.BadParameter("the file is not UTF-8 text", param_hint="--file") from None
+    if not given:
+        raise click.UsageError(f"no {noun}: {example}")
+    if len(given) > MOST_TEXTS:
+        raise click.UsageError(f"{len(given)} {noun}; one call takes at most {MOST_TEXTS}: split the file")
+    return given
+
+
+def _busy(connection: Connection, doing: str) -> contextlib.AbstractContextManager[object]:
+    console = connection.console(stderr=True)
+    return console.status(doing) if console.is_terminal else contextlib.nullcontext()
 
 
 def _lines(text: str) -> list[str]:

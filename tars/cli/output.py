@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tars.core.types import Bytes
-from tars.messages.inference import ChatResult, EmbedResult
+from tars.messages.inference import ChatResult, EmbedResult, RerankResult
 from tars.messages.node import (
     DeviceDescription,
     ModelsResult,
@@ -265,6 +265,18 @@ def embeddings_view(result: EmbedResult, texts: Sequence[str]) -> Group:
     elif len(vectors) > SHOWN_PAIRS:
         parts.append(Text(f"similarities are shown for up to {SHOWN_PAIRS} texts; `--json` gives all vectors"))
     return Group(*parts)
+
+
+def rerank_view(result: RerankResult, documents: Sequence[str]) -> Group:
+    """`tars rerank`: score and text of each document, best first; `documents` are those that were asked about."""
+    head = Text(f"{plain(result.model)}: {len(documents)} documents, {result.usage.prompt_tokens} tokens")
+    rows = table_of("#", "score", "document", right=("score",))
+    for scored in result.results:
+        cut = " (cut at the model's limit)" if scored.index in result.truncated else ""
+        rows.add_row(
+            cell(scored.index + 1), cell(f"{scored.score:.4f}"), cell(_short(documents[scored.index], 80) + cut)
+        )
+    return Group(head, rows)
 
 
 def _short(text: str, width: int = 48) -> str:

@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from tars.errors import DoesNotFit, InternalError, PeerUnreachable, Unauthorized, UnknownModel
-from tars.messages.inference import EmbedResult, Timings, Usage
+from tars.messages.inference import EmbedResult, RerankResult, Scored, Timings, Usage
 from tars.messages.node import (
     DeployResult,
     ExplainResult,
@@ -39,6 +39,14 @@ def answering(node: Any, make: SimpleNamespace) -> Any:
             usage=Usage(prompt_tokens=4, total_tokens=4), timings=Timings(), served_by=make.served_by,
         )  # fmt: skip
 
+    def rerank(params: dict[str, Any]) -> RerankResult:
+        count = len(params["documents"])
+        results = [Scored(index=index, score=(index + 1) / count) for index in reversed(range(count))]
+        return RerankResult(
+            model="reranker", results=results[: params.get("top_n")], truncated=[0],
+            usage=Usage(prompt_tokens=4, total_tokens=4), timings=Timings(), served_by=make.served_by,
+        )  # fmt: skip
+
     model = ModelDescription(
         name="phi-2", aliases=[], model_kind="chat", variants=["Q8_0"], description="small", licence="MIT",
         deployed=True, replicas_wanted=1, replicas_ready=1, state="ready", local=True,
@@ -54,6 +62,7 @@ def answering(node: Any, make: SimpleNamespace) -> Any:
         "models.deploy": DeployResult(model="phi-2", accepted=True, assignments=[]),
         "models.remove": RemoveResult(model="phi-2", removed=True),
         "inference.embed": embed,
+        "inference.rerank": rerank,
     }
     return node
 
@@ -68,6 +77,7 @@ COMMANDS = [
     (("undeploy", "phi-2"), "models.remove", "no longer deployed"),
     (("ping",), "node.ping", "ready"),
     (("embed", "a text"), "inference.embed", "2 dimensions"),
+    (("rerank", "question", "a text"), "inference.rerank", "1.0000"),
     (("chat", "hello"), "inference.chat", "Start"),
 ]
 
@@ -159,6 +169,13 @@ def test_an_error_of_the_node_is_exit_code_1(
         ("embed", "--file", "/no/such/file"),
         ("embed", "text", "--file", __file__),
         ("embed", *["text"] * 2049),
+        ("embed", "text", "--dimensions", "0"),
+        ("embed", "text", "--input-type", "poem"),
+        ("rerank",),
+        ("rerank", "question"),
+        ("rerank", "question", "text", "--top", "0"),
+        ("rerank", "question", "text", "--file", __file__),
+        ("rerank", "question", *["text"] * 2049),
         ("plan", "--context", "2048"),
         ("plan", "--node", "/no/such/file.toml"),
         ("deploy",),
@@ -229,7 +246,7 @@ def test_embed_reads_a_text_a_line_from_a_file_or_a_pipe(
     assert answering.params("inference.embed")["truncate"] is False
 
 
-@pytest.mark.parametrize(("content", "words"), [(b"\xff\xfe\x00", "not UTF-8"), (b"\n \n", "nothing to embed")])
+@pytest.mark.parametrize(("content", "words"), [(b"\xff\xfe\x00", "not UTF-8"), (b"\n \n", "no texts")])
 def test_embed_refuses_a_file_without_text(
     answering: Any, tars: Callable[..., Any], tmp_path: Path, content: bytes, words: str
 ) -> None:
@@ -238,6 +255,36 @@ def test_embed_refuses_a_file_without_text(
     ran = tars("embed", "--file", str(file))
     assert ran.code == 2
     assert words in ran.err
+
+
+def test_embed_sends_the_choices_that_were_made(answering: Any, tars: Callable[..., Any]) -> None:
+    tars("embed", "one", "--dimensions", "64", "--input-type", "query")
+    assert answering.params("inference.embed")["dimensions"] == 64
+    assert answering.params("inference.embed")["input_type"] == "query"
+    tars("embed", "one")
+    assert not {"dimensions", "input_type"} & answering.params("inference.embed").keys()
+
+
+def test_rerank_shows_the_best_document_first(answering: Any, tars: Callable[..., Any]) -> None:
+    ran = tars("rerank", "which?", "first text", "second text")
+    assert ran.out.index("second text") < ran.out.index("first text (cut at the model's limit)")
+    assert "0.5000" in ran.out
+    assert answering.params("inference.rerank")["query"] == "which?"
+
+
+def test_rerank_reads_a_document_a_line_and_keeps_the_best(
+    answering: Any, tars: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "texts.txt"
+    file.write_text("one\n\ntwo words\n", encoding="utf-8")
+    ran = tars("rerank", "which?", "--file", str(file), "--top", "1", "--no-truncate")
+    assert "two words" in ran.out
+    assert "one" not in ran.out
+    params = answering.params("inference.rerank")
+    assert (params["documents"], params["top_n"], params["truncate"]) == (["one", "two words"], 1, False)
+    monkeypatch.setattr("sys.stdin", io.StringIO("three\n"))
+    assert tars("rerank", "which?", "-").code == 0
+    assert answering.params("inference.rerank")["documents"] == ["three"]
 
 
 def test_embed_compares_several_texts(answering: Any, tars: Callable[..., Any]) -> None:

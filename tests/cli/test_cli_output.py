@@ -7,7 +7,7 @@ import pytest
 from drawing import drawn, row
 
 from tars.cli import output
-from tars.messages.inference import EmbedResult, Timings, Usage
+from tars.messages.inference import EmbedResult, RerankResult, Scored, Timings, Usage
 from tars.messages.node import (
     LoadProgress,
     ModelDescription,
@@ -150,6 +150,18 @@ def test_one_embedding_has_no_pairs_and_many_have_too_many(make: SimpleNamespace
     text = drawn(output.embeddings_view(embeddings(make, [[1.0, 0.0]] * many, []), ["text"] * many))
     assert "--json" in text
     assert "cosine" not in text
+
+
+def test_reranked_documents_show_their_place_their_score_and_what_was_cut(make: SimpleNamespace) -> None:
+    result = RerankResult(
+        model="rerank\x1b[31mer", results=[Scored(index=1, score=0.75), Scored(index=0, score=0.25)], truncated=[0],
+        usage=Usage(prompt_tokens=4, total_tokens=4), timings=Timings(), served_by=make.served_by,
+    )  # fmt: skip
+    text = drawn(output.rerank_view(result, ["first [bold]text", "second"]))
+    assert "2 documents, 4 tokens" in text
+    assert row(text, "second").split()[:2] == ["2", "0.7500"]
+    assert "first [bold]text (cut at the model's limit)" in row(text, "0.2500")
+    assert "\x1b" not in text
 
 
 def test_the_line_under_an_answer_names_the_simulated_device_and_the_cut(make: SimpleNamespace) -> None:
