@@ -290,7 +290,15 @@ def _checked(parser: _Parser) -> Grammar:
         rules.append(alternatives)
     if "root" not in parser.numbers:
         raise BadGrammar("The grammar could not be compiled: it has no rule root, with which every text begins.")
-    nullable = _nullable(rules)
+    ending = _closure(rules, terminals=True)
+    if not ending[parser.numbers["root"]]:
+        raise BadGrammar(
+            "The grammar, or the JSON schema behind it, has no text that ends: every way through it needs the same rule again. "
+            "Give that rule an alternative without itself (in a schema: do not require the property that refers back)."
+        )
+    # What cannot be finished must not be begun.
+    rules = [[one for one in alternatives if all(it < 0 or ending[it] for it in one)] for alternatives in rules]
+    nullable = _closure(rules, terminals=False)
     symbols: list[int] = []
     starts: list[list[int]] = []
     for alternatives in rules:
@@ -308,24 +316,27 @@ def _checked(parser: _Parser) -> Grammar:
     )
 
 
-def _nullable(rules: list[list[list[int]]]) -> list[bool]:
-    """Which rules have the empty text: a queue of rules that just became so, each occurrence looked at once."""
-    missing = [[len(one) for one in alternatives] for alternatives in rules]
+def _closure(rules: list[list[list[int]]], *, terminals: bool) -> list[bool]:
+    """Which rules have an alternative of such rules only; `terminals`: and of terminals, so which have a finite text; else the empty one.
+
+    A queue of rules that were just found: each occurrence is looked at once.
+    """
+    missing = [[sum(it >= 0 or not terminals for it in one) for one in alternatives] for alternatives in rules]
     occurrences: list[list[tuple[int, int]]] = [[] for _ in rules]
     for rule, alternatives in enumerate(rules):
         for index, alternative in enumerate(alternatives):
             for symbol in alternative:
                 if symbol >= 0:
                     occurrences[symbol].append((rule, index))
-    nullable = [any(not one for one in alternatives) for alternatives in rules]
-    queue = [rule for rule, empty in enumerate(nullable) if empty]
+    found = [not all(one) for one in missing]
+    queue = [rule for rule, holds in enumerate(found) if holds]
     while queue:
         for rule, index in occurrences[queue.pop()]:
             missing[rule][index] -= 1
-            if not missing[rule][index] and not nullable[rule]:
-                nullable[rule] = True
+            if not missing[rule][index] and not found[rule]:
+                found[rule] = True
                 queue.append(rule)
-    return nullable
+    return found
 
 
 def begins_with(alternatives: list[list[int]], rule: int, nullable: list[bool]) -> list[int]:

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from tars.errors import BadGrammar
 from tars.workers.gbnf import parse
 from tars.workers.grammar_states import Automaton, State
 
@@ -97,10 +96,6 @@ class TokenGrammar:
             self._first_classes[kind] = self._first_classes.get(kind, 0) + count
         self._masks: OrderedDict[State, np.ndarray[Any, np.dtype[np.uint8]]] = OrderedDict()
         self.start = Place(self._automaton.start)
-        if not self.start.state.items and not self.start.state.accepting:
-            raise BadGrammar(
-                "The grammar has no text at all: every way through its rules leads back to their beginning."
-            )
 
     def allow(self, work: int) -> None:
         """How much work the calls until the next `allow` may take together; beyond it they raise `TooAmbiguous`, a `BadGrammar`."""

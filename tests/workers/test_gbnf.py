@@ -33,9 +33,12 @@ REFUSED = {
     "brackets": ("root ::= " + "(" * 300, "deep"),
     "left recursion": ('root ::= root "a" | "b"', "rule root begins with itself"),
     "a cycle of rules": ('root ::= a\na ::= b "x"\nb ::= c | "y"\nc ::= a "z"', "begins with itself"),
-    "only itself": ("root ::= a\na ::= a", "begins with itself"),
+    "only itself": ("root ::= a\na ::= a", "no text that ends"),
+    "itself or an end": ('root ::= a\na ::= a | "b"', "begins with itself"),
     "behind what may be empty": ('root ::= e root "a" | "b"\ne ::= f\nf ::= "" | "x"', "begins with itself"),
     "behind a repetition": ('root ::= x\nx ::= " "* x "b" | "c"', "begins with itself"),
+    "only itself after nothing": ("root ::= e root\ne ::= f\nf ::= ", "no text that ends"),
+    "for ever": ('root ::= "a" x\nx ::= "b" root', "no text that ends"),
     "a bomb of copies": (f'root ::= ("{"x" * 1000}" "y"){{2000}} "z"{{{SYMBOLS_MOST}}}', "Written out"),
     "a bomb of optionals": ('root ::= "x"{0,999999999}', "Written out"),
 }

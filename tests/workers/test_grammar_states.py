@@ -108,6 +108,12 @@ def test_random_grammars_accept_exactly_their_language() -> None:
     assert nonempty > 100, "too few grammars say anything"
 
 
+def test_what_cannot_be_finished_is_not_begun() -> None:
+    automaton = Automaton(parse('root ::= "a" | "b" endless | "c"\nendless ::= "x" endless'))
+    assert accepts(automaton, "a")
+    assert automaton.after_text(automaton.start, "b") is None
+
+
 def test_states_of_a_long_string_are_few() -> None:
     automaton = Automaton(parse(r'root ::= "\"" char* "\""' + '\nchar ::= [^"\\\\] | "\\\\" ["n]'))
     state = automaton.after_text(automaton.start, '"' + "héllo\\n" * 1000)

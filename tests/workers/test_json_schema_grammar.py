@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tars.errors import BadGrammar
+from tars.workers.gbnf import parse
 from tars.workers.json_schema_grammar import _integers, _numbers, schema_grammar
 
 TREE = {
@@ -172,6 +173,13 @@ def test_what_cannot_be_kept_is_refused_by_name(name: str) -> None:
     schema, reason = REFUSED[name]
     with pytest.raises(BadGrammar, match=re.escape(reason)):
         schema_grammar(schema)
+
+
+def test_a_cycle_without_a_way_out_is_refused_and_one_with_is_not() -> None:
+    node: dict[str, Any] = {"type": "object", "properties": {"next": {"$ref": "#"}}}
+    assert parse(schema_grammar(node)).symbols
+    with pytest.raises(BadGrammar, match="do not require the property that refers back"):
+        parse(schema_grammar({**node, "required": ["next"]}))
 
 
 def test_nesting_and_multiplication_are_bounded() -> None:

@@ -115,11 +115,6 @@ def test_a_long_list_of_words_is_not_ambiguous() -> None:
     assert place_after(grammar, "1", "0", "z", "1", "7") is None
 
 
-def test_a_grammar_without_any_text_is_refused() -> None:
-    with pytest.raises(BadGrammar, match="no text at all"):
-        TokenGrammar("root ::= e root\ne ::= f\nf ::= ", TEXTS)
-
-
 @pytest.mark.parametrize(
     ("data", "rest"),
     [
