@@ -10,13 +10,14 @@ import difflib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tars.builtin_models import QUALITY, UNKNOWN_QUALITY, BuiltinModel, builtin_models, ordered
+from tars.companion_files import inspect_adapter, inspect_draft
 from tars.config import ModelSource
-from tars.core.types import ModelEntry, ModelKind, ModelShape, Variant
+from tars.core.types import Adapter, ModelEntry, ModelKind, ModelShape, Variant
 from tars.errors import BadModelFile, ConfigError, ModelError, ModelFileMissing, UnknownModel
 from tars.model_files import inspect, inspect_folder
 
@@ -48,7 +49,7 @@ class _Problem:
 
     error: ModelError
     attach: Callable[[], object]
-    place: Callable[[], Path | None]
+    places: Callable[[], Sequence[Path]]
     state: object
 
 
@@ -60,6 +61,8 @@ class Catalogue:
         self._names: dict[str, str] = {}
         """Lower-case name or alias -> entry's name."""
         self._paths: dict[tuple[str, str], Path] = {}
+        self._adapters: dict[tuple[str, str], Path] = {}
+        self._drafts: dict[str, Path] = {}
         self._problems: dict[str, _Problem] = {}
 
     @classmethod
@@ -103,6 +106,14 @@ class Catalogue:
         path = self._paths.get((entry.name, variant.name))
         return path if path is not None and path.exists() else None
 
+    def adapter_path(self, entry: ModelEntry, adapter: Adapter) -> Path:
+        """The file of one of the entry's adapters."""
+        return self._adapters[entry.name, adapter.name]
+
+    def draft_path(self, entry: ModelEntry) -> Path | None:
+        """The file of the entry's draft model; None where it has none."""
+        return self._drafts.get(entry.name)
+
     def add_file(
         self,
         path: Path | str,
@@ -139,7 +150,7 @@ class Catalogue:
                 )
             self.add_file(path, entry.name, entry.kind)
 
-        self._try(entry.name, attach, place)
+        self._try(entry.name, attach, lambda: [path for path in (place(),) if path is not None])
 
     def _add_source(self, source: ModelSource) -> None:
         # A kind that nobody wrote is left to the file.
@@ -154,27 +165,35 @@ class Catalogue:
         else:
             self._add_aliases(entry.name, source.aliases)
 
+        beside = [each.path for each in source.adapters] + ([] if source.draft is None else [source.draft])
+
         def attach() -> None:
-            self.add_file(path, entry.name, kind, description=source.description)
+            # First what goes with the model: a model whose adapter is bad is not served without it, for its callers count on it.
+            adapters, draft = _companions(source) if beside else ((), None)
+            added = self.add_file(path, entry.name, kind, description=source.description)
+            self.entries[added.name] = replace(added, adapters=adapters, draft=draft)
+            self._adapters.update({(added.name, each.name): each.path.absolute() for each in source.adapters})
+            if source.draft is not None:
+                self._drafts[added.name] = source.draft.absolute()
 
-        self._try(entry.name, attach, lambda: path)
+        self._try(entry.name, attach, lambda: [path, *beside])
 
-    def _try(self, name: str, attach: Callable[[], object], place: Callable[[], Path | None]) -> None:
-        state = _state(place())
+    def _try(self, name: str, attach: Callable[[], object], places: Callable[[], Sequence[Path]]) -> None:
+        state = _states(places())
         try:
             attach()
         except ModelError as error:
             log.warning("the model %s cannot be served now: %s", name, error.message)
             # A model that has another good file is served from that one.
             if not any(self.path_of(self.entries[name], variant) for variant in self.entries[name].variants):
-                self._problems[name] = _Problem(error, attach, place, state)
+                self._problems[name] = _Problem(error, attach, places, state)
 
     def _look_again(self, name: str) -> None:
         """Attach the file now if it has changed since it was found bad; else raise what was wrong with it."""
         problem = self._problems[name]
-        if _state(problem.place()) != problem.state:
+        if _states(problem.places()) != problem.state:
             del self._problems[name]
-            self._try(name, problem.attach, problem.place)
+            self._try(name, problem.attach, problem.places)
             if name not in self._problems:
                 return
         error = self._problems[name].error
@@ -305,10 +324,23 @@ def _look_into(path: Path, wanted: ModelKind | None) -> _Found:
     )
 
 
-def _state(path: Path | None) -> object:
+def _companions(source: ModelSource) -> tuple[tuple[Adapter, ...], ModelShape | None]:
+    """The adapters and the draft model of a configured model. Raises `BadModelFile`, or what is wrong with the model's own file."""
+    if source.path.is_dir():
+        raise ConfigError(
+            f"the model {source.name!r} is a folder, and adapters and draft are for chat models, which are .gguf files"
+        )
+    model = inspect(source.path).header
+    adapters = tuple(inspect_adapter(each.name, each.scale, each.path, model) for each in source.adapters)
+    return adapters, None if source.draft is None else inspect_draft(source.draft, model)
+
+
+def _states(paths: Sequence[Path]) -> list[object]:
+    return [_state(path) for path in paths]
+
+
+def _state(path: Path) -> object:
     """Something that changes when the file, or a file in the folder, does; None when there is nothing."""
-    if path is None:
-        return None
     try:
         if path.is_dir():
             with os.scandir(path) as rows:

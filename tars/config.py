@@ -18,6 +18,7 @@ from pydantic_core import ErrorDetails
 
 from tars.config_schema import (
     DEFAULT_PORT,
+    AdapterSource,
     ApiKey,
     Config,
     DeclaredDevice,
@@ -25,6 +26,7 @@ from tars.config_schema import (
     DeploySection,
     DeviceCap,
     DevicesSection,
+    EnginesSection,
     ExpectedDevice,
     LimitsSection,
     ListenAddress,
@@ -40,6 +42,7 @@ from tars.errors import ConfigError
 
 __all__ = [
     "DEFAULT_PORT",
+    "AdapterSource",
     "ApiKey",
     "Config",
     "DeclaredDevice",
@@ -47,6 +50,7 @@ __all__ = [
     "DeploySection",
     "DeviceCap",
     "DevicesSection",
+    "EnginesSection",
     "ExpectedDevice",
     "LimitsSection",
     "ListenAddress",
@@ -116,7 +120,13 @@ def _paths_beside(values: dict[str, Any], folder: Path) -> None:
     """Make the file's relative paths relative to the file: a configuration must not depend on where it is started."""
     holders = [(values.get("node"), "state_dir")]
     if isinstance(models := values.get("model"), list):
-        holders += [(model, "path") for model in models]
+        holders += [(model, key) for model in models for key in ("path", "draft")]
+        holders += [
+            (adapter, "path")
+            for model in models
+            if isinstance(model, dict) and isinstance(model.get("adapters"), list)
+            for adapter in model["adapters"]
+        ]
     for holder, key in holders:
         if isinstance(holder, dict) and isinstance(text := holder.get(key), str) and text and not text.startswith("~"):
             holder[key] = str(folder / text)

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from tars.core.tuning import SLOTS
 from tars.core.types import Bytes, Deployment, DeviceKind, KvType, ModelKind
 from tars.errors import ConfigError
 from tars.messages.base import MAX_TIMEOUT_MS
@@ -346,7 +347,8 @@ class WorkerSection(Section):
         20.0,
         gt=0,
         le=86_400,
-        description="A step of the engine that stands still for so long is broken off and tried once more; at most a third of hang_seconds.",
+        description="A step of the engine that stands still for so long is broken off and tried once more; at most a third of "
+        "hang_seconds.",
     )
     backoff_initial_seconds: float = Field(
         0.5, gt=0, le=3600, description="Before the first restart; doubles with each."
@@ -368,6 +370,68 @@ class WorkerSection(Section):
         return self
 
 
+EMBEDDING_BACKENDS = (
+    "torch-fp32",
+    "torch-fp32-packed",
+    "torch-bf16",
+    "torch-bf16-packed",
+    "torch-fp16",
+    "openvino",
+    "openvino-bf16",
+    "onnx",
+)
+"""What the embedding engine can compute with; not every PC has each, and the engine says so."""
+
+
+class EnginesSection(Section):
+    """[engines]: how the engines of this PC compute."""
+
+    inter_token_ms: float = Field(
+        150.0,
+        ge=1,
+        le=60_000,
+        description="How long a prompt that comes in may hold up the next token of running answers: twice a fast reader's time for a "
+        "word. Less is smoother, and lets prompts wait longer.",
+    )
+    exact: bool = Field(
+        False,
+        description="Compute every answer in fixed shapes, so that its text does not depend on what else runs. Slower.",
+    )
+    embedding_backend: str | None = Field(
+        None,
+        description="Take this back end for embeddings. Default: the fastest faithful one, measured when the model is loaded.",
+    )
+
+    @field_validator("embedding_backend")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        if value is not None and value not in EMBEDDING_BACKENDS:
+            raise ValueError(f"{value[:50]!r} is no back end; known are {', '.join(EMBEDDING_BACKENDS)}")
+        return value
+
+
+class AdapterSource(Section):
+    """[[model.adapters]]: a LoRA adapter of the model, a GGUF file; calls name it as `<model>:<name>`."""
+
+    name: str = Field(min_length=1, max_length=100)
+    path: Path = Field(strict=False, description="Its GGUF file; relative to the configuration file.")
+    scale: float = Field(1.0, ge=-100, le=100, description="Multiplies what it changes.")
+
+    @field_validator("name")
+    @classmethod
+    def _plain(cls, value: str) -> str:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+            raise ValueError(
+                "an adapter's name has letters, digits, '.', '_' and '-' only: a colon ends the model's name"
+            )
+        return value
+
+    @field_validator("path")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
 class ModelSource(Section):
     """[[model]]: a model file of this PC, added to the catalogue."""
 
@@ -378,11 +442,32 @@ class ModelSource(Section):
     )
     aliases: tuple[str, ...] = Field((), strict=False, description="Other names that calls may use.")
     description: str = ""
+    adapters: tuple[AdapterSource, ...] = Field((), strict=False, description="LoRA adapters that calls may choose.")
+    draft: Path | None = Field(
+        None,
+        strict=False,
+        description="A small GGUF model of the same vocabulary that proposes tokens; used only where that is measured to be faster.",
+    )
 
-    @field_validator("path")
+    @field_validator("path", "draft")
     @classmethod
-    def _home(cls, value: Path) -> Path:
-        return value.expanduser()
+    def _home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
+
+    @field_validator("adapters")
+    @classmethod
+    def _one_name_each(cls, value: tuple[AdapterSource, ...]) -> tuple[AdapterSource, ...]:
+        names = [adapter.name for adapter in value]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two adapters are called {twice[0]}")
+        return value
+
+    @model_validator(mode="after")
+    def _only_chat(self) -> ModelSource:
+        if self.kind is not ModelKind.CHAT and (self.adapters or self.draft is not None):
+            raise ValueError("adapters and draft are for chat models")
+        return self
 
 
 class DeploySection(Section):
@@ -393,15 +478,44 @@ class DeploySection(Section):
     context: int | None = Field(
         None, ge=64, le=1_048_576, description="Tokens a sequence; default the trained context, at most 4,096."
     )
-    slots: int = Field(
-        1, ge=1, le=256, description="Sequences served at once by one replica; far cheaper than more replicas."
+    slots: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Sequences computed at once by one replica, each with its whole context; far cheaper than more replicas. "
+        "Default: 4 that share the KV cache of one context.",
+    )
+    kv_tokens: int | None = Field(
+        None,
+        ge=64,
+        le=268_435_456,
+        description="Tokens in the KV cache in all, shared by the slots: from context to slots x context. When they are used up, the "
+        "youngest sequence waits.",
     )
     kv_type: Literal["f16", "q8_0", "q4_0"] = Field(
         "f16", description="q8_0 halves the KV cache for a hardly measurable loss."
     )
+    gpu_layers: int | None = Field(
+        None,
+        ge=1,
+        le=100_000,
+        description="Only so many layers on the card, counted as llama.cpp does, the output layer first; the rest on the processor, "
+        "slower. Default: all.",
+    )
     variant: str | None = Field(None, description="Pins the quantisation; default the best that fits.")
     device: str | None = Field(None, description="Pins the device: an id, a name, or `cpu`.")
     priority: int = Field(0, ge=-1000, le=1000, description="Higher ones are placed first where not everything fits.")
+
+    @model_validator(mode="after")
+    def _enough_for_a_context(self) -> DeploySection:
+        if self.kv_tokens is not None and self.context is not None:
+            slots = SLOTS if self.slots is None else self.slots
+            if not self.context <= self.kv_tokens <= slots * self.context:
+                raise ValueError(
+                    f"kv_tokens = {self.kv_tokens} must be from {self.context} (the context) to {slots * self.context} "
+                    f"({slots} slots x context)"
+                )
+        return self
 
     def to_deployment(self) -> Deployment:
         """The planner's form."""
@@ -410,7 +524,9 @@ class DeploySection(Section):
             replicas=self.replicas,
             context=self.context,
             slots=self.slots,
+            kv_tokens=self.kv_tokens,
             kv_type=KvType(self.kv_type),
+            gpu_layers=self.gpu_layers,
             variant=self.variant,
             device=self.device,
             priority=self.priority,
@@ -431,6 +547,7 @@ class Config(Section):
     security: SecuritySection = Field(default_factory=SecuritySection)
     devices: DevicesSection = Field(default_factory=DevicesSection)
     worker: WorkerSection = Field(default_factory=WorkerSection)
+    engines: EnginesSection = Field(default_factory=EnginesSection)
     demo: DemoSection = Field(default_factory=DemoSection)
     model: tuple[ModelSource, ...] = Field((), strict=False)
     deploy: tuple[DeploySection, ...] = Field((), strict=False)
@@ -470,7 +587,13 @@ class Config(Section):
         plain = self.model_dump(mode="json")
         for key in plain["security"]["api_key"]:
             key["key"] = "***"
-        for place, path in [(plain["node"], "state_dir"), *((model, "path") for model in plain["model"])]:
+        adapters = [adapter for model in plain["model"] for adapter in model["adapters"]]
+        drafted = [model for model in plain["model"] if model["draft"] is not None]
+        for place, path in [
+            (plain["node"], "state_dir"),
+            *((each, "path") for each in (*plain["model"], *adapters)),
+            *((model, "draft") for model in drafted),
+        ]:
             place[path] = f".../{Path(place[path]).name}"
         return plain
 

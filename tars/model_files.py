@@ -90,12 +90,8 @@ def inspect(path: Path) -> ModelFile:
     Raises `BadModelFile` (not a file, unreadable, empty, not GGUF, truncated, damaged, split, without a tokenizer, of an architecture
     that the llama engine does not chat with) or `ModelFileMissing`. Never blocks on a FIFO or a device.
     """
+    header, fingerprint = _read_header(path)
     try:
-        descriptor, fingerprint = _open(path)
-        try:
-            header = _header(descriptor, fingerprint.size)
-        finally:
-            os.close(descriptor)
         shape = header.shape()
     except GgufError as error:
         raise _bad(path, str(error)) from error
@@ -111,6 +107,11 @@ def inspect(path: Path) -> ModelFile:
             "This GGUF file carries no tokenizer, so no text can be sent to it. Convert the model again with its tokenizer.",
         )
     return ModelFile(path, header, shape, fingerprint)
+
+
+def read_header(path: Path) -> GgufHeader:
+    """The header of any GGUF file, whether it holds a model or not. Raises `BadModelFile` or `ModelFileMissing`, as `inspect` does."""
+    return _read_header(path)[0]
 
 
 def inspect_folder(path: Path) -> ModelFolder:
@@ -264,6 +265,17 @@ def _open(path: Path) -> tuple[int, Fingerprint]:
         raise _bad(path, "The model's path holds a NUL character. Correct it.") from error
     what = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe, socket or device"
     raise _bad(path, f"This is {what}, not a GGUF file. Name the .gguf file itself.")
+
+
+def _read_header(path: Path) -> tuple[GgufHeader, Fingerprint]:
+    try:
+        descriptor, fingerprint = _open(path)
+        try:
+            return _header(descriptor, fingerprint.size), fingerprint
+        finally:
+            os.close(descriptor)
+    except GgufError as error:
+        raise _bad(path, str(error)) from error
 
 
 def _read(path: Path, descriptor: int, size: int, offset: int) -> bytes:

@@ -28,6 +28,7 @@ from tars.errors import TarsError
 from tars.mesh.coordinator import Coordinator
 from tars.mesh.deployments import Deployments
 from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.tuned_settings import TunedSettingsStore
 from tars.node_report import NodeReport, set_up_logging
 from tars.rpc.access import Access, access_middleware
 from tars.rpc.http_server import add_rpc_routes, refusal_renderer
@@ -143,6 +144,8 @@ class Node:
             catalogue=self._prepared.catalogue,
             deployments=Deployments(self._folder, self._prepared.declared),
             measured=MeasuredMemory(self._folder),
+            tuned=TunedSettingsStore(self._folder),
+            engines=config.engines,
             make_worker=lambda spec, on_change: ReplicaWorker(spec, options, on_change),
             process_memory=inventory.process_memory,
         )

@@ -129,7 +129,9 @@ def test_a_deploy_table_becomes_a_deployment() -> None:
     table = DeploySection(
         model="m", replicas=2, context=2048, slots=3, kv_type="q8_0", variant="Q8_0", device="cpu", priority=4
     )
-    assert table.to_deployment() == Deployment("m", 2, 2048, 3, KvType.Q8_0, "Q8_0", "cpu", 4)
+    assert table.to_deployment() == Deployment(
+        "m", 2, 2048, 3, kv_type=KvType.Q8_0, variant="Q8_0", device="cpu", priority=4
+    )
 
 
 @pytest.mark.parametrize(

@@ -106,3 +106,33 @@ def write_tiny_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def write_tiny_adapter(
+    path: Path,
+    *,
+    architecture: str = "llama",
+    kind: str = "adapter",
+    method: str = "lora",
+    tensor: str | None = "blk.0.attn_q.weight",
+    embedding: int = 64,
+    halves: tuple[str, ...] = ("lora_a", "lora_b"),
+    seed: int = 1,
+    strength: float = 1.0,
+) -> Path:
+    """Write a LoRA adapter of rank 4 for one tensor of `write_tiny_gguf`'s model and return its path."""
+    random = np.random.default_rng(seed)
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_type(kind)
+    writer.add_string("adapter.type", method)
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    if tensor is not None:
+        shapes = {"lora_a": (4, embedding), "lora_b": (embedding, 4)}
+        for half in halves:
+            values = random.standard_normal(shapes[half]) * strength
+            writer.add_tensor(f"{tensor}.{half}", values.astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

@@ -234,8 +234,14 @@ def models(connection: Connection) -> int:
 @click.argument("model")
 @click.option("--replicas", type=click.IntRange(1, 64), default=1, show_default=True, help="Loaded copies.")
 @click.option("--context", type=click.IntRange(64, 1_048_576), help="Tokens of prompt and answer together.")
-@click.option("--slots", type=click.IntRange(1, 256), default=1, show_default=True, help="Sequences served at once.")
+@click.option(
+    "--slots",
+    type=click.IntRange(1, 256),
+    help="Sequences computed at once, each with its whole context; default: 4 that share the KV cache of one.",
+)
+@click.option("--kv-tokens", type=click.IntRange(64), help="Tokens in the KV cache in all, shared by the slots.")
 @click.option("--kv-type", type=click.Choice(["f16", "q8_0", "q4_0"]), default="f16", show_default=True)
+@click.option("--gpu-layers", type=click.IntRange(1), help="Only so many layers on the card; default: all.")
 @click.option("--variant", help="Quantisation, such as Q4_K_M; default: the best that fits.")
 @click.option("--device", help="A device's id or name, or cpu; default: where the planner says.")
 @click.option("--wait", is_flag=True, help="Wait until it is loaded, with progress.")
@@ -246,8 +252,10 @@ def deploy(
     model: str,
     replicas: int,
     context: int | None,
-    slots: int,
+    slots: int | None,
+    kv_tokens: int | None,
     kv_type: Literal["f16", "q8_0", "q4_0"],
+    gpu_layers: int | None,
     variant: str | None,
     device: str | None,
     wait: bool,
@@ -256,7 +264,15 @@ def deploy(
     result = ask(
         connection,
         lambda client: client.deploy(
-            model, replicas=replicas, context=context, slots=slots, kv_type=kv_type, variant=variant, device=device
+            model,
+            replicas=replicas,
+            context=context,
+            slots=slots,
+            kv_tokens=kv_tokens,
+            kv_type=kv_type,
+            gpu_layers=gpu_layers,
+            variant=variant,
+            device=device,
         ),
     )
     if connection.as_json:

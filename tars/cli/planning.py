@@ -17,6 +17,7 @@ from tars.cli.connection import Connection, Exit, ask, connection_options, pass_
 from tars.cli.plan_output import explain_view, plan_view
 from tars.core.explanation import explain as explain_words
 from tars.core.placement import plan as place
+from tars.core.tuning import SLOTS
 from tars.core.types import Deployment, ModelKind, NodeSnapshot
 from tars.errors import ConfigError
 from tars.mesh.plan_report import describe_assignment, describe_verdict, fleet_from_configs, plan_result
@@ -71,7 +72,10 @@ class Fleet:
         entry = self.catalogue.find(deployment.model)
         if self.context is None or entry is None or entry.kind is not ModelKind.CHAT:
             return deployment
-        return replace(deployment, context=self.context)
+        # What the file says of the cache may not go with another context: at least one, at most one a slot.
+        most = self.context * (deployment.slots or SLOTS)
+        kv_tokens = deployment.kv_tokens and min(max(deployment.kv_tokens, self.context), most)
+        return replace(deployment, context=self.context, kv_tokens=kv_tokens)
 
 
 @click.command()

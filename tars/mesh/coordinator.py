@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tars.catalogue import Catalogue
+from tars.config import EnginesSection
 from tars.core.placement import plan
 from tars.core.types import (
     Assignment,
@@ -33,7 +34,8 @@ from tars.core.types import (
 from tars.errors import DoesNotFit, ModelFileMissing, TarsError
 from tars.mesh.deployments import Deployments
 from tars.mesh.measured_memory import MeasuredMemory
-from tars.workers.engine import LoadSpec
+from tars.mesh.tuned_settings import TunedSettingsStore
+from tars.workers.engine import AdapterSpec, LoadSpec
 from tars.workers.supervisor import ReplicaWorker
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class LiveReplica:
     device: DeviceSnapshot
     kind: ModelKind
     worker: ReplicaWorker
+    spec: LoadSpec
     taken: Bytes | None = None
     """What the worker with `measured_pid` really took on the device; None before it was measured."""
     measured_pid: int | None = None
@@ -75,6 +78,8 @@ class Coordinator:
         deployments: Deployments,
         measured: MeasuredMemory,
         make_worker: StartWorker,
+        tuned: TunedSettingsStore | None = None,
+        engines: EnginesSection | None = None,
         process_memory: Callable[[], Mapping[DeviceId, Mapping[int, Bytes | None]]] = dict,
     ):
         self._node = node
@@ -83,6 +88,8 @@ class Coordinator:
         self.deployments = deployments
         self._measured = measured
         self._make_worker = make_worker
+        self._tuned = tuned
+        self._engines = EnginesSection() if engines is None else engines
         self._process_memory = process_memory
         self.replicas: dict[ReplicaId, LiveReplica] = {}
         self.plan = Plan()
@@ -188,7 +195,7 @@ class Coordinator:
                     self.problems[assignment.model] = self._missing(entry)
                     continue
                 loading.add(assignment.device)
-                await self._load(assignment, devices[assignment.device], entry.kind, path, variant.sha256)
+                await self._load(assignment, devices[assignment.device], entry, path, variant.sha256)
             self.rounds += 1
             self._pulse()
 
@@ -303,12 +310,14 @@ class Coordinator:
             overhead = live.assignment.memory.overhead if on_card else 0
             live.taken = known or Bytes(info.memory_bytes + overhead)
             live.measured_pid = pid
+            if self._tuned is not None:
+                self._tuned.learn(live.spec, live.device, info.tuned)
             self._measured.learn(live.assignment, live.device, live.taken)
 
     async def _load(
-        self, assignment: Assignment, device: DeviceSnapshot, kind: ModelKind, path: Path, sha256: str | None
+        self, assignment: Assignment, device: DeviceSnapshot, entry: ModelEntry, path: Path, sha256: str | None
     ) -> None:
-        settings = assignment.settings
+        settings, kind = assignment.settings, entry.kind
         spec = LoadSpec(
             replica=assignment.replica,
             model=assignment.model,
@@ -318,6 +327,7 @@ class Coordinator:
             cuda_device=None if device.simulated or device.index is None else str(device.index),
             context=settings.context,
             slots=settings.slots,
+            kv_tokens=settings.kv_tokens or None,
             gpu_layers=settings.gpu_layers,
             threads=settings.threads,
             batch=settings.batch,
@@ -327,9 +337,19 @@ class Coordinator:
             mmap=settings.mmap,
             precision=settings.precision.value,
             batch_tokens=settings.batch_tokens,
+            inter_token_ms=self._engines.inter_token_ms,
+            exact=self._engines.exact,
+            adapters=[
+                AdapterSpec(name=each.name, path=str(self.catalogue.adapter_path(entry, each)), scale=each.scale)
+                for each in entry.adapters
+            ],
+            draft_path=None if (draft := self.catalogue.draft_path(entry)) is None else str(draft),
+            backend=None if kind is ModelKind.CHAT else self._engines.embedding_backend,
         )
+        if self._tuned is not None:
+            spec = spec.model_copy(update={"tuned": self._tuned.known(spec, device)})
         worker = self._make_worker(spec, lambda worker: self._on_change(assignment.replica, worker))
-        self.replicas[assignment.replica] = LiveReplica(assignment, device, kind, worker)
+        self.replicas[assignment.replica] = LiveReplica(assignment, device, kind, worker, spec)
         log.info("loading %s on %s: %s", assignment.replica, device.name, assignment.reason)
         await worker.start()
 

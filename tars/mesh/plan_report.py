@@ -78,6 +78,7 @@ def describe_assignment(assignment: Assignment, nodes: Sequence[NodeSnapshot]) -
         measured=memory.measured is not None,
         context=assignment.settings.context,
         slots=assignment.settings.slots,
+        kv_tokens=assignment.settings.kv_tokens,
         gpu_layers=assignment.settings.gpu_layers,
         reason=assignment.reason,
     )

@@ -200,8 +200,19 @@ class DeployParams(Message):
     model: str = Field(max_length=MAX_NAME_LENGTH)
     replicas: int = Field(1, ge=1, le=64)
     context: int | None = Field(None, ge=64, le=1_048_576)
-    slots: int = Field(1, ge=1, le=256)
+    slots: int | None = Field(
+        None, ge=1, le=256, description="Sequences computed at once; default: 4 that share the KV cache of one context."
+    )
+    kv_tokens: int | None = Field(
+        None,
+        ge=64,
+        le=268_435_456,
+        description="Tokens in the KV cache in all, shared by the slots; default: each of the named slots has a whole context.",
+    )
     kv_type: str = Field("f16", pattern="^(f16|q8_0|q4_0)$")
+    gpu_layers: int | None = Field(
+        None, ge=1, le=100_000, description="Only so many layers on the card, the output layer first; default: all."
+    )
     variant: str | None = Field(None, max_length=MAX_NAME_LENGTH)
     device: str | None = Field(None, max_length=MAX_NAME_LENGTH)
 
@@ -236,6 +247,7 @@ class AssignmentDescription(Message):
     measured: bool
     context: int
     slots: int
+    kv_tokens: int = Field(0, description="In the KV cache in all; fewer than slots x context are shared.")
     gpu_layers: int
     reason: str
 
@@ -278,6 +290,7 @@ class ModelDescription(Message):
     variants: list[str]
     description: str
     licence: str
+    adapters: list[str] = Field(default_factory=list, description="LoRA adapters: call the model as `name:adapter`.")
     deployed: bool
     replicas_wanted: int
     replicas_ready: int

@@ -13,9 +13,10 @@ from typing import Any
 
 from tars import __version__
 from tars.core.explanation import explain
+from tars.core.placement_cost import contradiction
 from tars.core.routing import Candidate
-from tars.core.types import Deployment, KvType, NodeSnapshot, ReplicaId, ReplicaState
-from tars.errors import StillLoading, TarsError
+from tars.core.types import Deployment, KvType, ModelKind, NodeSnapshot, ReplicaId, ReplicaState
+from tars.errors import InvalidParams, StillLoading, TarsError
 from tars.mesh.coordinator import Coordinator, LiveReplica, refusal_error
 from tars.mesh.plan_report import describe_assignment, describe_device, describe_verdict, plan_result
 from tars.messages.base import CallContext
@@ -71,7 +72,10 @@ class LocalFleet:
                 continue
             problem = self._coordinator.problems.get(deployment.model)
             has_replica = any(each.assignment.model == entry.name for each in self._coordinator.replicas.values())
-            served.append(ServedModel(entry.name, entry.kind, entry.aliases, None if has_replica else problem))
+            adapters = tuple(adapter.name for adapter in entry.adapters)
+            served.append(
+                ServedModel(entry.name, entry.kind, entry.aliases, None if has_replica else problem, adapters)
+            )
         return served
 
     def candidates(self, model: str) -> Sequence[Candidate]:
@@ -86,6 +90,7 @@ class LocalFleet:
                 queued=live.worker.queued_calls,
                 # What the worker really serves at once, which may be less than the slots that were planned.
                 slots=live.worker.info.slots if live.worker.info is not None else live.assignment.settings.slots,
+                speed=_speed(live),
             )
             for replica, live in self._coordinator.replicas.items()
             if live.assignment.model == model
@@ -109,6 +114,14 @@ class LocalFleet:
                 stage=progress.stage if progress else "planned", percent=progress.percent if progress else 0.0
             )
         return error
+
+
+def _speed(live: LiveReplica) -> float | None:
+    """Tokens (texts) a second of one call alone, as the replica measured itself."""
+    if live.worker.info is None:
+        return None
+    speeds = live.worker.info.speeds
+    return speeds.decode_tokens_per_second if live.kind is ModelKind.CHAT else speeds.texts_per_second
 
 
 class LocalNodeService:
@@ -256,6 +269,7 @@ class LocalNodeService:
                     variants=[variant.name for variant in entry.variants],
                     description=entry.description,
                     licence=entry.licence,
+                    adapters=[adapter.name for adapter in entry.adapters],
                     deployed=deployment is not None,
                     replicas_wanted=deployment.replicas if deployment else 0,
                     replicas_ready=sum(each.worker.state is ReplicaState.READY for each in live),
@@ -273,10 +287,14 @@ class LocalNodeService:
             replicas=params.replicas,
             context=params.context,
             slots=params.slots,
+            kv_tokens=params.kv_tokens,
             kv_type=KvType(params.kv_type),
+            gpu_layers=params.gpu_layers,
             variant=params.variant,
             device=params.device,
         )
+        if (wrong := contradiction(entry, deployment)) is not None:
+            raise InvalidParams(wrong)
         preview = await self._coordinator.preview(deployment)
         refusal = next((each for each in preview.refusals if each.model == entry.name), None)
         if refusal is not None:

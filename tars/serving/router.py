@@ -47,6 +47,8 @@ class ServedModel:
     kind: ModelKind
     aliases: tuple[str, ...]
     unavailable: TarsError | None = None
+    adapters: tuple[str, ...] = ()
+    """LoRA adapters: a call names one as `<model>:<adapter>`."""
 
 
 class Fleet(Protocol):
@@ -80,6 +82,7 @@ class Router:
     def resolve(self, name: str | None, kind: ModelKind) -> ServedModel:
         """The deployed model that `name` (or an alias) means; None means the only one of its kind that can answer.
 
+        `<model>:<adapter>` is the model; which adapter is for the engine to read from the call. A model whose own name holds a colon wins.
         Raises `UnknownModel`, `WrongModelKind` or, where None is ambiguous, `InvalidParams`.
         """
         models = self._fleet.models()
@@ -99,15 +102,15 @@ class Router:
                 f"several {kind.value} models are served here: {names}; say which one in `model`",
                 details={"known": [model.name for model in usable]},
             )
-        for model in models:
-            if name == model.name or name in model.aliases:
-                if model.kind is not kind:
-                    raise WrongModelKind(
-                        f"{model.name} is a model for {model.kind.value}, not for {kind.value}"
-                        + (f"; try {of_kind[0].name}" if of_kind else ""),
-                        details={"known": [each.name for each in of_kind]},
-                    )
-                return model
+        named = _called(name, models) or _with_adapter(name, models)
+        if named is not None:
+            if named.kind is not kind:
+                raise WrongModelKind(
+                    f"{named.name} is a model for {named.kind.value}, not for {kind.value}"
+                    + (f"; try {of_kind[0].name}" if of_kind else ""),
+                    details={"known": [each.name for each in of_kind]},
+                )
+            return named
         known = [model.name for model in models]
         shown = name[:100]
         near = difflib.get_close_matches(shown, [*known, *(a for m in models for a in m.aliases)], n=1)
@@ -161,6 +164,24 @@ class Router:
     def _learn(self, replica: ReplicaId, seconds: float) -> None:
         before = self._seconds.get(replica)
         self._seconds[replica] = seconds if before is None else before + MEAN_WEIGHT * (seconds - before)
+
+
+def _called(name: str, models: Sequence[ServedModel]) -> ServedModel | None:
+    return next((model for model in models if name == model.name or name in model.aliases), None)
+
+
+def _with_adapter(name: str, models: Sequence[ServedModel]) -> ServedModel | None:
+    """The model before the last colon. Raises `UnknownModel` where it has no adapter of the name behind it."""
+    base, _, adapter = name.rpartition(":")
+    model = _called(base, models)
+    if model is None or adapter in model.adapters:
+        return model
+    known = [f"{base}:{each}" for each in model.adapters]
+    raise UnknownModel(
+        f"{model.name} has no adapter {adapter[:100]!r}; "
+        + (f"it has {', '.join(known)}" if known else "it has none: name one in `adapters` of its [[model]] table"),
+        details={"known": known},
+    )
 
 
 def no_replica_error(states: Sequence[ReplicaState], model: str) -> TarsError:
