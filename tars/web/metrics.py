@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from tars.core.types import ReplicaState
-from tars.messages.node import DeviceDescription, NodeDescription
+from tars.messages.node import DeviceDescription, NodeDescription, ReplicaDescription
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -23,6 +23,7 @@ def render(node: NodeDescription) -> str:
         *_node(node),
         *_calls(node),
         *_replicas(node),
+        *_engines(node.replicas),
         *_devices(node.devices),
     )
     return "".join(_family(name, kind, text, samples) for name, kind, text, samples in families)
@@ -83,6 +84,72 @@ def _replicas(node: NodeDescription) -> Iterable[Family]:
         "Memory that a loaded replica really takes.",
         [(labels, replica.info.memory_bytes) for labels, replica in each if replica.info is not None],
     )
+
+
+ENGINE_FAMILIES: tuple[tuple[str, str, str, str], ...] = (
+    ("running", "tars_replica_sequences_running", "gauge", "Sequences, or texts, being computed now."),
+    ("waiting", "tars_replica_sequences_waiting", "gauge", "Sequences, or texts, that wait for a slot or their batch."),
+    ("kv_cells", "tars_replica_kv_cells", "gauge", "Tokens that the KV cache holds at most."),
+    ("kv_used", "tars_replica_kv_cells_used", "gauge", "Tokens of running sequences in the KV cache."),
+    (
+        "kv_cached",
+        "tars_replica_kv_cells_cached",
+        "gauge",
+        "Tokens of ended sequences kept for prompts that begin alike.",
+    ),
+    ("steps", "tars_replica_steps_total", "counter", "Decodes, or forward passes, of the engine."),
+    ("prompt_tokens", "tars_replica_prompt_tokens_total", "counter", "Prompt tokens, computed or reused."),
+    (
+        "prompt_tokens_cached",
+        "tars_replica_prompt_tokens_cached_total",
+        "counter",
+        "Prompt tokens reused from a prefix.",
+    ),
+    ("generated_tokens", "tars_replica_generated_tokens_total", "counter", "Tokens generated."),
+    ("preemptions", "tars_replica_preemptions_total", "counter", "Sequences that gave up their KV cells and waited."),
+    (
+        "python_seconds",
+        "tars_replica_python_seconds_total",
+        "counter",
+        "Engine thread outside the native compute, with work.",
+    ),
+    ("native_seconds", "tars_replica_native_seconds_total", "counter", "Engine thread inside the native compute."),
+    ("draft_tokens", "tars_replica_draft_tokens_total", "counter", "Tokens that a draft model proposed."),
+    ("draft_accepted", "tars_replica_draft_tokens_accepted_total", "counter", "Proposed tokens that were taken."),
+    ("texts", "tars_replica_texts_total", "counter", "Texts embedded or scored."),
+    (
+        "padding_tokens",
+        "tars_replica_padding_tokens_total",
+        "counter",
+        "Tokens computed only to fill a batch's rectangle.",
+    ),
+)
+"""Field of `EngineCounters`, name, type, help. Counters begin at 0 with each start of a worker, as Prometheus' `rate` expects of them
+(`tars_replica_restarts_total` says when). They are at most a ping interval old."""
+
+_TEXT_ONLY = frozenset({"texts", "padding_tokens"})
+
+
+def _engines(replicas: Iterable[ReplicaDescription]) -> Iterable[Family]:
+    each = [
+        ({"replica": replica.id, "model": replica.model}, replica, replica.counters)
+        for replica in replicas
+        if replica.counters is not None
+    ]
+    slots: list[Sample] = [(labels, r.info.slots) for labels, r, _ in each if r.info is not None and _generates(r)]
+    yield "tars_replica_slots", "gauge", "Sequences that a replica computes at once at most.", slots
+    for field, name, kind, text in ENGINE_FAMILIES:
+        shared = field in ("running", "waiting", "steps", "prompt_tokens", "python_seconds", "native_seconds")
+        samples: list[Sample] = [
+            (labels, getattr(counters, field))
+            for labels, replica, counters in each
+            if shared or (field in _TEXT_ONLY) is not _generates(replica)
+        ]
+        yield name, kind, f"{text} Since the worker's last start." if kind == "counter" else text, samples
+
+
+def _generates(replica: ReplicaDescription) -> bool:
+    return replica.model_kind == "chat"
 
 
 def _devices(devices: Iterable[DeviceDescription]) -> Iterable[Family]:

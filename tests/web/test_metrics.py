@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from tars.messages.node import CallCounters
-from tars.web.metrics import render
+from tars.messages.node import CallCounters, EngineCounters
+from tars.web.metrics import ENGINE_FAMILIES, render
 
 LINE = re.compile(r'[a-z_]+(\{([a-z_]+="(\\[\\"n]|[^\\"\n])*",?)+\})? -?\d+(\.\d+)?(e[+-]\d+)?')
 
@@ -44,6 +44,57 @@ def test_what_a_device_does_not_say_is_left_out(node):
     lines = [line for line in render(node).splitlines() if "sim-0" in line]
     assert any(line.startswith("tars_device_memory_total_bytes") and 'simulated="true"' in line for line in lines)
     assert not any("temperature" in line or "utilisation" in line or "power" in line for line in lines)
+
+
+COUNTERS = EngineCounters(
+    running=3,
+    waiting=1,
+    kv_cells=8192,
+    kv_used=1000,
+    kv_cached=500,
+    steps=77,
+    prompt_tokens=4000,
+    prompt_tokens_cached=3000,
+    generated_tokens=900,
+    preemptions=2,
+    python_seconds=0.25,
+    native_seconds=12.5,
+    draft_tokens=10,
+    draft_accepted=6,
+    texts=0,
+    padding_tokens=0,
+)
+
+
+def test_every_count_of_an_engine_is_there_under_its_own_name_and_type(node):
+    assert {field for field, *_ in ENGINE_FAMILIES} == set(EngineCounters.model_fields)
+    assert all(name.endswith("_total") is (kind == "counter") for _, name, kind, _ in ENGINE_FAMILIES)
+    text = render(counted(node))
+    labels = '{replica="help-desk@gpu-1#0",model="help-desk"}'
+    assert f"tars_replica_slots{labels} 4\n" in text
+    assert f"tars_replica_sequences_running{labels} 3\n" in text
+    assert f"tars_replica_kv_cells_used{labels} 1000\n" in text
+    assert f"tars_replica_prompt_tokens_cached_total{labels} 3000\n" in text
+    assert f"tars_replica_python_seconds_total{labels} 0.25\n" in text
+    assert "# TYPE tars_replica_python_seconds_total counter\n" in text
+    assert "# TYPE tars_replica_kv_cells_cached gauge\n" in text
+    test_every_line_is_a_comment_or_a_sample_and_every_family_is_declared_once(counted(node))
+
+
+def test_a_replica_shows_what_its_kind_counts_and_nothing_before_its_first_answer(node):
+    text = render(counted(node))
+    assert "tars_replica_texts_total" not in text
+    embedder = counted(node, model_kind="embedding")
+    text = render(embedder)
+    assert "tars_replica_texts_total" in text
+    assert "tars_replica_kv_cells" not in text
+    assert "tars_replica_slots" not in text
+    assert "tars_replica_sequences_running" not in render(node)
+
+
+def counted(node, **changes):
+    replica = node.replicas[0].model_copy(update={"counters": COUNTERS, **changes})
+    return node.model_copy(update={"replicas": [replica, *node.replicas[1:]]})
 
 
 def test_a_family_without_samples_is_not_declared(node):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import shutil
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from importlib.resources import files
 import pytest
 
 from tars.errors import InternalError, UnknownModel
-from tars.messages.node import CallCounters, LoadProgress
+from tars.messages.node import CallCounters, EngineCounters, LoadProgress, MeasuredSpeeds
 from tars.web.status_page import CONTENT_TYPES
 
 BOUND = 10.0
@@ -181,6 +182,30 @@ async def test_the_page_shows_the_node_and_follows_it_without_reload(node, servi
     assert await page.locator(".device").count() == 1
     assert await page.evaluate("window.stillTheSamePage")
     assert {url.startswith(node.url + "/") for url in page.asked} == {True}, page.asked
+
+
+@pytest.mark.browser
+async def test_the_page_shows_how_busy_an_engine_is(node, service, page):
+    await page.goto(node.url)
+    await page.wait_for_selector("text=53 tokens/s")
+    assert "slots busy" not in await page.inner_text("#replicas")
+    counters = EngineCounters(
+        running=3, waiting=2, kv_cells=8000, kv_used=2000, kv_cached=4000, prompt_tokens=1000, prompt_tokens_cached=830
+    )
+    ready = service.description.replicas[0]
+    speeds = MeasuredSpeeds(decode_tokens_per_second=52.6, decode_tokens_per_second_all_slots=1184.4)
+    info = ready.info.model_copy(update={"speeds": speeds})
+    busy = ready.model_copy(update={"counters": counters, "info": info})
+    service.description = service.description.model_copy(update={"replicas": [busy, *service.description.replicas[1:]]})
+    await page.wait_for_selector("text=3 of 4, 2 waiting")
+    readings = await page.inner_text(".replica:first-child .readings")
+    assert "25 % of 8,000 tokens used, 50 % kept for reuse" in readings
+    assert "83 %" in readings
+    assert "53 tokens/s, 1,184 with all slots" in readings
+    if folder := os.environ.get("TARS_SCREENSHOTS"):
+        await page.screenshot(path=f"{folder}/engine.png", full_page=True)
+        await page.set_viewport_size({"width": 390, "height": 844})
+        await page.screenshot(path=f"{folder}/engine-phone.png", full_page=True)
 
 
 async def test_events_tell_the_deployed_models_once_and_again_when_they_change(node, service):

@@ -172,9 +172,27 @@ const KINDS = { chat: "chat", embedding: "embeddings", rerank: "rerank" };
 function speed(info) {
   const speeds = info?.speeds;
   if (!speeds) return null;
-  if (speeds.decode_tokens_per_second) return `${Math.round(speeds.decode_tokens_per_second)} tokens/s`;
-  if (speeds.texts_per_second) return `${Math.round(speeds.texts_per_second)} texts/s`;
+  const together = speeds.decode_tokens_per_second_all_slots;
+  if (speeds.decode_tokens_per_second) {
+    const alone = `${count(Math.round(speeds.decode_tokens_per_second))} tokens/s`;
+    return together && info.slots > 1 ? `${alone}, ${count(Math.round(together))} with all slots` : alone;
+  }
+  if (speeds.texts_per_second) return `${count(Math.round(speeds.texts_per_second))} texts/s`;
   return null;
+}
+
+const share = (part, whole) => `${whole ? Math.round((100 * part) / whole) : 0} %`;
+
+/** What the engine counts, as readings; it may be a ping interval old. */
+function engineReadings({ info, counters, model_kind: kind }) {
+  if (!counters || !info) return [];
+  const waiting = counters.waiting ? `, ${count(counters.waiting)} waiting` : "";
+  if (kind !== "chat") return [["texts now", counters.running || counters.waiting ? `${count(counters.running)}${waiting}` : null]];
+  return [
+    ["slots busy", `${count(counters.running)} of ${count(info.slots)}${waiting}`],
+    ["KV cache", counters.kv_cells ? `${share(counters.kv_used, counters.kv_cells)} of ${count(counters.kv_cells)} tokens used, ${share(counters.kv_cached, counters.kv_cells)} kept for reuse` : null],
+    ["prompts reused", counters.prompt_tokens ? share(counters.prompt_tokens_cached, counters.prompt_tokens) : null],
+  ];
 }
 
 function replicaRow() {
@@ -201,13 +219,14 @@ function replicaRow() {
         setText(stage, `${replica.progress.stage}, ${Math.round(replica.progress.percent)} %`);
       }
       const { info } = replica;
-      const context = info?.context ? `${count(info.context)} tokens${info.slots > 1 ? ` × ${info.slots}` : ""}` : null;
+      const context = info?.context ? `${count(info.context)} tokens` : null;
       facts(readings, [
         ["on", replica.device_name],
         ["memory", info ? bytes(info.memory_bytes) : `about ${bytes(replica.estimated_bytes)}`],
         ["context", context],
         ["dimensions", info?.dimensions ? `${info.dimensions}` : null],
         ["speed", speed(info)],
+        ...engineReadings(replica),
         ["calls", `${count(replica.calls_total)}${replica.active_calls ? `, ${replica.active_calls} now` : ""}${replica.queued_calls ? `, ${replica.queued_calls} waiting` : ""}`],
         ["restarts", replica.restarts ? count(replica.restarts) : null],
         ["engine", info?.backend || null],
