@@ -52,10 +52,6 @@ class State:
         """The other items."""
 
 
-class TooAmbiguous(BadGrammar):
-    """The work for one token went beyond its bound."""
-
-
 class Automaton:
     """The states of one grammar. Not thread-safe: compiled anywhere, used in one thread."""
 
@@ -64,7 +60,7 @@ class Automaton:
         self.work = 0
         """Items and edges looked at so far, each about a third of a microsecond; whoever sets it to 0 begins a new count."""
         self.work_most: int | None = None
-        """Beyond it `after` raises `TooAmbiguous`."""
+        """Beyond it `after` raises `BadGrammar`."""
         self._nodes: dict[frozenset[tuple[int, Node]], Node] = {}
         self._states: dict[tuple[bool, frozenset[tuple[int, Node]]], State] = {}
         bottom = Node(frozenset())
@@ -97,7 +93,7 @@ class Automaton:
         return current
 
     def after(self, state: State, kind: int) -> State | None:
-        """The state after one character of this class; None where it may not follow. Raises `TooAmbiguous`."""
+        """The state after one character of this class; None where it may not follow. Raises `BadGrammar`."""
         try:
             return state.successors[kind]
         except KeyError:
@@ -133,7 +129,7 @@ class Automaton:
     def _spend(self, amount: int) -> None:
         self.work += amount
         if self.work_most is not None and self.work > self.work_most:
-            raise TooAmbiguous(
+            raise BadGrammar(
                 "The grammar is too ambiguous: there are too many ways to read the text so far. Let alternatives begin with different "
                 "characters, and leave out what may be empty within repetitions."
             )

@@ -98,7 +98,7 @@ class TokenGrammar:
         self.start = Place(self._automaton.start)
 
     def allow(self, work: int) -> None:
-        """How much work the calls until the next `allow` may take together; beyond it they raise `TooAmbiguous`, a `BadGrammar`."""
+        """How much work the calls until the next `allow` may take together; beyond it they raise `BadGrammar`."""
         self._automaton.work, self._automaton.work_most = 0, work
 
     def spent(self) -> int:

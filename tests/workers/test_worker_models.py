@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tars.core.types import Deadline, ReplicaState
-from tars.errors import BadModelFile, WorkerCrashed, WrongModelKind
+from tars.errors import BadGrammar, BadModelFile, WrongModelKind
 from tars.messages.inference import ChatMessage, ChatParams, CompleteParams, Delta, EmbedParams, Generated
 from tars.workers.engine import Event, LoadSpec, Work
 from tars.workers.supervisor import ReplicaWorker, WorkerOptions
@@ -66,13 +66,20 @@ async def test_a_truncated_file_fails_the_replica_and_not_the_node(make: Make, t
     assert worker.restarts == 0
 
 
-async def test_a_grammar_that_never_ends_costs_one_worker_and_not_the_node(make: Make, tiny_gguf: Path) -> None:
-    worker = await make(tiny_gguf, hang_seconds=1.5, backoff_initial_seconds=0.05)
+async def test_a_grammar_with_too_many_readings_ends_its_own_call_and_no_other(make: Make, tiny_gguf: Path) -> None:
+    """In llama.cpp's grammar engine it held the worker until it was killed for hanging, and every caller's answer with it."""
+    worker = await make(tiny_gguf, hang_seconds=5.0, backoff_initial_seconds=0.05)
     await worker.wait_ready(60)
+    neighbour = CompleteParams(prompt="hello", max_tokens=40, seed=3)
+    alone = (await collect(worker, neighbour))[-1]
     # Each rule doubles the one after it: 2**40 ways to read one "a".
     bomb = "root ::= a0\n" + "".join(f'a{n} ::= a{n + 1} a{n + 1} | "a"\n' for n in range(40)) + 'a40 ::= "a"'
-    with pytest.raises(WorkerCrashed):
+    beside = asyncio.create_task(collect(worker, neighbour))
+    with pytest.raises(BadGrammar, match="too ambiguous"):
         await collect(worker, CompleteParams(prompt="x", grammar=bomb, logit_bias={"2": -100.0, "4": -100.0}))
     async with asyncio.timeout(60):
-        await worker.wait_ready(60)
-    assert isinstance((await collect(worker, CompleteParams(prompt="x", max_tokens=2)))[-1], Generated)
+        meanwhile = (await beside)[-1]
+    assert isinstance(alone, Generated)
+    assert isinstance(meanwhile, Generated)
+    assert meanwhile.text == alone.text
+    assert worker.restarts == 0
