@@ -132,6 +132,8 @@ class NodeReport:
             self._say(f'    {tars} chat "How do I add a second PC?"')
         if any(each.kind is ModelKind.EMBEDDING for each in live):
             self._say(f'    {tars} embed "a sentence" "another one"')
+        if any(each.kind is ModelKind.RERANK for each in live):
+            self._say(f'    {tars} rerank "a question" "a text" "another one"')
         self._say(f"    {url}/  in a browser     {url}/v1  for OpenAI clients     Ctrl-C to stop")
 
     def stopping(self, active_calls: int, grace: float) -> None:

@@ -7,7 +7,7 @@ import pytest
 from aiohttp.http_exceptions import BadHttpMessage
 from coordinator_bench import card, make_bench
 
-from tars.core.types import Deployment, NodeSnapshot
+from tars.core.types import Deployment, ModelKind, NodeSnapshot
 from tars.errors import BadModelFile
 from tars.node_report import CallersNoise, JsonLines, NodeReport, describe_device_line
 
@@ -40,6 +40,19 @@ async def test_says_what_it_found_what_it_loads_and_what_it_took_each_once(bench
     assert '    tars --url http://127.0.0.1:9000 chat "' in said
     assert "tars embed" not in said
     assert "up to 10 s for 1 running call" in said
+
+
+@pytest.mark.parametrize("kind", list(ModelKind))
+async def test_says_how_to_try_the_kind_of_model_that_is_ready(bench, capsys, kind):
+    bench.deployments.deploy(Deployment("tiny"))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    (live,) = bench.coordinator.replicas.values()
+    live.kind = kind
+    NodeReport("text").ready("http://127.0.0.1:8000", bench.coordinator)
+    said = capsys.readouterr().out
+    commands = {ModelKind.CHAT: "tars chat", ModelKind.EMBEDDING: "tars embed", ModelKind.RERANK: "tars rerank"}
+    assert [each for each, command in commands.items() if command in said] == [kind]
 
 
 async def test_says_why_a_model_is_refused_or_failed(bench, capsys):

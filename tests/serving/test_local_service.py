@@ -1,15 +1,26 @@
 """The node's service on a coordinator whose workers only pretend to load."""
 
 import asyncio
+import json
+import struct
 
 import pytest
 from coordinator_bench import card, make_bench
 
 from tars.core.types import Deadline, Deployment
-from tars.errors import BadModelFile, DoesNotFit, Overloaded, ReplicaFailed, StillLoading, TarsError, UnknownModel
+from tars.errors import (
+    BadModelFile,
+    DoesNotFit,
+    Overloaded,
+    ReplicaFailed,
+    StillLoading,
+    TarsError,
+    UnknownModel,
+    WrongModelKind,
+)
 from tars.messages.base import CallContext
-from tars.messages.inference import ChatMessage, ChatParams, Generated, Timings, Usage
-from tars.messages.node import DeployParams, LoadProgress
+from tars.messages.inference import ChatMessage, ChatParams, Generated, Reranked, RerankParams, Timings, Usage
+from tars.messages.node import DeployParams, EngineCounters, LoadProgress
 from tars.serving.local_service import LocalFleet, LocalNodeService
 
 CHAT = ChatParams(messages=[ChatMessage(role="user", content="hi")], model="tiny")
@@ -60,6 +71,51 @@ async def test_a_model_goes_from_wanted_over_loading_to_answering(bench, service
     bench.workers[0].script = [DONE]
     assert (await chat(service))[-1].message.content == "hello"
     assert service.ping().state == "ready"
+
+
+def reranker(folder):
+    """A folder that the catalogue takes for a cross-encoder; nothing here loads it."""
+    folder.mkdir()
+    config = {
+        "architectures": ["BertForSequenceClassification"],
+        "model_type": "bert",
+        "hidden_size": 8,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 100,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    header = json.dumps({"a": {"dtype": "F32", "shape": [10], "data_offsets": [0, 40]}}).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(40))
+    return folder
+
+
+async def test_a_reranker_is_found_placed_loaded_and_asked(bench, service, tmp_path):
+    name = bench.catalogue.add_file(reranker(tmp_path / "Ranker"), name="ranker").name
+    await service.deploy(DeployParams(model=name))
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    worker = next(worker for worker in bench.workers if worker.spec.model == name)
+    assert (worker.spec.engine, worker.spec.path) == ("sentence-transformers", str(tmp_path / "Ranker"))
+    worker.loaded()
+    worker.script = [Reranked(scores=[0.1, 0.9], prompt_tokens=4, timings=Timings())]
+    result = await service.rerank(RerankParams(query="q", documents=["a", "b"]), call())
+    assert [scored.index for scored in result.results] == [1, 0]
+    assert (result.model, result.served_by.device) == (name, "Card gpu-a")
+    with pytest.raises(WrongModelKind, match="try ranker"):
+        await service.rerank(RerankParams(model="tiny", query="q", documents=["a"]), call())
+    (model,) = [each for each in service.models().models if each.name == name]
+    assert (model.model_kind, model.state) == ("rerank", "ready")
+    (replica,) = [each for each in (await service.describe()).replicas if each.model == name]
+    assert replica.model_kind == "rerank"
+
+
+async def test_describe_shows_what_each_engine_counted(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    assert (await service.describe()).replicas[0].counters is None
+    bench.workers[0].counters = EngineCounters(running=2, prompt_tokens=100, prompt_tokens_cached=60)
+    assert (await service.describe()).replicas[0].counters == bench.workers[0].counters
 
 
 async def test_a_failed_load_answers_with_the_loads_own_error(bench, service):
