@@ -198,13 +198,13 @@ _NOTATIONS = (
             parameter=("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
         ),
     ),
-    _Notation("hermes", ("<tool_call>",), (OWN_BLOCK,), OWN_SYNTAX),
     _Notation(
         "tool-calls-tag",
         ("<tool_calls>",),
         (CallBlock("<tool_calls>", "</tool_calls>", json_calls),),
         CallSyntax('{"name": "', '", "arguments": ', "}", "<tool_calls>[", "]</tool_calls>", between=", "),
     ),
+    _Notation("hermes", ("<tool_call>", '"arguments'), (OWN_BLOCK,), OWN_SYNTAX),
     _Notation(
         "granite",
         ("<|tool_call|>", "JSON list"),
