@@ -38,7 +38,8 @@ from tars.serving.local_service import LocalNodeService
 from tars.state_folder import SEQUENCES, StateFolder
 from tars.web.routes import PUBLIC_PATHS, add_web_routes, render_refusal
 from tars.workers.engines_installed import probe_engines
-from tars.workers.supervisor import ReplicaWorker, WorkerOptions
+from tars.workers.options import WorkerOptions
+from tars.workers.supervisor import ReplicaWorker
 
 log = logging.getLogger(__name__)
 

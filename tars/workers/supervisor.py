@@ -13,10 +13,9 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from tars.core.types import Deadline, ReplicaState
@@ -37,19 +36,11 @@ from tars.workers import lifecycle, protocol
 from tars.workers.calls import Call, CallHandle, too_late
 from tars.workers.child import Child, child_environment
 from tars.workers.engine import Event, Finished, LoadSpec, Resume, Saved, SaveParams, Work
-from tars.workers.lifecycle import Lifecycle, Limits
+from tars.workers.lifecycle import Lifecycle
+from tars.workers.options import WorkerOptions
 from tars.workers.stdio import frame
-from tars.workers.watchdog import ABORT_SECONDS
 
 log = logging.getLogger("tars.worker")
-
-ENGINES: Mapping[str, str] = MappingProxyType(
-    {
-        "llama": "tars.workers.llama_engine:LlamaEngine",
-        "sentence-transformers": "tars.workers.embedding_engine:EmbeddingEngine",
-    }
-)
-"""`LoadSpec.engine` -> `module:Class`, imported in the child only."""
 
 LOAD_REQUEST = 0
 """Id of `worker.load` on every child's pipe; calls count on from `_FIRST_CALL` and are never reused in a supervisor's life."""
@@ -57,50 +48,6 @@ LOAD_REQUEST = 0
 PING_REQUEST = 1
 
 _FIRST_CALL = 2
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerOptions:
-    """How workers are watched. Times in seconds; `[worker]` of the configuration, and `queue_per_replica` of `[limits]`."""
-
-    start_timeout_seconds: float = 600.0
-    """A load without any progress for so long is stuck; one that moves may take as long as it needs."""
-    ping_interval_seconds: float = 2.0
-    hang_seconds: float = 60.0
-    """Far above the longest single step (a prefill chunk on a slow CPU), far below a caller's patience. At least three pings."""
-    abort_seconds: float = ABORT_SECONDS
-    """A step that stands still for so long is broken off inside the worker; at most a third of `hang_seconds`."""
-    backoff_initial_seconds: float = 0.5
-    backoff_most_seconds: float = 60.0
-    stop_seconds: float = 5.0
-    """From the request to end until SIGKILL."""
-    stable_seconds: float = 60.0
-    """READY for so long forgives earlier crashes."""
-    crash_limit: int = 6
-    """Quick crashes in a row until FAILED: with the backoff above about 30 s of trying."""
-    cool_down_seconds: float = 300.0
-    """From FAILED by crashes until the next single try is due."""
-    queue_limit: int = 64
-    """Calls that may wait behind the ones being served; one more is `Overloaded`."""
-    engines: Mapping[str, str] = field(default_factory=lambda: ENGINES)
-    environment: Mapping[str, str] = field(default_factory=dict)
-    """Added to every worker's environment."""
-    saved_folder: Path | None = None
-    """Where the states of saved sequences are put; None is the system's folder for temporary files."""
-
-    def limits(self) -> Limits:
-        """The times as the lifecycle takes them."""
-        return Limits(
-            start_timeout=self.start_timeout_seconds,
-            ping_interval=self.ping_interval_seconds,
-            hang=max(self.hang_seconds, 3 * self.ping_interval_seconds),
-            backoff_initial=self.backoff_initial_seconds,
-            backoff_most=self.backoff_most_seconds,
-            stop=self.stop_seconds,
-            stable=self.stable_seconds,
-            crash_limit=self.crash_limit,
-            cool_down=self.cool_down_seconds,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,7 +371,7 @@ class ReplicaWorker:
             environment,
             lambda message: self._receive(child, message),
             lambda cause: self._ended(child, cause),
-            min(self.options.abort_seconds, self.options.limits().hang / 3),
+            self.options.step_patience(),
         )
         self._child = child
         child.send(protocol.request(LOAD_REQUEST, protocol.LOAD, self.spec.model_dump()))

@@ -13,7 +13,8 @@ from tars.core.types import Deadline, ReplicaState
 from tars.errors import BadGrammar, BadModelFile, WrongModelKind
 from tars.messages.inference import ChatMessage, ChatParams, CompleteParams, Delta, EmbedParams, Generated
 from tars.workers.engine import Event, LoadSpec, Work
-from tars.workers.supervisor import ReplicaWorker, WorkerOptions
+from tars.workers.options import WorkerOptions
+from tars.workers.supervisor import ReplicaWorker
 
 pytestmark = pytest.mark.model
 
