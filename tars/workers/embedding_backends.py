@@ -101,10 +101,10 @@ class TorchPadded(PaddedBatches):
         self._model = model
         self._pad_id = model.pad_id
         self._wants_type_ids = model.wants_type_ids
-        model.use_attention(None)
 
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """See `Backend`."""
+        self._model.use_attention(None)
         torch, device = self._model.torch, self._model.device
         ids, mask, types = rectangle(rows, self._pad_id, self._most)
         features = {
@@ -133,10 +133,9 @@ class TorchPacked:
         try:
             from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-            ALL_ATTENTION_FUNCTIONS.register(PACKED_ATTENTION, self._attention)
+            self._register = ALL_ATTENTION_FUNCTIONS.register
         except (ImportError, AttributeError) as error:
             raise CannotBuild(f"this transformers has no replaceable attention ({error})") from None
-        model.use_attention(PACKED_ATTENTION)
 
     def select(self, lengths: Sequence[int], budget: int) -> list[int]:
         """See `Backend`."""
@@ -149,6 +148,9 @@ class TorchPacked:
     def forward(self, rows: Sequence[Row]) -> NDArray[np.float32]:
         """See `Backend`."""
         torch = self._model.torch
+        # Each time: back ends of one model are tried side by side, and the name is the process's.
+        self._register(PACKED_ATTENTION, self._attention)
+        self._model.use_attention(PACKED_ATTENTION)
         self._lengths = [len(row) for row in rows]
         positions = np.concatenate([np.arange(length) for length in self._lengths]) + self._first_position
         inputs = {

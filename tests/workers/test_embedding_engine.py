@@ -9,10 +9,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import random_bert
 from engine_thread import EngineThread
 
-from tars.errors import BadModelFile, Cancelled, DeadlineExceeded, PromptTooLong, WrongModelKind
-from tars.messages.inference import CompleteParams, Embedded, EmbedParams, Tokenized, TokenizeParams
+from tars.errors import (
+    BadModelFile,
+    Cancelled,
+    DeadlineExceeded,
+    DoesNotFit,
+    InvalidParams,
+    PromptTooLong,
+    WrongModelKind,
+)
+from tars.messages.inference import (
+    CompleteParams,
+    Embedded,
+    EmbedParams,
+    Reranked,
+    RerankParams,
+    Tokenized,
+    TokenizeParams,
+)
+from tars.messages.node import TunedSettings
 from tars.workers.embedding_engine import EmbeddingEngine
 from tars.workers.engine import Event, LoadSpec, Work
 
@@ -74,9 +92,12 @@ class Running(EngineThread):
         return result
 
 
+MEASURED = TunedSettings(backend="torch-fp32-packed", batch_tokens=1024).model_dump()
+
+
 @pytest.fixture(scope="module")
 def running() -> Iterator[Running]:
-    engine = Running(model_folder(), batch_tokens=1024)
+    engine = Running(model_folder(), tuned=MEASURED)
     yield engine
     engine.close()
 
@@ -172,17 +193,159 @@ def test_deadline_and_cancellation_end_a_call_and_leave_the_others(running: Runn
 def test_what_was_loaded_is_told(running: Running) -> None:
     info = running.info
     assert (info.model_kind, info.dimensions, info.max_input_tokens) == ("embedding", 384, 256)
-    assert info.speeds.texts_per_second
+    assert (info.backend, info.tuned) == ("torch-fp32-packed cpu", TunedSettings.model_validate(MEASURED))
     assert info.memory_bytes > 50 * 2**20
     percents = [percent for _, percent in running.stages]
     assert percents == sorted(percents)
 
 
 def test_half_precision_stays_close(running: Running) -> None:
-    half = Running(model_folder(), precision="bf16")
+    half = Running(model_folder(), backend="torch-bf16")
+    assert half.info.backend == "torch-bf16 cpu"
     worst = (vectors(half.embed(TEXTS)) * vectors(running.embed(TEXTS))).sum(axis=1).min()
     half.close()
     assert worst > 0.999
+
+
+def test_a_load_that_knows_nothing_measures_and_tells() -> None:
+    engine = Running(model_folder())
+    engine.close()
+    assert engine.info.backend == f"{engine.info.tuned.backend} cpu"
+    assert engine.info.tuned.batch_tokens is not None
+    assert 512 <= engine.info.tuned.batch_tokens <= 4096
+    assert engine.info.speeds.texts_per_second
+
+
+def test_counters_add_up(running: Running) -> None:
+    before = running.engine.counters()
+    result = running.embed([f"some words {n}" for n in range(100)])
+    after = running.engine.counters()
+    assert after.texts - before.texts == 100
+    assert after.prompt_tokens - before.prompt_tokens == result.prompt_tokens
+    assert 1 <= after.steps - before.steps <= 10
+    assert after.padding_tokens == before.padding_tokens  # the packed form has none
+    assert after.native_seconds > before.native_seconds
+    assert (after.running, after.waiting) == (0, 0)
+
+
+def test_a_split_text_is_the_mean_of_its_pieces(running: Running) -> None:
+    import numpy as np
+
+    words = [f"number {n} " for n in range(300)]
+    whole = running.embed(["".join(words), "short"], overflow="mean")
+    assert (whole.split, whole.truncated) == ([0], [])
+    tokens = running.call(TokenizeParams(text="".join(words), add_special=False))
+    assert isinstance(tokens, Tokenized)
+    # Two tokens a number here, so that pieces of 254 tokens are 127 of them.
+    assert len(tokens.tokens) == 600
+    pieces = ["".join(words[at : at + 127]) for at in range(0, 300, 127)]
+    parts = vectors(running.embed(pieces, truncate=False))
+    mean = (parts * np.array([[254], [254], [92]])).sum(axis=0)
+    assert float(vectors(whole)[0] @ (mean / np.linalg.norm(mean))) > 0.99999
+
+
+def test_prompts_dimensions_and_types_of_output(running: Running) -> None:
+    import numpy as np
+
+    plain = vectors(running.embed(["query: GPU"]))[0]
+    assert float(vectors(running.embed(["GPU"], prompt="query: "))[0] @ plain) > 0.99999
+    # all-MiniLM-L6-v2 has no prompts: nothing is put before a query.
+    assert float(vectors(running.embed(["query: GPU"], input_type="query"))[0] @ plain) > 0.99999
+    short = running.embed(["query: GPU"], dimensions=64)
+    assert short.dimensions == 64
+    assert float(vectors(short)[0] @ (plain[:64] / np.linalg.norm(plain[:64]))) > 0.99999
+    small = running.embed(["query: GPU"], output_type="int8")
+    assert np.abs(np.frombuffer(base64.b64decode(small.vectors[0]), dtype=np.int8) - plain * 127).max() <= 0.51
+    bits = np.frombuffer(
+        base64.b64decode(running.embed(["query: GPU"], output_type="binary").vectors[0]), dtype=np.uint8
+    )
+    assert np.unpackbits(bits).tolist() == (plain > 0).tolist()
+    with pytest.raises(InvalidParams, match="384 dimensions"):
+        running.embed(["x"], dimensions=500)
+
+
+def test_four_megabytes_and_a_full_call_are_taken(running: Running) -> None:
+    assert running.embed(["ab " * (4 * 2**20 // 3)]).truncated == [0]
+    assert len(running.embed(["x"] * 2048).vectors) == 2048
+
+
+def test_a_batch_that_does_not_fit_is_halved_and_remembered(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend: Any = running.engine._backend  # type: ignore[attr-defined]  # the device's memory is played by the test
+    forward = backend.forward
+    refused: list[int] = []
+
+    def small(rows: list[Any]) -> Any:
+        if sum(map(len, rows)) > 300:
+            refused.append(len(rows))
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        return forward(rows)
+
+    monkeypatch.setattr(backend, "forward", small)
+    first = running.embed([f"text {n}" for n in range(200)])
+    assert len(first.vectors) == 200
+    assert refused
+    before = len(refused)
+    running.embed([f"text {n}" for n in range(200)])
+    assert len(refused) == before
+    monkeypatch.setattr(backend, "forward", lambda rows: (_ for _ in ()).throw(MemoryError()))
+    with pytest.raises(DoesNotFit, match="single text"):
+        running.embed(["x"])
+    monkeypatch.setattr(backend, "forward", forward)
+    assert len(running.embed(["x"]).vectors) == 1
+    running.engine._budget.tokens = 1024  # type: ignore[attr-defined]  # other tests share this engine
+
+
+def test_one_caller_with_many_texts_does_not_hold_up_another(running: Running) -> None:
+    big = running.submit(EmbedParams(input=["some words " * 60] * 300))
+    small = running.submit(EmbedParams(input="small"))
+    first, event = running.events.get(timeout=60)
+    assert first == small
+    assert isinstance(event, Embedded)
+    running.engine.cancel(big)
+    assert isinstance(running.ends([big])[big], Cancelled)
+
+
+def test_an_embedding_model_does_not_rerank(running: Running) -> None:
+    with pytest.raises(WrongModelKind, match="rerank"):
+        running.call(RerankParams(query="a", documents=["b"]))
+
+
+@pytest.fixture(scope="module")
+def reranker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    engine = Running(random_bert.cross_encoder(tmp_path_factory.mktemp("reranker")))
+    yield engine
+    engine.close()
+
+
+def test_scores_are_those_of_the_cross_encoder(reranker: Running) -> None:
+    import numpy as np
+    from sentence_transformers import CrossEncoder
+
+    query = "Which node answers?"
+    documents = ["", "GPU", *TEXTS[3:6], *(f"document {n} " * (n % 40 + 1) for n in range(60)), "word " * 500]
+    result = reranker.call(RerankParams(query=query, documents=documents))
+    assert isinstance(result, Reranked)
+    theirs = CrossEncoder(reranker.spec.path, device="cpu", local_files_only=True).predict(
+        [(query, document) for document in documents], show_progress_bar=False
+    )
+    assert np.abs(np.array(result.scores) - theirs).max() < 1e-5
+    assert np.ptp(theirs) > 0.1  # random weights, but not all the same
+    assert result.truncated[-1] == len(documents) - 1
+    assert 0 not in result.truncated
+    with pytest.raises(PromptTooLong):
+        reranker.call(RerankParams(query=query, documents=documents, truncate=False))
+
+
+def test_a_query_longer_than_the_model_takes_still_has_scores(reranker: Running) -> None:
+    result = reranker.call(RerankParams(query="word " * 1000, documents=["short", "\ud800"]))
+    assert isinstance(result, Reranked)
+    assert (len(result.scores), result.truncated) == (2, [0, 1])
+
+
+def test_a_reranker_says_so_and_does_not_embed(reranker: Running) -> None:
+    assert (reranker.info.model_kind, reranker.info.dimensions) == ("rerank", None)
+    with pytest.raises(WrongModelKind, match="does not embed"):
+        reranker.embed(["x"])
 
 
 def test_a_folder_that_is_no_model_is_a_clear_error(tmp_path: Path) -> None:
