@@ -63,10 +63,11 @@ class JsonEnd:
     """Up to here the text was looked at; at first the index of its opening bracket."""
     _open: list[str] = field(default_factory=list)
     _in_string: bool = False
+    _end: int | None = None
 
     def find(self, text: str) -> int | None:
         """Index after the value, -1 where the text cannot be JSON, None while more has to come. `text` is the same text, grown."""
-        while self.at < len(text):
+        while self._end is None and self.at < len(text):
             if self._in_string:
                 match = _IN_STRING.match(text, self.at)
                 assert match is not None
@@ -92,8 +93,8 @@ class JsonEnd:
             elif not self._open or self._open.pop() != mark:
                 return -1
             if not self._open:
-                return self.at
-        return None
+                self._end = self.at
+        return self._end
 
 
 _SPACE = re.compile(r"[\s]*")

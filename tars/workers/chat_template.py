@@ -192,7 +192,7 @@ class ChatTemplate:
                 )
             except _Refused:
                 raise
-            except Exception:  # noqa: BLE001, S112  # a stranger's program may throw anything; its text stays in here
+            except Exception:  # noqa: BLE001  # a stranger's program may throw anything; its text stays in here
                 continue
         raise InvalidParams(
             "The model's chat template cannot render these messages. Try them without system or tool turns, "
