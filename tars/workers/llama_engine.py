@@ -1,91 +1,47 @@
-"""Chat and completion by llama.cpp, one token of one sequence a step.
+"""Chat and completion by llama.cpp: continuous batching of many sequences, one step after the other, in one thread.
 
-Law of this file: the engine protocol on one side, `llama_model`, `llama_sampling`, `text_stream` and `chat_template` on the other; no
-ctypes here. The step loop is the only place that decides what is computed next: a later issue makes it many sequences by letting `_step`
-decode a token of every running one. Until then calls wait in the order they came.
-
-Reuse of a prompt's beginning: KV cells stay between calls, but only whole prefill chunks are taken over, because a cell's bits depend on
-the shape of the batch that made it: so a warm call computes exactly what a cold one does, and a seed gives the same text.
+Law of this file: the engine protocol outside; inside it lets the others work: `preparation` makes tokens of a call, `batcher` decides and
+computes the steps, `llama_sampling` chooses tokens, `generation` says what a caller sees of them. No ctypes here.
 """
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 import traceback
-from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import psutil
 
 from tars.errors import (
     BadModelFile,
-    Cancelled,
-    DeadlineExceeded,
+    Draining,
     InternalError,
     InvalidParams,
-    PromptTooLong,
     ReplicaFailed,
     TarsError,
     WrongModelKind,
 )
-from tars.messages.inference import (
-    ChatParams,
-    CompleteParams,
-    Delta,
-    FinishReason,
-    Generated,
-    Timings,
-    Tokenized,
-    TokenizeParams,
-    TokenLogprob,
-    Usage,
-)
-from tars.messages.node import EngineCounters, LoadedInfo, MeasuredSpeeds
+from tars.messages.inference import ChatParams, CompleteParams, Tokenized, TokenizeParams
+from tars.messages.node import EngineCounters, LoadedInfo, TunedSettings
+from tars.workers.answer_format import AnswerFormat
 from tars.workers.chat_template import CHATML, ChatTemplate
-from tars.workers.engine import Emit, LoadSpec, Progress, Submission
+from tars.workers.engine import Emit, LoadSpec, Progress, Saved, SaveParams, Submission
+from tars.workers.generation import SEEDS, Answer, Call, Emission, SavedCells, ending_error
 from tars.workers.inbox import Inbox
-from tars.workers.text_stream import Released, TextStream
+from tars.workers.kv_cache import KvCache
+from tars.workers.preparation import Preparation, Prepared
+from tars.workers.sequence_state import read_state, write_state
 
 if TYPE_CHECKING:  # importing these imports llama_cpp, which is `load`'s stage `import`
-    from tars.workers.llama_model import Context, Logits, Model
-    from tars.workers.llama_sampling import Sampler
+    from tars.workers.batcher import Batcher
+    from tars.workers.llama_context import Context, Rows
+    from tars.workers.llama_model import Model
 
-CPU_CHUNK = 128
-"""Prompt tokens per step on a CPU: field notes measured the best inter-token times at about 96; a power of two suits the kernels."""
-
-DEVICE_CHUNK = 512
-"""The same on a GPU, where a chunk takes milliseconds: llama.cpp's default micro batch."""
-
-WARM_TOKENS = 8
-"""Tokens decoded to measure the speed, as far as they take no longer than `WARM_SECONDS` together."""
-
-WARM_SECONDS = 2.0
-"""A big model on a slow CPU must not spend its start-up on being measured."""
-
-
-class _Sequence:
-    """One generation under way."""
-
-    def __init__(self, submission: Submission, received: float) -> None:
-        assert isinstance(submission.work, ChatParams | CompleteParams)
-        self.number = submission.sequence
-        self.work = submission.work
-        self.deadline = submission.deadline
-        self.received = received
-        self.started = 0.0
-        self.first_token: float | None = None
-        self.tokens: list[int] = []
-        """The prompt's, then the generated ones."""
-        self.prompt_length = 0
-        self.position = 0
-        """How many of them are in the KV cache."""
-        self.most = 0
-        """Tokens to generate at most."""
-        self.sampler: Sampler | None = None
-        self.stream: TextStream[TokenLogprob | None] = TextStream()
-        self.text: list[str] = []
-        self.logprobs: list[TokenLogprob] = []
+EXACT_CHUNK = 64
+"""Prefill borders of exact mode. A constant, not a measurement: replicas on other PCs must have the same."""
 
 
 class LlamaEngine:
@@ -93,11 +49,11 @@ class LlamaEngine:
 
     def __init__(self) -> None:
         self._inbox = Inbox()
-        self._waiting: deque[tuple[Submission, float]] = deque()
-        self._active: _Sequence | None = None
-        self._cached: list[int] = []
-        """Prompt tokens whose KV cells stand at the beginning of sequence 0, prefilled in chunks from 0 on."""
+        self._calls: dict[int, Call] = {}
+        self._out: list[Emission] = []
         self._mark = 0
+        self._generated = 0
+        self._busy_seconds = 0.0
         self._on_device = False
         self._free_before: int | None = None
         self._resident_before = 0
@@ -106,7 +62,10 @@ class LlamaEngine:
         self._spec: LoadSpec
         self._model: Model
         self._context: Context | None = None
-        self._template: ChatTemplate
+        self._cache: KvCache
+        self._batcher: Batcher | None = None
+        self._preparation: Preparation
+        self._format: AnswerFormat
         self._template_stop: list[str] = []
 
     # --- load ---
@@ -117,87 +76,136 @@ class LlamaEngine:
         self._spec, self._emit = spec, emit
         self._resident_before = psutil.Process().memory_info().rss
         progress("import", 1.0)
+        if spec.exact:
+            # Read once, at the library's first product: without it ggml takes other kernels from 8 rows on (measured: Q4_0, Q6_K, Q4_K).
+            os.environ["GGML_CPU_TILED_MM"] = "0"
         try:
             from tars.workers import llama_library
-            from tars.workers.llama_model import Context, Model
+            from tars.workers.batcher import Batcher, Shapes
+            from tars.workers.llama_context import shares_cells
+            from tars.workers.llama_model import Model
+            from tars.workers.self_measurement import gap_worth_filling
         except ImportError:
             raise ReplicaFailed(
                 "llama-cpp-python is not installed or does not load here, so chat models cannot run. "
                 "Install it with `pip install 'tars-node[chat]'` and restart the node."
             ) from None
-        log = llama_library.NativeLog()
-        log.install()
-        self._log = log
+        if spec.exact and shares_cells(spec):
+            raise ReplicaFailed(
+                "Exact mode needs a KV cache of its own for every slot: shared cells lie in another order each time. Deploy the model "
+                "without kv_tokens and with as many slots as fit, or switch `exact` off under [engines]."
+            )
+        self._log = llama_library.NativeLog()
+        self._log.install()
         self._on_device = spec.gpu_layers != 0 and spec.cuda_device is not None
         self._free_before = llama_library.free_device_memory() if self._on_device else None
         progress("read", 5.0)
-        self._model = Model(spec, log, lambda percent: progress("load", 5.0 + 0.75 * percent))
-        self._chunk = min(DEVICE_CHUNK if self._on_device else CPU_CHUNK, spec.context)
-        progress("load", 82.0)
-        self._context = Context(self._model, spec, self._chunk, log)
+        self._model = Model(spec, self._log, lambda percent: progress("load", 5.0 + 0.75 * percent))
         source = self._model.chat_template
-        self._template = ChatTemplate(
+        template = ChatTemplate(
             source or CHATML, self._model.special_text(self._model.bos), self._model.special_text(self._model.eos)
         )
         # Without a template of its own the model may not know ChatML's end token as one: then it comes as text.
         self._template_stop = [] if source else ["<|im_end|>"]
-        progress("warm", 85.0)
-        speeds = self._warm_up(progress)
+        self._format = AnswerFormat.of(source)
+        self._model.show(self._format.markers)
+        progress("load", 82.0)
+        tuned = self._warm_up(progress)
+        assert self._context is not None
+        chunk = tuned.chunk or 1
+        self._cache = KvCache(
+            spec.slots,
+            spec.kv_tokens if self._context.shared and spec.kv_tokens is not None else spec.slots * spec.context,
+            shared=self._context.shared,
+            partial=self._model.forgets_partly,
+            chunk=chunk if spec.exact else 0,
+        )
+        shapes = Shapes(
+            chunk=chunk,
+            chunk_alone=chunk if spec.exact else max(chunk, min(spec.micro_batch, spec.context)),
+            gap=0 if self._context.shared else gap_worth_filling(tuned.speeds, spec.slots),
+            exact=spec.exact,
+        )
+        self._batcher = Batcher(
+            self._context, self._cache, shapes, room=spec.context, choose=self._choose, fail=self._fail
+        )
+        self._preparation = Preparation(self._model, template, self._format, spec.context, self._inbox.hand_back)
         self._measure_memory()
         return LoadedInfo(
             model_kind="chat",
             memory_bytes=self._memory,
             load_seconds=round(time.monotonic() - started, 3),
             context=spec.context,
-            # One sequence at a time, whatever the cache has room for, until batching comes.
-            slots=1,
+            slots=spec.slots,
             has_chat_template=source is not None,
             architecture=self._model.architecture,
             backend=f"llama.cpp (llama-cpp-python {llama_library.version()}), {'GPU' if self._on_device else 'CPU'}",
             file_sha256=spec.sha256,
-            speeds=speeds,
+            speeds=tuned.speeds,
+            tuned=tuned,
         )
 
-    def _warm_up(self, progress: Progress) -> MeasuredSpeeds:
-        """Compute a little: pages the weights in, fills caches, measures, and refuses weights that give no numbers."""
+    def _warm_up(self, progress: Progress) -> TunedSettings:
+        """Make the context: with the settings that an earlier load of the same measured, else with those that are measured now.
+
+        Computes a little in any case: pages the weights in, and refuses weights that give no numbers.
+        """
+        from tars.workers import self_measurement as measurement
+        from tars.workers.llama_context import Context, shares_cells
         from tars.workers.llama_sampling import check_finite
 
-        assert self._context is not None
-        ordinary = [token for token in range(self._model.tokens) if self._model.pieces[token]] or [0]
+        spec, known = self._spec, self._spec.tuned
+        most = min(spec.context, max(spec.micro_batch, EXACT_CHUNK if spec.exact else 1))
+
+        shared = shares_cells(spec) and spec.kv_tokens is not None
+        room = max(2, (spec.kv_tokens or 0) // spec.slots) if shared else spec.context
+
+        def made(flash_attention: bool) -> Context:
+            return Context(self._model, spec, self._log, chunk=most, flash_attention=flash_attention)
+
+        flash = spec.flash_attention if known is None or known.flash_attention is None else known.flash_attention
+        context = self._context = made(flash)
+        progress("warm", 85.0)
+        ordinary = next((token for token in range(self._model.tokens) if self._model.pieces[token]), 0)
         try:
-            check_finite(self._context.decode(ordinary[:1], 0))
+            check_finite(context.decode([ordinary], [0], [0], [0])[0])
         except ReplicaFailed as error:
             raise BadModelFile(error.message) from None
-        progress("warm", 90.0)
+        context.forget(0, 0)
         self._mark += 1
-        # The best of several steps, not their mean: another process on the same cores is not the model's speed.
-        decode_times: list[float] = []
-        while len(decode_times) < min(WARM_TOKENS, self._spec.context - 1) and sum(decode_times) < WARM_SECONDS:
-            position = 1 + len(decode_times)
-            decode_times.append(self._timed_decode([ordinary[position % len(ordinary)]], position))
-        progress("warm", 95.0)
-        self._context.forget(0)
-        fastest = min(decode_times, default=1.0)
-        # Prefill is at least as fast as decode, so this takes `WARM_SECONDS` at most.
-        count = max(1, min(self._chunk, self._spec.context - 1, int(WARM_SECONDS / fastest)))
-        prompt = [ordinary[index % len(ordinary)] for index in range(count)]
-        prefill_time = self._timed_decode(prompt, 0)
-        self._context.forget(0)
-        if prefill_time < WARM_SECONDS / 2:
-            prefill_time = min(prefill_time, self._timed_decode(prompt, 0))
-            self._context.forget(0)
-        prefill_speed, decode_speed = count / prefill_time, 1 / fastest
-        progress("warm", 99.0)
-        return MeasuredSpeeds(
-            prefill_tokens_per_second=round(prefill_speed, 1), decode_tokens_per_second=round(decode_speed, 1)
+        if known is not None and known.chunk is not None:
+            speeds = known.speeds
+        else:
+            progress("warm", 88.0)
+            measured = measurement.measure(context, self._model, room=room, chunk=most, mark=self._tick)
+            # A card's kernels are known (core.tuning), a quantised cache needs flash attention, and exact mode needs one order of sums.
+            if (
+                not (self._on_device or spec.kv_type != "f16" or spec.exact)
+                and measured.decode_one < measurement.SLOW_SECONDS
+            ):
+                progress("warm", 93.0)
+                context.close()
+                self._context = None
+                context = self._context = made(not flash)
+                other = measurement.measure(context, self._model, room=room, chunk=most, mark=self._tick)
+                if other.typical < measurement.FLASH_WORTH * measured.typical:
+                    measured, flash = other, not flash
+                else:
+                    context.close()
+                    self._context = None
+                    context = self._context = made(flash)
+            speeds = measured.speeds
+        chunk = (
+            min(EXACT_CHUNK, spec.context)
+            if spec.exact
+            else measurement.chunk_for(speeds, spec.slots, spec.inter_token_ms, most)
         )
+        context.native_seconds, context.decodes = 0.0, 0
+        progress("warm", 99.0)
+        return TunedSettings(flash_attention=flash, chunk=chunk, speeds=speeds)
 
-    def _timed_decode(self, tokens: list[int], position: int) -> float:
-        assert self._context is not None
-        started = time.monotonic()
-        self._context.decode(tokens, position)
+    def _tick(self) -> None:
         self._mark += 1
-        return max(1e-9, time.monotonic() - started)
 
     def _measure_memory(self) -> None:
         from tars.workers import llama_library
@@ -217,10 +225,19 @@ class LlamaEngine:
     def cancel(self, sequence: int) -> None:
         """See the protocol."""
         self._inbox.cancel(sequence)
-        active, context = self._active, self._context
-        # Should the sequence end between these lines, the next one's chunk is aborted and simply computed again.
-        if active is not None and active.number == sequence and context is not None:
-            context.abort.set()
+        # A decode that computes for others too is awaited: its end frees the slot.
+        batcher = self._batcher
+        if batcher is not None and batcher.computing == {sequence} and self._context is not None:
+            self._context.abort.set()
+
+    def abort_step(self) -> bool:
+        """Stop the decode that runs, for it does not end: it is tried once more, then its answers fail. False while none runs."""
+        batcher = self._batcher
+        if batcher is not None and batcher.computing and self._context is not None:
+            batcher.stopped_by_watchdog = True
+            self._context.abort.set()
+            return True
+        return False
 
     def memory_bytes(self) -> int:
         """On a GPU what the load took; on a CPU the resident growth as of now (pages of a mapped file come and go)."""
@@ -229,12 +246,30 @@ class LlamaEngine:
         return max(0, psutil.Process().memory_info().rss - self._resident_before)
 
     def counters(self) -> EngineCounters:
-        """See the protocol."""
-        return EngineCounters()
+        """See the protocol; a snapshot, taken while the engine works."""
+        context, batcher = self._context, self._batcher
+        if context is None or batcher is None:
+            return EngineCounters()
+        native = context.native_seconds
+        used = min(self._cache.cells, sum(answer.position for answer in tuple(batcher.running)))
+        return EngineCounters(
+            running=len(batcher.running),
+            waiting=len(batcher.waiting) + self._preparation.busy,
+            kv_cells=self._cache.cells,
+            kv_used=used,
+            kv_cached=max(0, self._cache.cells - self._cache.free - used),
+            steps=context.decodes,
+            prompt_tokens=batcher.prompt_tokens,
+            prompt_tokens_cached=batcher.prompt_tokens_cached,
+            generated_tokens=self._generated,
+            preemptions=batcher.preemptions,
+            python_seconds=round(max(0.0, self._busy_seconds - native), 6),
+            native_seconds=round(native, 6),
+        )
 
     def progress_mark(self) -> int:
-        """See the protocol: steps taken."""
-        return self._mark
+        """See the protocol: decodes and rounds of the loop."""
+        return self._mark + (self._batcher.steps if self._batcher is not None else 0)
 
     def unload(self) -> None:
         """See the protocol."""
@@ -247,228 +282,209 @@ class LlamaEngine:
     def run(self) -> None:
         """See the protocol."""
         assert self._context is not None
+        assert self._batcher is not None
+        batcher = self._batcher
         while True:
-            taken = self._inbox.take(wait=self._active is None and not self._waiting)
+            # What is prepared in other threads is looked at once a second, for its deadlines.
+            taken = self._inbox.take(wait=not batcher.busy, seconds=1.0 if self._preparation.busy else None)
             if taken.closed:
                 break
+            began = time.perf_counter()
             self._context.abort.clear()
             now = time.monotonic()
             for submission in taken.submissions:
                 self._admit(submission, now)
+            for prepared in taken.handed_back:
+                if self._preparation.done(prepared):
+                    self._begin(prepared)
             self._drop_ended(taken.cancelled, now)
-            try:
-                if self._active is None and self._waiting:
-                    self._begin_or_refuse(*self._waiting.popleft())
-                elif self._active is not None:
-                    self._step(self._active)
-            except TarsError as error:
-                self._fail(error)
+            if batcher.busy:
+                batcher.step(self._flush)
             self._mark += 1
-        self._close_active()
+            self._flush()
+            self._busy_seconds += time.perf_counter() - began
+        for call in list(self._calls.values()):
+            self._close(call)
         self._context.close()
         self._model.close()
 
+    def _flush(self) -> None:
+        if self._out:
+            out, self._out = self._out, []
+            self._emit(out)
+
+    # --- calls come and go ---
+
     def _admit(self, submission: Submission, now: float) -> None:
         work = submission.work
-        if isinstance(work, TokenizeParams):
-            try:
-                tokens = self._model.tokenize(_encode(work.text), add_special=work.add_special)
-            except TarsError as error:
-                self._emit([(submission.sequence, error)])
-            else:
-                self._emit([(submission.sequence, Tokenized(tokens=tokens))])
-        elif isinstance(work, ChatParams | CompleteParams):
-            self._waiting.append((submission, now))
+        if isinstance(work, SaveParams):
+            self._save(submission, work)
+        elif isinstance(work, ChatParams | CompleteParams | TokenizeParams):
+            prepared = self._preparation.prepare(submission, now)
+            if prepared is not None:
+                self._begin(prepared)
         else:
-            self._emit(
-                [
-                    (
-                        submission.sequence,
-                        WrongModelKind("This is a chat model; it makes no embeddings. Ask an embedding model."),
-                    )
-                ]
+            error = WrongModelKind(
+                "This is a chat model; it makes no embeddings and ranks nothing. Ask a model that does."
             )
+            self._out.append((submission.sequence, error))
+
+    def _begin(self, prepared: Prepared) -> None:
+        """A prepared call: answer it, refuse it, or let its answers wait for streams."""
+        submission, work = prepared.submission, prepared.submission.work
+        number = submission.sequence
+        if prepared.error is not None:
+            self._out.append((number, prepared.error))
+            return
+        if isinstance(work, TokenizeParams):
+            self._out.append((number, Tokenized(tokens=prepared.tokens)))
+            return
+        assert isinstance(work, ChatParams | CompleteParams)
+        try:
+            self._enter(prepared, work)
+        except TarsError as error:
+            self._out.append((number, error))
+        except Exception:  # noqa: BLE001  # nothing was computed yet, so the others' state is whole: only this call ends
+            traceback.print_exc()
+            text = "The call could not be prepared; the worker's lines in the node's log say why."
+            self._out.append((number, InternalError(text)))
+
+    def _enter(self, prepared: Prepared, work: ChatParams | CompleteParams) -> None:
+        """Make the call and its answers, and let them wait for streams. Raises what its sampling settings make impossible."""
+        from tars.workers.llama_sampling import Sampler
+
+        assert self._batcher is not None
+        number = prepared.submission.sequence
+        resume = prepared.submission.resume
+        drawn = secrets.randbelow(SEEDS) if work.seed is None else work.seed
+        seed = drawn if resume is None else resume.seed
+        call = Call(
+            prepared.submission,
+            prepared.received,
+            prepared.tokens,
+            seed=seed,
+            context=self._spec.context,
+            answers=self._format,
+            prompt_end=prepared.prompt_end,
+            template_stop=self._template_stop if isinstance(work, ChatParams) else (),
+        )
+        if any(not 0 <= token < self._model.tokens for token in call.replayed):
+            raise InvalidParams("The answer to be continued holds tokens that this model does not have.")
+        try:
+            for answer in call.answers:
+                answer.sampler = Sampler(
+                    self._model, work, prepared.tokens, call.replayed, answer.seed, prepared.grammar
+                )
+                if call.replayed and (delta := answer.replay(self._model.pieces)) is not None:
+                    self._out.append((number, delta))
+        except TarsError:
+            for answer in call.answers:
+                answer.close()
+            raise
+        if call.ended:  # it was whole already when it was broken off
+            for answer in call.answers:
+                answer.close()
+            self._out.append((number, call.result(time.monotonic())))
+            return
+        if resume is not None and resume.path is not None:
+            call.answers[0].saved = read_state(Path(resume.path), call.answers[0].tokens)
+        self._calls[number] = call
+        self._batcher.add([answer for answer in call.answers if answer.finish_reason is None])
 
     def _drop_ended(self, cancelled: set[int], now: float) -> None:
-        """End what was cancelled or is too late, waiting or active."""
-
-        def ending(number: int, deadline: float | None) -> TarsError | None:
-            if number in cancelled:
-                return Cancelled("The call was cancelled.")
-            if deadline is not None and now >= deadline:
-                return DeadlineExceeded("The call's time budget is used up; the work was stopped.")
-            return None
-
-        for entry in list(self._waiting):
-            submission = entry[0]
-            if (error := ending(submission.sequence, submission.deadline)) is not None:
-                self._waiting.remove(entry)
-                self._emit([(submission.sequence, error)])
-        active = self._active
-        if active is not None and (error := ending(active.number, active.deadline)) is not None:
-            self._fail(error)
-
-    def _begin_or_refuse(self, submission: Submission, received: float) -> None:
-        """`_begin`; a fault of ours in there ends this call only: nothing was computed yet, so the others' state is whole."""
-        try:
-            self._begin(submission, received)
-        except TarsError:
-            raise
-        except Exception:  # noqa: BLE001  # whatever a caller's schema or template provokes must not take everybody's worker along
-            traceback.print_exc()
-            raise InternalError(
-                "The call could not be prepared; the worker's lines in the node's log say why."
-            ) from None
-
-    def _begin(self, submission: Submission, received: float) -> None:
-        """Make a waiting call the active one: render, tokenize, check, find what of its prompt is cached."""
-        from tars.workers.llama_sampling import Sampler, compile_grammar
-
-        assert self._context is not None
-        sequence = self._active = _Sequence(submission, received)
-        sequence.started = time.monotonic()
-        work = sequence.work
-        sequence.tokens = self._prompt(work)
-        sequence.prompt_length = len(sequence.tokens)
-        room = self._spec.context - sequence.prompt_length
-        sequence.most = room if work.max_tokens is None else min(work.max_tokens, room)
-        stop = [*work.stop, *(self._template_stop if isinstance(work, ChatParams) else [])]
-        sequence.stream = TextStream(stop)
-        seed = secrets.randbits(32) if work.seed is None else work.seed
-        sequence.sampler = Sampler(self._model, work, sequence.tokens, [], seed, compile_grammar(self._model, work))
-        shared = 0
-        for ours, cached in zip(sequence.tokens, self._cached, strict=False):
-            if ours != cached:
-                break
-            shared += 1
-        # The last token is always computed again: its logits are what generation starts from.
-        whole_chunks = min(shared, sequence.prompt_length - 1) // self._chunk * self._chunk
-        sequence.position = self._context.forget(whole_chunks)
-        self._cached = sequence.tokens[: sequence.position]
-
-    def _prompt(self, work: ChatParams | CompleteParams) -> list[int]:
-        text = self._template.render(work.messages) if isinstance(work, ChatParams) else work.prompt
-        encoded = _encode(text)
-        context = self._spec.context
-        fewest = self._model.fewest_tokens(encoded)
-        if fewest >= context:
-            raise _too_long(fewest, context, "at least ")
-        bos_text = self._model.special_text(self._model.bos)
-        # A template that spells the beginning-of-sequence token out must not get a second one.
-        add_special = not (isinstance(work, ChatParams) and bos_text and text.startswith(bos_text))
-        tokens = self._model.tokenize(encoded, add_special=add_special)
-        if not tokens and self._model.bos >= 0:
-            tokens = [self._model.bos]
-        if not tokens:
-            raise InvalidParams("The prompt is empty, and this model has no token to begin with. Give it some text.")
-        if len(tokens) >= context:
-            raise _too_long(len(tokens), context, "")
-        return tokens
-
-    def _step(self, sequence: _Sequence) -> None:
-        """Compute the next chunk of the prompt or the newest token; where that was the last one known, choose the next."""
-        from tars.workers.llama_model import Aborted
-
-        assert self._context is not None
-        end = min(sequence.position + self._chunk, len(sequence.tokens))
-        try:
-            logits = self._context.decode(sequence.tokens[sequence.position : end], sequence.position)
-        except Aborted:
-            # Whoever set the flag is in the inbox, or it was meant for a sequence that just ended: then this chunk is simply repeated.
-            sequence.position = self._context.forget(sequence.position)
+        """End what was cancelled or is too late, wherever it stands."""
+        for call in list(self._calls.values()):
+            if (error := call.ending(cancelled, now)) is not None:
+                self._fail(call, error)
+        if not self._preparation.busy:
             return
-        sequence.position = end
-        if end <= sequence.prompt_length and end % self._chunk == 0:
-            self._cached = sequence.tokens[:end]
-        if end == len(sequence.tokens):
-            self._choose(sequence, logits)
+        for submission in self._preparation.pending():
+            late = submission.deadline is not None and now >= submission.deadline
+            if submission.sequence in cancelled or late:
+                self._preparation.drop(submission.sequence)
+                self._out.append((submission.sequence, ending_error(submission.sequence in cancelled)))
+        self._out += self._preparation.late(now)
 
-    def _choose(self, sequence: _Sequence, logits: Logits) -> None:
-        """Sample one token, hand out the text that it makes certain, end the generation where it ends."""
-        from tars.workers.llama_sampling import check_finite, token_logprob
+    def _fail(self, call: Call, error: TarsError) -> None:
+        self._close(call)
+        self._out.append((call.number, error))
 
-        assert sequence.sampler is not None
-        check_finite(logits)
-        token = sequence.sampler.sample(logits)
-        if sequence.first_token is None:
-            sequence.first_token = time.monotonic()
-        if token in self._model.end_tokens:
-            self._finish(sequence, "stop")
-            return
-        wanted = sequence.work.logprobs
-        logprob = token_logprob(self._model, logits, token, wanted) if wanted is not None else None
-        sequence.tokens.append(token)
-        self._hand_out(sequence, sequence.stream.push(token, self._model.pieces[token], logprob))
-        if sequence.stream.stopped:
-            self._finish(sequence, "stop")
-        elif len(sequence.tokens) - sequence.prompt_length >= sequence.most:
-            self._finish(sequence, "length")
+    def _close(self, call: Call) -> None:
+        assert self._batcher is not None
+        self._calls.pop(call.number, None)
+        self._batcher.drop(call)
+        for answer in call.answers:
+            answer.close()
 
-    def _hand_out(self, sequence: _Sequence, released: Released[TokenLogprob | None]) -> None:
-        if not released.token_ids:
-            return
-        logprobs = [one for one in released.extras if one is not None] if sequence.work.logprobs is not None else None
-        sequence.text.append(released.text)
-        sequence.logprobs += logprobs or []
-        self._emit([(sequence.number, Delta(text=released.text, token_ids=released.token_ids, logprobs=logprobs))])
+    # --- tokens ---
 
-    def _finish(self, sequence: _Sequence, reason: FinishReason) -> None:
-        self._hand_out(sequence, sequence.stream.finish())
+    def _choose(self, answers: list[Answer], rows: Rows) -> None:
+        """Sample the next token of each answer from its row of logits, and hand out what that makes certain."""
+        from tars.workers.llama_sampling import greedy_rows
+
         now = time.monotonic()
-        generated = len(sequence.tokens) - sequence.prompt_length
-        decode_seconds = now - (sequence.first_token or now)
-        # The first token comes out of the prefill; the speed is that of the ones after it.
-        speed = (generated - 1) / decode_seconds if generated > 1 and decode_seconds > 0 else None
-        first = None if sequence.first_token is None else _ms(sequence.first_token - sequence.received)
-        self._close_active()
-        self._emit(
-            [
-                (
-                    sequence.number,
-                    Generated(
-                        text="".join(sequence.text),
-                        finish_reason=reason,
-                        usage=Usage(
-                            prompt_tokens=sequence.prompt_length,
-                            completion_tokens=generated,
-                            total_tokens=len(sequence.tokens),
-                        ),
-                        timings=Timings(
-                            queue_ms=_ms(sequence.started - sequence.received),
-                            first_token_ms=first,
-                            total_ms=_ms(now - sequence.received),
-                            tokens_per_second=None if speed is None else round(speed, 2),
-                        ),
-                        logprobs=sequence.logprobs if sequence.work.logprobs is not None else None,
-                    ),
-                )
-            ]
-        )
+        if all(answer.sampler is not None and answer.sampler.plain_greedy for answer in answers):
+            greedy = greedy_rows(rows)
+            for answer, token, row in zip(answers, greedy, rows, strict=True):
+                self._take_token(answer, token, row, now)
+            return
+        for answer, row in zip(answers, rows, strict=True):
+            if answer.call.number in self._calls:  # another answer of the same call may just have failed it
+                self._take_token(answer, None, row, now)
 
-    def _fail(self, error: TarsError) -> None:
-        assert self._active is not None
-        number = self._active.number
-        self._close_active()
-        self._emit([(number, error)])
+    def _take_token(self, answer: Answer, token: int | None, row: Rows, now: float) -> None:
+        """`token` None: it is still to be sampled; -1: the row holds something that is not a number."""
+        from tars.workers.llama_sampling import Sampler, check_finite, token_logprob
 
-    def _close_active(self) -> None:
-        active, self._active = self._active, None
-        if active is not None and active.sampler is not None:
-            active.sampler.close()
+        assert isinstance(answer.sampler, Sampler)
+        work = answer.call.work
+        try:
+            if token is None or token < 0:
+                check_finite(row)
+                token = answer.sampler.sample(row)
+            logprob = None if work.logprobs is None else token_logprob(self._model, row, token, work.logprobs)
+        except TarsError as error:
+            self._fail(answer.call, error)
+            return
+        if answer.first_token is None:
+            answer.first_token = now
+        self._generated += 1
+        ended = token in self._model.end_tokens
+        delta = answer.finish("stop") if ended else answer.accept(token, self._model.pieces[token], logprob)
+        if delta is not None:
+            self._out.append((answer.call.number, delta))
+        if answer.finish_reason is not None:
+            self._finish(answer)
 
+    def _finish(self, answer: Answer) -> None:
+        assert self._batcher is not None
+        self._batcher.leave(answer)
+        answer.close()
+        call = answer.call
+        if call.ended:
+            self._calls.pop(call.number, None)
+            self._out.append((call.number, call.result(time.monotonic())))
 
-def _ms(seconds: float) -> float:
-    return round(max(0.0, seconds) * 1000, 3)
-
-
-def _encode(text: str) -> bytes:
-    """UTF-8; half of a surrogate pair becomes a question mark instead of an exception."""
-    return text.encode("utf-8", "replace")
-
-
-def _too_long(tokens: int, context: int, at_least: str) -> PromptTooLong:
-    return PromptTooLong(
-        f"The prompt has {at_least}{tokens} tokens and the context {context}, which has to hold the answer too. "
-        "Shorten it, or deploy the model with a larger context.",
-        details={"prompt_tokens": tokens, "context": context},
-    )
+    def _save(self, submission: Submission, work: SaveParams) -> None:
+        """Write an answer's state to the file and end it here."""
+        assert self._context is not None
+        call = self._calls.get(work.sequence)
+        if call is None or len(call.answers) != 1:
+            text = "There is no such running answer here, or it is one of several; nothing was saved."
+            self._out.append((submission.sequence, InvalidParams(text)))
+            return
+        answer = call.answers[0]
+        cells = answer.saved
+        if answer.stream is not None and answer.position:
+            cells = SavedCells(self._context.state(answer.stream), answer.position)
+        try:
+            size = write_state(Path(work.path), answer.tokens, cells)
+        except OSError:
+            traceback.print_exc()
+            text = "The answer's state could not be written (is the disk full?); it goes on here."
+            self._out.append((submission.sequence, InternalError(text)))
+            return
+        generated = answer.tokens[answer.prompt_length :]
+        saved = Saved(bytes=size, prompt_tokens=answer.prompt_length, generated=generated, seed=call.seed)
+        self._fail(call, Draining("The answer moves to another replica; go on with it there."))
+        self._out.append((submission.sequence, saved))

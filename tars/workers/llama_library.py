@@ -38,10 +38,9 @@ def _same_signature(library: ctypes.PyDLL, name: str) -> Any:
 
 _quick_library = ctypes.PyDLL(api._lib._name)
 
-get_logits_ith = _same_signature(_quick_library, "llama_get_logits_ith")
+get_logits = _same_signature(_quick_library, "llama_get_logits")
+memory_seq_cp = _same_signature(_quick_library, "llama_memory_seq_cp")
 memory_seq_rm = _same_signature(_quick_library, "llama_memory_seq_rm")
-sampler_apply = _same_signature(_quick_library, "llama_sampler_apply")
-sampler_accept = _same_signature(_quick_library, "llama_sampler_accept")
 token_to_piece = _same_signature(_quick_library, "llama_token_to_piece")
 vocab_is_eog = _same_signature(_quick_library, "llama_vocab_is_eog")
 

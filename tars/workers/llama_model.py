@@ -1,27 +1,25 @@
-"""A GGUF model and its context through llama.cpp's C interface: load, tokenize, decode.
+"""A GGUF model through llama.cpp's C interface: weights, vocabulary, tokenizer.
 
-Law of this file: one class per native object, created, used and freed in the engine thread. No sampling, no requests; lengths are checked
-by the caller. Formulas and enum values: llama.h of the llama.cpp that llama-cpp-python ships.
+Law of this file: created and freed in the engine thread; `tokenize` may be called from any, for the vocabulary never changes. No sampling,
+no requests; lengths are checked by the caller. Formulas and enum values: llama.h of the llama.cpp that llama-cpp-python ships.
 """
 
 from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
 from llama_cpp import llama_cpp as api
 
-from tars.errors import BadModelFile, DoesNotFit, InternalError, ReplicaFailed, TarsError
+from tars.errors import BadModelFile, DoesNotFit, InternalError, TarsError
 from tars.workers import llama_library as library
 from tars.workers.engine import LoadSpec
 
 Logits = np.ndarray[Any, np.dtype[np.float32]]
-
-KV_TYPES = {"f16": 1, "q8_0": 8, "q4_0": 2}
-"""ggml_type of ggml.h."""
+"""One row of them: [vocabulary]."""
 
 LOAD_MODE_NONE, LOAD_MODE_MMAP = 0, 1
 """llama_load_mode of llama.h."""
@@ -39,10 +37,6 @@ _ARCHITECTURE = re.compile(r"unknown (?:model )?architecture: '([\w.-]{1,60})'")
 _TRUNCATED = re.compile(
     r"not within the file bounds|incomplete|unexpected(ly)? (reached )?(end|eof)|file is too small|truncated", re.I
 )
-
-
-class Aborted(Exception):
-    """The abort flag was set during a decode; the sequence's cells from the batch's first position on must be removed."""
 
 
 def load_error(lines: Sequence[str]) -> TarsError:
@@ -72,6 +66,8 @@ class Model:
         params = api.llama_model_default_params()
         params.n_gpu_layers = spec.gpu_layers
         params.load_mode = LOAD_MODE_MMAP if spec.mmap else LOAD_MODE_NONE
+        # Repacked weights are multiplied by other kernels for one row than for four.
+        params.use_extra_bufts = not spec.exact
         last = -1.0
 
         def progress(part: float, user_data: object) -> bool:
@@ -102,6 +98,10 @@ class Model:
         self.end_tokens = frozenset(
             token for token in range(self.tokens) if library.vocab_is_eog(self.vocabulary_pointer, token)
         )
+        self.forgets_partly = not (
+            api.llama_model_is_recurrent(self.pointer) or api.llama_model_is_hybrid(self.pointer)
+        )
+        """False where a sequence's state can only be kept or dropped whole."""
         self.continuing_tokens = [token for token, piece in enumerate(self.pieces) if piece and 0x80 <= piece[0] < 0xC0]
         """Tokens that begin inside a character of UTF-8."""
         lossless = api.llama_vocab_type(self.vocabulary_pointer) in LOSSLESS_VOCABULARIES
@@ -112,6 +112,14 @@ class Model:
     def special_text(self, token: int) -> str:
         """A control token's text, such as `<s>`; empty for no token (-1)."""
         return self._piece(token, special=True).decode("utf-8", "replace") if 0 <= token < self.tokens else ""
+
+    def show(self, markers: Collection[str]) -> None:
+        """Let control tokens with these texts come out as text: a chat format's marks of tool calls and reasoning."""
+        if not markers:
+            return
+        for token, piece in enumerate(self.pieces):
+            if not piece and token not in self.end_tokens and (text := self.special_text(token)) in markers:
+                self.pieces[token] = text.encode()
 
     def fewest_tokens(self, text: bytes) -> int:
         """A lower bound of the tokens of `text`, without tokenizing it: nobody waits for 4 MiB that cannot fit anyway."""
@@ -144,110 +152,3 @@ class Model:
         buffer = ctypes.create_string_buffer(256)
         count = api.llama_model_meta_val_str(self.pointer, key, buffer, len(buffer))
         return buffer.value.decode("utf-8", "replace") if count >= 0 else None
-
-
-class AbortFlag:
-    """Stops a running decode from another thread.
-
-    llama.cpp asks its abort callback between two graph nodes, without the GIL, thousands of times a token: it must be native. C's `strlen`
-    on this flag is one: 0 for the empty string, 1 (true) once a byte is set. It works on CPUs; a GPU's step is short anyway.
-    """
-
-    def __init__(self) -> None:
-        self._buffer = ctypes.create_string_buffer(2)
-        self.callback = ctypes.cast(ctypes.CDLL(None).strlen, api.ggml_abort_callback)
-        self.data = ctypes.cast(self._buffer, ctypes.c_void_p)
-
-    def set(self) -> None:
-        """Abort the running decode, or the next one."""
-        self._buffer[0] = b"\x01"
-
-    def clear(self) -> None:
-        """Let decodes run."""
-        self._buffer[0] = b"\x00"
-
-
-class Context:
-    """KV cache and compute buffers of `spec.slots` sequences of `spec.context` tokens each."""
-
-    def __init__(self, model: Model, spec: LoadSpec, chunk: int, log: library.NativeLog) -> None:
-        """Raises `DoesNotFit` where memory is short, `ReplicaFailed` where the settings contradict each other."""
-        self._model = model
-        self._chunk = chunk
-        self.abort = AbortFlag()
-        params = api.llama_context_default_params()
-        params.n_ctx = spec.context * spec.slots
-        params.n_batch = max(spec.batch, chunk)
-        params.n_ubatch = max(min(spec.micro_batch, params.n_batch), chunk)
-        params.n_seq_max = spec.slots
-        params.kv_unified = False
-        params.n_threads = params.n_threads_batch = spec.threads
-        params.flash_attn_type = int(spec.flash_attention)
-        params.type_k = params.type_v = KV_TYPES[spec.kv_type]
-        params.abort_callback = self.abort.callback
-        params.abort_callback_data = self.abort.data
-        params.no_perf = True
-        self.pointer = api.llama_init_from_model(model.pointer, params)
-        if not self.pointer:
-            error = load_error(log.lines)
-            if isinstance(error, DoesNotFit):
-                raise error
-            raise ReplicaFailed(
-                "llama.cpp refused the context's settings (a quantised KV cache needs flash attention, which not every model can). "
-                "Deploy the model with kv_type f16. The worker's lines in the node's log say more."
-            )
-        self._memory = api.llama_get_memory(self.pointer)
-        self._make_batch(chunk)
-
-    def decode(self, tokens: Sequence[int], position: int, sequence: int = 0) -> Logits:
-        """Compute `tokens` (at most a chunk) at `position` of `sequence`; the last one's logits, [vocabulary], valid until the next call.
-
-        Raises `Aborted`, or `InternalError` where the cache has no room; anything worse is a `RuntimeError` that must end the worker.
-        """
-        count = len(tokens)
-        assert 0 < count <= self._chunk
-        self._tokens[:count] = tokens
-        self._positions[:count] = np.arange(position, position + count, dtype=np.int32)
-        self._sequences[0] = sequence
-        self._wants[:count] = 0
-        self._wants[count - 1] = 1
-        self._batch.n_tokens = count
-        status = api.llama_decode(self.pointer, self._batch)
-        if status == 2:
-            raise Aborted
-        if status == 1:
-            raise InternalError("The KV cache is full although the prompt was measured; this is a bug in TARS.")
-        if status != 0:
-            raise RuntimeError(f"llama_decode returned {status}")
-        return np.ctypeslib.as_array(library.get_logits_ith(self.pointer, count - 1), (self._model.tokens,))
-
-    def forget(self, position: int, sequence: int = 0) -> int:
-        """Drop a sequence's cells from `position` on; where the next token goes: `position`, or 0 where the model can only forget all."""
-        if self._memory and library.memory_seq_rm(self._memory, sequence, position, -1):
-            return position
-        if self._memory:
-            library.memory_seq_rm(self._memory, sequence, -1, -1)
-        return 0
-
-    def close(self) -> None:
-        """Free it."""
-        api.llama_free(self.pointer)
-
-    def _make_batch(self, size: int) -> None:
-        """A llama_batch over numpy memory, so that a step fills it by slices."""
-        self._tokens = np.zeros(size, dtype=np.int32)
-        self._positions = np.zeros(size, dtype=np.int32)
-        self._counts = np.ones(size, dtype=np.int32)
-        self._sequences = np.zeros(1, dtype=np.int32)
-        self._sequence_pointers = np.full(size, self._sequences.ctypes.data, dtype=np.uintp)
-        self._wants = np.zeros(size, dtype=np.int8)
-        fields = dict(api.llama_batch._fields_)
-        self._batch = api.llama_batch()
-        for name, array in (
-            ("token", self._tokens),
-            ("pos", self._positions),
-            ("n_seq_id", self._counts),
-            ("seq_id", self._sequence_pointers),
-            ("logits", self._wants),
-        ):
-            setattr(self._batch, name, array.ctypes.data_as(fields[name]))

@@ -77,7 +77,7 @@ class Running(EngineThread):
 
 @pytest.fixture(scope="module")
 def running(tiny_gguf: Path) -> Iterator[Running]:
-    engine = Running(tiny_gguf)
+    engine = Running(tiny_gguf, exact=True)
     yield engine
     engine.close()
 

@@ -50,14 +50,3 @@ def test_the_least_number_of_tokens_never_exceeds_the_real_one(tiny_gguf: Path) 
         assert model.fewest_tokens(data) <= len(model.tokenize(data, add_special=False))
     assert model.fewest_tokens(b"x" * 2**20) > 50_000
     model.close()
-
-
-def test_an_abort_flag_is_true_to_c_only_while_it_is_set() -> None:
-    from tars.workers.llama_model import AbortFlag
-
-    flag = AbortFlag()
-    assert not flag.callback(flag.data)
-    flag.set()
-    assert flag.callback(flag.data)
-    flag.clear()
-    assert not flag.callback(flag.data)

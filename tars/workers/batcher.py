@@ -1,0 +1,335 @@
+"""Which tokens are computed together, step after step: many sequences in one context, prompts in chunks between the decodes.
+
+Law of this file: it owns the waiting and the running answers, the KV cache's bookkeeping and the decodes; it knows no caller and samples
+nothing. Rows of logits go to `choose`, calls whose steps do not end go to `fail`.
+
+A step is one token for every running answer in one decode, then at most one chunk of the prompts that come in, in another: so a long prompt
+holds up the others by a chunk and no more. Prompts are computed in the order they came; where one begins like another that is in the cache
+by then, it takes that over.
+
+Exact mode computes every prompt alone in chunks on fixed borders and takes only whole chunks over from the cache: then, in split streams, a
+sequence's numbers do not depend on what else runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from tars.errors import TarsError, WorkerCrashed
+from tars.workers.generation import Answer, Call, SavedCells
+from tars.workers.kv_cache import LEFT, KvCache
+from tars.workers.llama_context import Aborted, Context, NoRoom, Rows
+
+SWAPPED_MOST = 2**30
+"""Bytes of KV cells of preempted answers that are kept in RAM; beyond it they are computed again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """How a step is cut."""
+
+    chunk: int
+    """Prompt tokens between two decodes."""
+    chunk_alone: int
+    """The same while nothing decodes."""
+    gap: int
+    """Idle streams between two running ones that are computed along with them."""
+    exact: bool
+
+
+class Batcher:
+    """See the module's law."""
+
+    def __init__(
+        self,
+        context: Context,
+        cache: KvCache,
+        shapes: Shapes,
+        *,
+        room: int,
+        choose: Callable[[list[Answer], Rows], None],
+        fail: Callable[[Call, TarsError], None],
+    ) -> None:
+        """`room`: tokens of one sequence at most."""
+        self._context = context
+        self._cache = cache
+        self._shapes = shapes
+        self._room = room
+        self._choose = choose
+        self._fail = fail
+        self.waiting: deque[Answer] = deque()
+        """Prepared answers without a stream, in the order they came; preempted ones stand at the front."""
+        self.running: list[Answer] = []
+        """Answers with a stream, in the order they got it."""
+        self.computing: frozenset[int] = frozenset()
+        """Calls of the decode that runs now."""
+        self.stopped_by_watchdog = False
+        self.steps = 0
+        self.prompt_tokens = 0
+        self.prompt_tokens_cached = 0
+        self.preemptions = 0
+        self._swapped = 0
+
+    @property
+    def busy(self) -> bool:
+        """True while an answer waits or runs."""
+        return bool(self.running or self.waiting)
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Let answers wait for their streams."""
+        self._swapped += sum(len(answer.saved.data) for answer in answers if answer.saved is not None)
+        self.waiting.extend(answers)
+
+    def drop(self, call: Call) -> None:
+        """A call is over: its answers' streams and places in the queue are free."""
+        for answer in call.answers:
+            self.leave(answer)
+        if any(answer.call is call for answer in self.waiting):
+            self.waiting = deque(answer for answer in self.waiting if answer.call is not call)
+
+    def leave(self, answer: Answer, *, keep: bool = True) -> None:
+        """Free an answer's stream; `keep`: its cells stay for prompts that begin alike."""
+        self._forget_saved(answer)
+        if answer.stream is not None:
+            self._context.perform(self._cache.release(answer.stream, keep=keep))
+            self.running.remove(answer)
+            answer.stream, answer.position = None, 0
+
+    def _forget_saved(self, answer: Answer) -> None:
+        if answer.saved is not None:
+            self._swapped -= len(answer.saved.data)
+            answer.saved = None
+
+    def step(self, between: Callable[[], None]) -> None:
+        """One token for every running answer, then a chunk of the prompts that come in; `between` the two the first's tokens go out."""
+        rows = [answer for answer in self.running if self._is_row(answer)]
+        if rows:
+            self._decode_rows(rows)
+        prefilling = [answer for answer in self.running if not self._is_row(answer)]
+        if prefilling or self.waiting:
+            if rows:
+                between()  # what the rows brought must not wait for the chunk
+            self._prefill(prefilling, self._shapes.chunk if rows else self._shapes.chunk_alone)
+
+    def _is_row(self, answer: Answer) -> bool:
+        """Whether it takes part in the step's decode with one token: it generates, or (exact) replays what it generated."""
+        if self._shapes.exact:
+            return answer.position >= answer.prompt_length
+        return answer.pending == 1 and answer.generated > 0
+
+    def _decode_rows(self, rows: list[Answer]) -> None:
+        while (actions := self._cache.room_for(len(rows))) is None:
+            rows = self._preempt_youngest(rows)
+            if not rows:
+                return
+        self._context.perform(actions)
+        for group in self._groups(rows):
+            self._compute([(answer, 1) for answer in sorted(group, key=_stream_of)], fill=True)
+
+    def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
+        """Answers that may be computed together."""
+        return [rows]
+
+    def _prefill(self, prefilling: list[Answer], budget: int) -> None:
+        """A chunk of the oldest prompts, newly started ones included."""
+        parts: list[tuple[Answer, int]] = []
+        while budget > 0:
+            answer = prefilling.pop(0) if prefilling else self._start_next()
+            if answer is None:
+                break
+            if self._is_row(answer):
+                continue  # its cells were restored: it goes on with the next decode
+            if parts and not self._may_join(parts[-1][0], answer):
+                break
+            count = self._part(answer, budget)
+            parts.append((answer, count))
+            budget -= count
+            if self._shapes.exact:
+                break
+        if parts:
+            self._make_room_and_compute(parts)
+
+    def _part(self, answer: Answer, budget: int) -> int:
+        """How many of its pending tokens are computed next."""
+        if self._shapes.exact:
+            # Up to the next fixed border, never beyond the prompt.
+            border = (answer.position // self._shapes.chunk + 1) * self._shapes.chunk
+            return min(border, answer.prompt_length) - answer.position
+        count = min(answer.pending, budget)
+        # A rest of one token would go through other kernels (see kv_cache.LEFT).
+        return count - 1 if answer.pending - count == 1 and count > LEFT else count
+
+    def _may_join(self, last: Answer, answer: Answer) -> bool:
+        """Whether two prompts' parts belong into one decode: in split streams only neighbours are computed together."""
+        assert last.stream is not None
+        assert answer.stream is not None
+        return last.call.adapter == answer.call.adapter and (self._context.shared or answer.stream == last.stream + 1)
+
+    def _make_room_and_compute(self, parts: list[tuple[Answer, int]]) -> None:
+        needed = sum(count for _, count in parts)
+        while (actions := self._cache.room_for(needed)) is None:
+            # The youngest gives way; where only this one is left, its own call fits alone, so there is room.
+            self._preempt_youngest([answer for answer, _ in parts])
+            parts = [(answer, count) for answer, count in parts if answer.stream is not None]
+            needed = sum(count for _, count in parts)
+            if not parts:
+                return
+        self._context.perform(actions)
+        self._compute(parts, fill=False)
+
+    def _start_next(self) -> Answer | None:
+        """Give the first waiting answer a stream; None where there is none to be had, or no room for what it has to compute."""
+        if not self.waiting or not self._cache.streams_free():
+            return None
+        answer = self.waiting[0]
+        prompt: Sequence[int] = answer.tokens if answer.saved is None else ()
+        kept = self._cache.beginning(prompt, answer.call.adapter) if prompt else 0
+        spare = len(self.running)  # a token for each of the others, so that it is not sent away again at once
+        if (
+            self._context.shared
+            and self.running
+            and self._cache.free + self._cache.cached < len(answer.tokens) - kept + spare
+        ):
+            return None
+        place = self._cache.take(prompt, answer.call.adapter)
+        assert place is not None
+        self.waiting.popleft()
+        answer.stream, answer.position = place.stream, place.kept
+        if not self._context.perform(place.actions):
+            self._context.forget(place.stream, 0)
+            self._cache.forget(place.stream)
+            answer.position = 0
+        self.running.append(answer)
+        now = time.monotonic()
+        if answer.started is None:
+            answer.started = now
+            answer.cached = min(answer.position, answer.prompt_length)
+            self.prompt_tokens += answer.prompt_length
+            self.prompt_tokens_cached += answer.cached
+        if answer.saved is not None:
+            self._restore(answer)
+        return answer
+
+    def _restore(self, answer: Answer) -> None:
+        assert answer.saved is not None
+        assert answer.stream is not None
+        saved = answer.saved
+        actions = self._cache.room_for(saved.tokens)
+        if actions is not None:
+            self._context.perform(actions)
+            if self._context.set_state(answer.stream, saved.data):
+                chunks = answer.prompt_length // self._shapes.chunk * self._shapes.chunk if self._shapes.exact else 0
+                self._cache.restore(answer.stream, answer.tokens[: saved.tokens], chunks)
+                answer.position = saved.tokens
+        self._forget_saved(answer)
+
+    def _preempt_youngest(self, rows: list[Answer]) -> list[Answer]:
+        """Send the answer that got its stream last back to the front of the queue; the rows that are left."""
+        victim = self.running[-1]
+        assert len(self.running) > 1, "a call that fits the context alone must fit the cache alone"
+        assert victim.stream is not None
+        saved = None
+        if victim.position:
+            data = self._context.state(victim.stream)
+            if self._swapped + len(data) <= SWAPPED_MOST:
+                saved = SavedCells(data, victim.position)
+        self.leave(victim, keep=False)
+        victim.saved = saved
+        self._swapped += len(saved.data) if saved is not None else 0
+        self.waiting.appendleft(victim)
+        self.preemptions += 1
+        return [answer for answer in rows if answer is not victim]
+
+    # --- one decode ---
+
+    def _compute(self, parts: list[tuple[Answer, int]], *, fill: bool) -> None:
+        """Decode so many pending tokens of each answer, and choose the next token where that was the last one."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        streams: list[int] = []
+        wanted: list[int] = []
+        chosen: list[Answer] = []
+        fillers: list[tuple[int, int]] = []
+        for answer, count in parts:
+            assert answer.stream is not None
+            if fill and streams:
+                for stream in range(
+                    streams[-1] + 1, answer.stream if answer.stream - streams[-1] - 1 <= self._shapes.gap else 0
+                ):
+                    length = self._cache.length(stream)
+                    if length < self._room:
+                        fillers.append((stream, length))
+                        tokens.append(0)
+                        positions.append(length)
+                        streams.append(stream)
+            end = answer.position + count
+            tokens += answer.tokens[answer.position : end]
+            positions += range(answer.position, end)
+            streams += [answer.stream] * count
+            if end == len(answer.tokens):
+                wanted.append(len(tokens) - 1)
+                chosen.append(answer)
+        self.computing = frozenset(answer.call.number for answer, _ in parts)
+        try:
+            rows = self._context.decode(tokens, positions, streams, wanted)
+        except Aborted:
+            self._after_abort([answer for answer, _ in parts], fillers)
+            return
+        except NoRoom:
+            self._after_no_room([answer for answer, _ in parts])
+            return
+        finally:
+            self.computing = frozenset()
+            self.steps += 1
+        for stream, length in fillers:
+            self._context.forget(stream, length)
+        for answer, count in parts:
+            assert answer.stream is not None
+            start, answer.position = answer.position, answer.position + count
+            whole = (
+                self._shapes.exact
+                and answer.position <= answer.prompt_length
+                and answer.position % self._shapes.chunk == 0
+            )
+            self._cache.append(answer.stream, answer.tokens[start : answer.position], chunked=whole)
+        if chosen:
+            self._choose(chosen, rows)
+
+    def _after_abort(self, answers: list[Answer], fillers: list[tuple[int, int]]) -> None:
+        """Some of the batch's cells may be there: drop them. Whoever set the flag is in the inbox, or it was the watchdog."""
+        for stream, length in fillers:
+            self._context.forget(stream, length)
+        for answer in answers:
+            assert answer.stream is not None
+            if not self._context.forget(answer.stream, answer.position):
+                self._cache.forget(answer.stream)
+                answer.position = 0
+        if self.stopped_by_watchdog:
+            self.stopped_by_watchdog = False
+            for answer in answers:
+                answer.aborted += 1
+            for call in {answer.call for answer in answers if answer.aborted > 1}:
+                self._fail(
+                    call,
+                    WorkerCrashed(
+                        "A computing step did not end, twice, and was stopped. Send the call again.",
+                        retry_after_ms=1000,
+                    ),
+                )
+
+    def _after_no_room(self, answers: list[Answer]) -> None:
+        """The cache said that there is room and llama.cpp finds none: give up what is kept for later, else the youngest."""
+        if actions := self._cache.drop_oldest():
+            self._context.perform(actions)
+        elif len(self.running) > 1:
+            self._preempt_youngest(answers)
+        else:
+            raise RuntimeError("llama.cpp has no room for a sequence that has the whole KV cache to itself")
+
+
+def _stream_of(answer: Answer) -> int:
+    assert answer.stream is not None
+    return answer.stream
