@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,12 +60,13 @@ class Conversation:
 
 
 async def answer(
-    client: Client, messages: list[ChatMessage], settings: GenerationOptions, write: Callable[[str], None]
+    client: Client, messages: list[ChatMessage], settings: GenerationOptions, written: _Written
 ) -> ChatResult:
-    """Stream one answer, handing each piece of text to `write`. Cancelling it stops the work on the node. Raises `TarsError`."""
+    """Stream one answer, handing each piece to `written`. Cancelling it stops the work on the node. Raises `TarsError`."""
     async with client.chat_stream(messages, **settings) as stream:
         async for delta in stream:
-            write(delta.text)
+            written.think(delta.reasoning)
+            written(delta.text)
     return stream.result
 
 
@@ -152,19 +154,36 @@ def _ask_once(connection: Connection, conversation: Conversation, question: str)
 
 
 class _Written:
-    """Writes pieces to standard output and remembers them, so that a cancelled answer still ends its line and enters the history."""
+    """Writes pieces to standard output and remembers them, so that a cancelled answer still ends its line and enters the history.
+
+    What a model thinks is shown to a person only, dim and before the answer: in a file or a pipe the answer stands alone.
+    """
 
     def __init__(self, *, silent: bool = False) -> None:
         self.text = ""
         self.silent = silent
+        self._thought = ""
+
+    def think(self, text: str) -> None:
+        """A piece of reasoning."""
+        if not text or self.silent or not sys.stdout.isatty():
+            return
+        self._thought += text
+        # https://no-color.org: any value but an empty one. Each piece ends its own style: Ctrl-C may come between two.
+        shown = plain(text)
+        sys.stdout.write(shown if os.environ.get("NO_COLOR") else click.style(shown, dim=True))
+        sys.stdout.flush()
 
     def __call__(self, text: str) -> None:
+        if text and not self.text and self._thought:
+            _write("\n\n")
         self.text += text
         if not self.silent:
             _write(text)
 
     def end_line(self) -> None:
-        if self.text and not self.silent and not self.text.endswith("\n"):
+        """Leave the cursor where the next line begins."""
+        if (shown := self.text or self._thought) and not self.silent and not shown.endswith("\n"):
             _write("\n")
 
 

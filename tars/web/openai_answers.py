@@ -141,7 +141,7 @@ def completion_logprobs(logprobs: Sequence[TokenLogprob] | None, offset: int = 0
 
 
 def chat_answer(answer_id: str, created: int, result: ChatResult) -> Json:
-    """A whole `chat.completion`."""
+    """A whole `chat.completion`. `seed` is TARS's addition, in a stream's last choices too: sent again, it gives the same text again."""
     return {
         "id": answer_id,
         "object": "chat.completion",
@@ -158,7 +158,12 @@ def chat_answer(answer_id: str, created: int, result: ChatResult) -> Json:
         ],
         "usage": usage_body(result.usage),
         "system_fingerprint": None,
+        **_seed(result),
     }
+
+
+def _seed(result: ChatResult | CompleteResult) -> Json:
+    return {} if result.seed is None else {"seed": result.seed}
 
 
 def _message(choice: Choice) -> Json:
@@ -191,6 +196,8 @@ def completion_answer(answer_id: str, created: int, results: Sequence[CompleteRe
         ],
         "usage": usage_body(total_usage(result.usage for result in results)),
         "system_fingerprint": None,
+        # Each prompt draws its own where none was given.
+        **(_seed(results[0]) if len(results) == 1 else {}),
     }
 
 
@@ -218,7 +225,10 @@ class ChatChunks:
 
     def ends(self, result: ChatResult) -> list[Json]:
         """Why each choice ended."""
-        return [self._chunk(choice.index, {}, None, finish_reason(choice.finish_reason)) for choice in result.choices()]
+        return [
+            self._chunk(choice.index, {}, None, finish_reason(choice.finish_reason)) | _seed(result)
+            for choice in result.choices()
+        ]
 
     def usage(self, usage: Usage) -> Json:
         """The last chunk where the caller asked for the usage: no choice."""
@@ -250,7 +260,7 @@ class CompletionChunks:
     def ends(self, first: int, result: CompleteResult) -> list[Json]:
         """Why each choice of a prompt ended; `first` is the number of its first one."""
         return [
-            self._chunk(first + choice.index, "", None, finish_reason(choice.finish_reason))
+            self._chunk(first + choice.index, "", None, finish_reason(choice.finish_reason)) | _seed(result)
             for choice in result.choices()
         ]
 

@@ -172,13 +172,10 @@ class ChatTemplate:
                 told = self._render([self._turn(turn) for turn in answered], [_tool(tool)], {})
             except (_Refused, InvalidParams):
                 continue
-            # A text of JSON that is written as JSON once more has its quotes escaped.
-            if (
-                "probe_tool" in asked
-                and "probe_result" in told
-                and "probe_value" in told
-                and '\\"probe_key' not in told
-            ):
+            # An object handed to a template that wants text comes out in Python's notation; text handed to one that wants an
+            # object is written as JSON once more, with its quotes escaped.
+            garbled = '\\"probe_key' in told or "'probe_key'" in told
+            if "probe_tool" in asked and "probe_result" in told and "probe_value" in told and not garbled:
                 return True
         self._arguments_as_text = False
         return False

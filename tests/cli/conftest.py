@@ -36,6 +36,8 @@ class FakeNode:
 
     url: str = ""
     answers: dict[str, Any] = field(default_factory=dict)
+    thoughts: list[str] = field(default_factory=list)
+    """What a chat's answer thinks before its pieces."""
     pieces: list[str] = field(default_factory=lambda: ["Start ", "`tars-node ", "--join`."])
     calls: list[tuple[str, dict[str, Any], dict[str, str]]] = field(default_factory=list)
     hold_after: int | None = None
@@ -75,6 +77,10 @@ class FakeNode:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         if "error" not in last:
+            for thought in self.thoughts:
+                delta = Delta(text="", reasoning=thought).model_dump(mode="json")
+                message = {"jsonrpc": "2.0", "method": "inference.delta", "params": {"id": call_id, **delta}}
+                await response.write(b"data: " + orjson.dumps(message) + b"\n\n")
             for count, piece in enumerate(self.pieces, start=1):
                 delta = Delta(text=piece).model_dump(mode="json")
                 message = {"jsonrpc": "2.0", "method": "inference.delta", "params": {"id": call_id, **delta}}

@@ -113,6 +113,37 @@ def test_an_error_with_json_is_a_document_too(node: Any, tars: Callable[..., Any
     assert (error["code"], error["data"]["kind"], error["data"]["retry_after_ms"]) == (1003, "still_loading", 1500)
 
 
+@pytest.mark.parametrize(("variable", "dim"), [("", True), ("1", False)])
+def test_on_a_terminal_the_reasoning_is_shown_dim_before_the_answer(node: Any, variable: str, dim: bool) -> None:
+    node.thoughts = ["Let me ", "see\x1b[2J."]
+    terminal, side = pty.openpty()
+    process = subprocess.Popen(
+        [*IN_A_PROCESS, "chat", "--url", node.url, "hello"],
+        stdin=subprocess.DEVNULL, stdout=side, stderr=subprocess.PIPE, env={**os.environ, "NO_COLOR": variable},
+    )  # fmt: skip
+    os.close(side)
+    try:
+        _, err = process.communicate(timeout=30)
+        out = os.read(terminal, 65536).decode().replace("\r\n", "\n")
+    finally:
+        process.kill()
+        os.close(terminal)
+    assert process.returncode == 0, err
+    thought = "".join(f"\x1b[2m{piece}\x1b[0m" if dim else piece for piece in ("Let me ", "see[2J."))
+    assert out == f"{thought}\n\nStart `tars-node --join`.\n"
+
+
+def test_in_a_pipe_the_answer_stands_without_its_reasoning_and_json_says_both(
+    node: Any, tars: Callable[..., Any]
+) -> None:
+    node.thoughts = ["Let me see."]
+    assert tars("chat", "hello").out == "Start `tars-node --join`.\n"
+    said = ChatResult.model_validate_json(tars("chat", "--json", "hello").out)
+    thought = said.message.model_copy(update={"reasoning": "Let me see."})
+    node.answers["inference.chat"] = said.model_copy(update={"message": thought})
+    assert orjson.loads(tars("chat", "--json", "hello").out)["message"]["reasoning"] == "Let me see."
+
+
 # --- a conversation -------------------------------------------------------------------------------------------------
 
 

@@ -69,6 +69,19 @@ def test_chat_chunks_fit_the_clients_type_and_say_usage_only_where_asked():
         assert strictly(ChatCompletionChunk, chunks.usage(result.usage)).usage.total_tokens == 5
 
 
+def test_the_seed_is_said_whole_and_streamed_and_not_where_prompts_have_their_own():
+    chat = ChatResult(message=ChatMessage(role="assistant", content="a"), finish_reason="stop", seed=7, **COMMON)
+    assert strictly(ChatCompletion, chat_answer("chatcmpl-1", 5, chat)).seed == 7
+    assert [chunk["seed"] for chunk in ChatChunks("chatcmpl-1", 5, "m", usage=False).ends(chat)] == [7]
+    one = CompleteResult(text="abc", finish_reason="stop", seed=8, **COMMON)
+    other = one.model_copy(update={"seed": 9})
+    assert strictly(Completion, completion_answer("cmpl-1", 5, [one], [""])).seed == 8
+    assert "seed" not in completion_answer("cmpl-1", 5, [one, other], ["", ""])
+    chunks = CompletionChunks("cmpl-1", 5, "m", usage=False)
+    assert [chunk["seed"] for result in (one, other) for chunk in chunks.ends(0, result)] == [8, 9]
+    assert "seed" not in chat_answer("chatcmpl-1", 5, chat.model_copy(update={"seed": None}))
+
+
 def test_a_completion_adds_up_the_usage_of_its_prompts_and_counts_offsets_in_characters():
     result = CompleteResult(text="abc", finish_reason="stop", logprobs=LOGPROBS, **COMMON)
     answer = strictly(Completion, completion_answer("cmpl-1", 5, [result, result], ["", ">"]))

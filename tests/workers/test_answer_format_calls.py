@@ -100,8 +100,10 @@ def test_json_calls_in_the_shapes_that_models_write(body: str, expected: list[tu
 
 
 def test_a_parameter_is_a_string_where_the_tool_says_so_and_json_where_it_is_json() -> None:
-    body = "<function=f>\n<parameter=s>\n12\n</parameter>\n<parameter=n>\n12\n</parameter>\n<parameter=x>\nno json\n"
-    "</parameter>\n</function>"
+    body = (
+        "<function=f>\n<parameter=s>\n12\n</parameter>\n<parameter=n>\n12\n</parameter>\n"
+        "<parameter=x>\nno json\n</parameter>\n</function>"
+    )
     calls = function_calls(body, TOOLS)
     assert calls is not None
     assert json.loads(calls[0].arguments) == {"s": "12", "n": 12, "x": "no json"}
