@@ -1,4 +1,4 @@
-"""Writes README's generated blocks again: methods, errors, limits and the sample plan.
+"""Writes README's generated blocks again: methods, errors, limits, the engines' settings and the sample plan.
 
     python scripts/readme_tables.py           write them
     python scripts/readme_tables.py --check   exit 1 where README says something else (a test does the same)
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tars.cli import run
-from tars.config import LimitsSection
+from tars.config import EnginesSection, LimitsSection
 from tars.errors import CallerError, ConfigError, ModelError, ServerStateError, TarsError
 from tars.rpc.method_table import method_list_markdown
 
@@ -56,6 +56,15 @@ def limits() -> str:
     return "\n".join(lines)
 
 
+def engines() -> str:
+    """The keys under [engines], with their defaults and meanings."""
+    lines = ["| key | default | what it does |", "|---|---|---|"]
+    for name, field in EnginesSection.model_fields.items():
+        default = {None: "measured", False: "false"}.get(field.default, f"{field.default:g}" if field.default else "")
+        lines.append(f"| `{name}` | {default} | {field.description} |")
+    return "\n".join(lines)
+
+
 def plan() -> str:
     """The seed fleet's plan, as the command prints it."""
     printed = io.StringIO()
@@ -67,7 +76,13 @@ def plan() -> str:
     return f"```console\n$ tars {' '.join(PLAN)}\n{lines}\n```"
 
 
-BLOCKS: dict[str, Callable[[], str]] = {"methods": methods, "errors": errors, "limits": limits, "plan": plan}
+BLOCKS: dict[str, Callable[[], str]] = {
+    "methods": methods,
+    "errors": errors,
+    "limits": limits,
+    "engines": engines,
+    "plan": plan,
+}
 
 
 def rewritten(readme: str) -> str:

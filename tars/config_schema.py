@@ -390,8 +390,8 @@ class EnginesSection(Section):
         150.0,
         ge=1,
         le=60_000,
-        description="How long a prompt that comes in may hold up the next token of running answers: twice a fast reader's time for a "
-        "word. Less is smoother, and lets prompts wait longer.",
+        description="How long a prompt that comes in may hold up the next token of running answers: 150 is the pace of a fast reader, "
+        "6 to 7 tokens a second. Less is smoother, and lets prompts wait longer.",
     )
     exact: bool = Field(
         False,

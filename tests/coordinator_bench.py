@@ -11,6 +11,7 @@ from tars.core.types import Bytes, DeviceId, DeviceKind, DeviceSnapshot, NodeId,
 from tars.mesh.coordinator import Coordinator
 from tars.mesh.deployments import Deployments
 from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.tuned_settings import TunedSettingsStore
 from tars.messages.node import LoadedInfo
 from tars.state_folder import StateFolder
 
@@ -86,6 +87,7 @@ class Bench:
             catalogue=self.catalogue,
             deployments=self.deployments,
             measured=self.measured,
+            tuned=TunedSettingsStore(folder),
             make_worker=self.make_worker,
             process_memory=lambda: self.told,
         )

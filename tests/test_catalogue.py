@@ -9,10 +9,11 @@ import struct
 from pathlib import Path
 
 import pytest
+from tiny_gguf import write_tiny_adapter, write_tiny_gguf
 
 from tars import builtin_models
 from tars.catalogue import Catalogue
-from tars.config import ModelSource
+from tars.config import AdapterSource, ModelSource
 from tars.core.types import ModelKind
 from tars.errors import BadModelFile, ConfigError, ModelFileMissing, UnknownModel
 
@@ -333,3 +334,44 @@ def test_names_do_not_depend_on_the_working_folder(empty, copy, monkeypatch):
     entry = empty.add_file(copy.name, "mine")
     monkeypatch.chdir("/")
     assert os.fspath(empty.path_of(entry, entry.variants[0])) == os.fspath(copy)
+
+
+# --- adapters and draft models -----------------------------------------------------------------------------------------
+
+
+def test_adapters_and_a_draft_model_stand_at_their_model(copy, tmp_path):
+    adapter, draft = write_tiny_adapter(tmp_path / "legal.gguf"), write_tiny_gguf(tmp_path / "draft.gguf", layers=1)
+    given = (AdapterSource(name="legal", path=adapter, scale=0.5),)
+    catalogue = Catalogue.load(builtin=False, extra=[source(copy, adapters=given, draft=draft)])
+    entry = catalogue.resolve("mine")
+    (found,) = entry.adapters
+    assert (found.name, found.scale, found.file_bytes) == ("legal", 0.5, adapter.stat().st_size)
+    assert entry.draft is not None
+    assert entry.draft.layers == 1
+    assert (catalogue.adapter_path(entry, found), catalogue.draft_path(entry)) == (adapter, draft)
+    plain = Catalogue.load(builtin=False, extra=[source(copy)])
+    assert plain.draft_path(plain.resolve("mine")) is None
+
+
+def test_a_model_whose_adapter_is_bad_says_which_until_the_file_is_right(copy, tmp_path):
+    path = tmp_path / "legal.gguf"
+    catalogue = Catalogue.load(builtin=False, extra=[source(copy, adapters=(AdapterSource(name="legal", path=path),))])
+    with pytest.raises(BadModelFile, match="The adapter legal: its file is not where"):
+        catalogue.resolve("mine")
+    write_tiny_adapter(path, architecture="qwen2")
+    with pytest.raises(BadModelFile, match="The adapter legal is for another model"):
+        catalogue.resolve("mine")
+    write_tiny_adapter(path)
+    assert [each.name for each in catalogue.resolve("mine").adapters] == ["legal"]
+
+
+def test_a_bad_draft_model_is_named(copy, tmp_path):
+    catalogue = Catalogue.load(builtin=False, extra=[source(copy, draft=tmp_path / "none.gguf")])
+    with pytest.raises(BadModelFile, match="The draft model: its file is not where"):
+        catalogue.resolve("mine")
+
+
+def test_a_folder_has_no_adapters(folder, tmp_path):
+    given = (AdapterSource(name="legal", path=tmp_path / "legal.gguf"),)
+    with pytest.raises(ConfigError, match="adapters and draft are for chat models"):
+        Catalogue.load(builtin=False, extra=[source(folder, adapters=given)])

@@ -189,12 +189,12 @@ def test_the_shipped_configurations_are_those_that_the_issue_names() -> None:
 
 
 def test_the_commented_lines_of_the_shipped_configurations_are_right_too(tmp_path: Path) -> None:
-    """What a newcomer uncomments must load: every `# key = value` and `# [[table]]` line, one file at a time."""
+    """What a newcomer uncomments must load: every `# key = value` and `# [table]` line, one file at a time."""
     for file in NODE_CONFIGS.glob("*.toml"):
         lines = []
         for line in file.read_text().splitlines():
             bare = line.removeprefix("# ")
-            looks_like_toml = bare.startswith("[[") or (
+            looks_like_toml = bare.startswith("[") or (
                 bare.partition(" = ")[0].replace("_", "").isalnum() and " = " in bare
             )
             lines.append(bare if line.startswith("# ") and looks_like_toml else line)
@@ -215,3 +215,33 @@ def test_the_commented_lines_of_the_shipped_configurations_are_right_too(tmp_pat
         changed = tmp_path / file.name
         changed.write_text("\n".join(kept))
         assert load_config(changed) != load_config(file) or "\n".join(kept) == file.read_text().rstrip("\n")
+
+
+def test_adapters_and_the_draft_lie_beside_the_file_and_their_mistakes_have_lines(tmp_path: Path) -> None:
+    text = """
+[engines]
+exact = true
+
+[[model]]
+name = "m"
+path = "m.gguf"
+draft = "small.gguf"
+[[model.adapters]]
+name = "legal"
+path = "legal.gguf"
+[[model.adapters]]
+name = "polite"
+path = "/elsewhere/polite.gguf"
+"""
+    config = load(tmp_path, text)
+    (model,) = config.model
+    assert config.engines.exact
+    assert model.draft == tmp_path / "small.gguf"
+    assert [each.path for each in model.adapters] == [tmp_path / "legal.gguf", Path("/elsewhere/polite.gguf")]
+    shown = str(config.redacted())
+    assert str(tmp_path) not in shown
+    assert "/elsewhere" not in shown
+    said = refusal(tmp_path, text.replace('name = "polite"', 'nam = "polite"'))
+    assert "line 13" in said
+    assert "Did you mean name?" in said
+    assert "adapters" in refusal(tmp_path, '[[model]]\nname = "m"\npath = "m.gguf"\nadapters = ["legal.gguf"]')

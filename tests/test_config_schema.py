@@ -9,8 +9,18 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from tars.config_schema import Config, DeploySection, ExpectedDevice, ListenAddress, NodeSection, SecuritySection
-from tars.core.types import Bytes, Deployment, KvType
+from tars.config_schema import (
+    AdapterSource,
+    Config,
+    DeploySection,
+    EnginesSection,
+    ExpectedDevice,
+    ListenAddress,
+    ModelSource,
+    NodeSection,
+    SecuritySection,
+)
+from tars.core.types import Bytes, Deployment, KvType, ModelKind
 from tars.errors import ConfigError
 from tars.messages.node import DeployParams
 
@@ -178,3 +188,47 @@ def test_an_expected_device_is_free_unless_the_file_says_otherwise() -> None:
     assert ExpectedDevice(name="x", memory_mib=1000, compute_capability="12.0").capability == (12, 0)
     with pytest.raises(ValidationError, match="more than memory_mib"):
         ExpectedDevice(name="x", memory_mib=1000, memory_free_mib=1001)
+
+
+def test_slots_share_one_context_unless_a_deploy_table_says_more() -> None:
+    plain = DeploySection(model="m").to_deployment()
+    assert (plain.slots, plain.kv_tokens, plain.gpu_layers) == (None, None, None)
+    given = DeploySection(model="m", context=512, kv_tokens=1024, gpu_layers=20).to_deployment()
+    assert (given.kv_tokens, given.gpu_layers) == (1024, 20)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"context": 512, "kv_tokens": 511}, r"must be from 512 \(the context\) to 2048 \(4 slots"),
+        ({"context": 512, "slots": 2, "kv_tokens": 1025}, r"to 1024 \(2 slots"),
+        ({"slots": 0}, "slots"),
+        ({"gpu_layers": 0}, "gpu_layers"),
+    ],
+)
+def test_a_deploy_table_that_contradicts_itself_is_refused(wrong: dict[str, int], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        DeploySection(model="m", **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"inter_token_ms": 0.0}, {"embedding_backend": "torch-int8"}, {"exact": "yes"}, {"slots": 4}]
+)
+def test_an_engines_table_has_bounds_and_known_back_ends(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        EnginesSection(**wrong)
+    assert EnginesSection(embedding_backend="openvino-bf16").inter_token_ms == 150.0
+
+
+@pytest.mark.parametrize("name", ["a:b", "", "a/b", "-a", "a b"])
+def test_an_adapters_name_can_follow_a_colon(name: str) -> None:
+    with pytest.raises(ValidationError):
+        AdapterSource(name=name, path=Path("a.gguf"))
+
+
+def test_adapters_belong_to_chat_models_and_have_a_name_each() -> None:
+    one = AdapterSource(name="a", path=Path("a.gguf"))
+    with pytest.raises(ValidationError, match="two adapters are called a"):
+        ModelSource(name="m", path=Path("m.gguf"), adapters=(one, one))
+    with pytest.raises(ValidationError, match="for chat models"):
+        ModelSource(name="m", path=Path("m"), kind=ModelKind.EMBEDDING, adapters=(one,))

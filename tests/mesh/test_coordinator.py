@@ -1,16 +1,21 @@
 """The coordinator's rounds, with the real planner, simulated cards and workers that only pretend to load."""
 
 import asyncio
+import os
 import threading
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from coordinator_bench import card, make_bench
+from tiny_gguf import write_tiny_adapter, write_tiny_gguf
 
 from tars import builtin_models
+from tars.catalogue import Catalogue
+from tars.config import AdapterSource, EnginesSection, ModelSource
 from tars.core.types import Bytes, Deployment, DeviceKind, ReplicaState
 from tars.errors import BadModelFile, DoesNotFit, ModelFileMissing, UnknownModel
+from tars.messages.node import LoadedInfo, MeasuredSpeeds, TunedSettings
 
 
 @pytest.fixture
@@ -312,3 +317,56 @@ async def test_a_second_replica_whose_file_is_gone_waits_without_a_storm_of_roun
     assert len(bench.workers) == 1
     assert bench.coordinator.rounds < 5
     assert bench.coordinator.problems[bench.model].kind == "model_file_missing"
+
+
+# --- what a worker is told ---------------------------------------------------------------------------------------------
+
+
+async def test_a_worker_is_told_how_many_tokens_its_slots_share(bench):
+    bench.deployments.deploy(Deployment(bench.model, context=512, gpu_layers=2))
+    await bench.coordinator.reconcile()
+    spec = bench.workers[0].spec
+    assert (spec.context, spec.slots, spec.kv_tokens, spec.gpu_layers) == (512, 4, 512, 2)
+    bench.workers[0].loaded()
+    bench.deployments.deploy(Deployment(bench.model, context=512, slots=3, kv_tokens=1024))
+    await bench.coordinator.reconcile()
+    await bench.workers[0].stop_asked.wait()
+    while len(bench.workers) < 2:
+        await bench.coordinator.changed() if bench.coordinator.replicas else await asyncio.sleep(0)
+        await bench.coordinator.reconcile()
+    spec = bench.workers[1].spec
+    assert (spec.slots, spec.kv_tokens, spec.gpu_layers) == (3, 1024, -1)
+
+
+async def test_a_worker_is_told_of_the_engines_settings_adapters_and_the_draft_model(tmp_path, tiny_gguf):
+    bench = make_bench(tmp_path, tiny_gguf)
+    adapter, draft = write_tiny_adapter(tmp_path / "a.gguf"), write_tiny_gguf(tmp_path / "d.gguf", layers=1)
+    given = (AdapterSource(name="legal", path=adapter, scale=0.5),)
+    model = ModelSource(name="mine", path=tiny_gguf, adapters=given, draft=draft)
+    bench.coordinator.catalogue = Catalogue.load(builtin=False, extra=[model])
+    bench.coordinator._engines = EnginesSection(inter_token_ms=50.0, exact=True, embedding_backend="onnx")
+    bench.deployments.deploy(Deployment("mine"))
+    await bench.coordinator.reconcile()
+    spec = bench.workers[0].spec
+    assert (spec.inter_token_ms, spec.exact, spec.backend, spec.draft_path) == (50.0, True, None, str(draft))
+    assert [each.model_dump() for each in spec.adapters] == [{"name": "legal", "path": str(adapter), "scale": 0.5}]
+    (live,) = bench.coordinator.replicas.values()
+    alone = bench.coordinator.catalogue.resolve("mine").variants[0].shape
+    assert live.assignment.memory.weights > alone.tensor_bytes - alone.host_bytes + adapter.stat().st_size
+
+
+async def test_what_a_load_measured_is_told_to_the_next_of_the_same(tmp_path, tiny_gguf):
+    found = TunedSettings(chunk=96, speeds=MeasuredSpeeds(decode_tokens_per_second=58.5))
+    bench = make_bench(tmp_path, tiny_gguf)
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    worker = bench.workers[0]
+    assert worker.spec.tuned is None
+    worker.info = LoadedInfo(model_kind="chat", memory_bytes=1, load_seconds=0.1, tuned=found)
+    worker.state = ReplicaState.READY
+    await bench.coordinator.reconcile()
+    copied = os.stat(worker.spec.path).st_mtime_ns
+    again = make_bench(tmp_path, tiny_gguf)
+    os.utime(worker.spec.path, ns=(copied, copied))  # the bench copied the same file there again
+    await again.coordinator.reconcile()
+    assert again.workers[0].spec.tuned == found

@@ -3,14 +3,16 @@
 import asyncio
 import json
 import struct
+from dataclasses import replace
 
 import pytest
 from coordinator_bench import card, make_bench
 
-from tars.core.types import Deadline, Deployment
+from tars.core.types import Adapter, Bytes, Deadline, Deployment
 from tars.errors import (
     BadModelFile,
     DoesNotFit,
+    InvalidParams,
     Overloaded,
     ReplicaFailed,
     StillLoading,
@@ -20,7 +22,7 @@ from tars.errors import (
 )
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams, Generated, Reranked, RerankParams, Timings, Usage
-from tars.messages.node import DeployParams, EngineCounters, LoadProgress
+from tars.messages.node import DeployParams, EngineCounters, LoadProgress, MeasuredSpeeds
 from tars.serving.local_service import LocalFleet, LocalNodeService
 
 CHAT = ChatParams(messages=[ChatMessage(role="user", content="hi")], model="tiny")
@@ -242,3 +244,30 @@ async def test_idle_waits_for_the_last_call(service):
     assert service.active_calls == 1
     service.call_ended("inference.embed", None, "t")
     await service.idle()
+
+
+async def test_a_deployment_that_contradicts_itself_is_refused_and_not_wanted(bench, service):
+    with pytest.raises(InvalidParams, match="kv_tokens = 128 does not go with a context of 512 and 4 slots"):
+        await service.deploy(DeployParams(model="tiny", context=512, kv_tokens=128))
+    assert bench.deployments.get("tiny") is None
+    accepted = await service.deploy(DeployParams(model="tiny", context=512, kv_tokens=1024, gpu_layers=1))
+    assert [(each.slots, each.kv_tokens, each.gpu_layers) for each in accepted.assignments] == [(4, 1024, 1)]
+
+
+async def test_a_cold_replica_is_ranked_by_the_speed_that_it_measured(bench, service):
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    fleet = LocalFleet(bench.coordinator)
+    assert [each.speed for each in fleet.candidates("tiny")] == [None]
+    bench.workers[0].loaded()
+    speeds = MeasuredSpeeds(decode_tokens_per_second=58.5, texts_per_second=3.0)
+    bench.workers[0].info = bench.workers[0].info.model_copy(update={"speeds": speeds})
+    assert [each.speed for each in fleet.candidates("tiny")] == [58.5]
+
+
+async def test_a_model_shows_its_adapters(bench, service):
+    entry = bench.catalogue.resolve("tiny")
+    bench.catalogue.entries["tiny"] = replace(entry, adapters=(Adapter("legal", 1.0, Bytes(10)),))
+    await service.deploy(DeployParams(model="tiny"))
+    assert service.models().models[0].adapters == ["legal"]
+    assert LocalFleet(bench.coordinator).models()[0].adapters == ("legal",)

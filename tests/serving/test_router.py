@@ -228,3 +228,45 @@ def test_the_error_without_a_ready_replica_follows_from_the_states(states, expec
 def test_an_unavailable_model_still_resolves_so_that_its_own_reason_can_be_told():
     refused = ServedModel("big", ModelKind.CHAT, (), DoesNotFit("too big"))
     assert Router(FakeFleet(models=(refused,))).resolve("big", ModelKind.CHAT).unavailable.kind == "does_not_fit"
+
+
+ADAPTED = ServedModel("mistral-7b", ModelKind.CHAT, ("mistral",), adapters=("legal", "polite"))
+
+
+@pytest.mark.parametrize("name", ["mistral-7b", "mistral-7b:legal", "mistral:polite"])
+def test_a_name_with_an_adapter_is_the_model(name):
+    assert Router(FakeFleet(models=(CHAT, ADAPTED))).resolve(name, ModelKind.CHAT) == ADAPTED
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mistral:rude", "mistral-7b has no adapter 'rude'; it has mistral:legal, mistral:polite"),
+        ("chat-model:legal", "chat-model has no adapter 'legal'; it has none"),
+        ("mistral-7b:", "has no adapter ''"),
+        ("nobody:legal", "no model 'nobody:legal' is served here"),
+        ("mistral-7b:legal:polite", "no model 'mistral-7b:legal:polite' is served here"),
+        (":", "no model ':' is served here"),
+    ],
+)
+def test_an_unknown_adapter_is_answered_with_the_known_ones(name, said):
+    with pytest.raises(UnknownModel) as caught:
+        Router(FakeFleet(models=(CHAT, ADAPTED))).resolve(name, ModelKind.CHAT)
+    assert caught.value.message.startswith(said) or said in caught.value.message
+
+
+def test_a_model_whose_own_name_holds_a_colon_wins():
+    llama, tagged = (
+        ServedModel("llama3", ModelKind.CHAT, (), adapters=("8b",)),
+        ServedModel("llama3:8b", ModelKind.CHAT, ()),
+    )
+    both = Router(FakeFleet(models=(llama, tagged)))
+    assert both.resolve("llama3:8b", ModelKind.CHAT) == tagged
+    assert Router(FakeFleet(models=(llama,))).resolve("llama3:8b", ModelKind.CHAT) == llama
+    adapted = ServedModel("llama3:8b", ModelKind.CHAT, (), adapters=("legal",))
+    assert Router(FakeFleet(models=(llama, adapted))).resolve("llama3:8b:legal", ModelKind.CHAT) == adapted
+
+
+def test_an_adapter_does_not_change_what_a_model_is_for():
+    with pytest.raises(WrongModelKind):
+        Router(FakeFleet(models=(EMBEDDING, ADAPTED))).resolve("mistral-7b:legal", ModelKind.EMBEDDING)
