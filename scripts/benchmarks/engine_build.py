@@ -96,14 +96,14 @@ def _source_tree(folder: Path, package: str, source: Path | None, say: Say) -> P
             unpacked = Path(scratch) / "unpacked"
             with tarfile.open(archive) as packed:
                 packed.extractall(unpacked, filter="data")
-            tree = next(unpacked.glob("*/vendor/llama.cpp"), None)
-            if tree is None:
+            found = next(unpacked.glob("*/vendor/llama.cpp"), None)
+            if found is None:
                 raise SystemExit(
                     f"bench: {archive.name} holds no vendor/llama.cpp; is it llama-cpp-python's source distribution?"
                 )
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(kept, ignore_errors=True)
-            shutil.move(tree, kept)
+            shutil.move(found, kept)
     return kept
 
 

@@ -98,7 +98,7 @@ def llama_settings(threads: int, *, on_card: bool, small: bool, quick: bool) -> 
             "unified kv, no fa": (*no_cache, "-kvu", "-fa", "off"),
             "defaults": (),
         }
-        threads_tried = [()]
+        threads_tried: list[tuple[str, ...]] = [()]
     else:
         ways = {
             "split kv, no fa": (*no_cache, "-fa", "off"),
@@ -387,12 +387,10 @@ def ending_tokens(path: Path) -> tuple[int, ...]:
 
 
 def llama_bench_decode(programs: LlamaPrograms, model: Path, *, threads: int, tokens: int = 64) -> float:
-    """llama-bench's decode tokens/s for one sequence, the better of flash attention off and on."""
-    command = [
-        str(programs.bench), "-m", str(model), "-p", "0", "-n", str(tokens), "-fa", "0,1", "-r", "3", "-o", "json",
-        *(("-ngl", "999") if programs.cuda else ("-t", str(threads))),
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    """llama-bench's decode tokens/s for one sequence; on a card the better of flash attention off and on, on a CPU without it, once."""
+    ways = ("-ngl", "999", "-fa", "0,1", "-r", "3") if programs.cuda else ("-t", str(threads), "-fa", "0", "-r", "1")
+    command = [str(programs.bench), "-m", str(model), "-p", "0", "-n", str(tokens), *ways, "-o", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
     if done.returncode:
         raise SystemExit(f"bench: llama-bench failed:\n{done.stderr[-1500:]}")
     return max(float(each["avg_ts"]) for each in json.loads(done.stdout))

@@ -39,7 +39,8 @@ Say = Callable[[str], None]
 class EmbedManner(Protocol):
     """How a server is asked for vectors, and where they are in its answer."""
 
-    path: str
+    @property
+    def path(self) -> str: ...
 
     def body(self, texts: Sequence[str]) -> dict[str, Any]: ...
 

@@ -22,7 +22,7 @@ from engine_servers import Deployed, processors, replicas, rpc, tars_node
 from generation_load import TarsManner, run_load
 
 CONTEXT = 4096
-NEW_TOKENS = 32
+NEW_TOKENS = 24
 AIM_OFF_BY = 0.05
 AIM_OF_LLAMA_BENCH = 0.95
 MIB = 2**20

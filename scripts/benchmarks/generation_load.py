@@ -35,8 +35,11 @@ class Piece:
 class Manner(Protocol):
     """How one kind of server is asked for a greedy completion of exactly `tokens` tokens, and how its events are read."""
 
-    path: str
-    headers: Mapping[str, str]
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
 
     def body(self, prompt: str, tokens: int) -> dict[str, Any]: ...
 

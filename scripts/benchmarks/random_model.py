@@ -165,7 +165,7 @@ class _Tensor:
         elements, size = gguf.GGML_QUANT_SIZES[self.kind]
         if self.columns % elements:
             raise ValueError(f"{self.name} has {self.columns} columns, no multiple of {self.kind.name}'s {elements}")
-        return self.columns // elements * size
+        return int(self.columns // elements * size)
 
     @property
     def bytes(self) -> int:

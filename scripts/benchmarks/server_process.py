@@ -104,7 +104,7 @@ def gets_200(path: str) -> Callable[[str], bool]:
     return ready
 
 
-def end_group(process: subprocess.Popen[bytes], patience_seconds: float = 15.0) -> None:
+def end_group(process: subprocess.Popen[bytes] | subprocess.Popen[str], patience_seconds: float = 15.0) -> None:
     """Ask it to end, then end it and every process of its session. A worker has a session of its own: it is found as a descendant."""
     descendants: list[psutil.Process] = []
     with suppress(psutil.NoSuchProcess):
