@@ -395,7 +395,8 @@ class EnginesSection(Section):
     )
     exact: bool = Field(
         False,
-        description="Compute every answer in fixed shapes, so that its text does not depend on what else runs. Slower.",
+        description="Compute every answer in fixed shapes, so that its text does not depend on what else runs. Slower, and without "
+        "`slots` a model has one, for slots that share a KV cache cannot be exact.",
     )
     embedding_backend: str | None = Field(
         None,

@@ -219,6 +219,9 @@ class Coordinator:
         self, nodes: Sequence[NodeSnapshot], models: Mapping[str, ModelEntry], wanted: Sequence[Deployment]
     ) -> Plan:
         current = [live.assignment for live in self.replicas.values()]
+        if self._engines.exact:
+            # Slots that share cells are never exact, and sharing is the default: without a word on slots there is one, as large.
+            wanted = [replace(each, slots=1) if each.slots is each.kv_tokens is None else each for each in wanted]
         return plan(nodes, models, wanted, current, self._measured.by_key())
 
     async def _planning_nodes(self) -> list[NodeSnapshot]:

@@ -414,3 +414,18 @@ def test_a_bug_is_named_as_one_without_a_traceback(
     assert "bug in TARS (ZeroDivisionError)" in ran.err
     assert "secret detail" not in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_deploy_sends_what_was_chosen_and_leaves_the_rest_to_the_planner(
+    answering: Any, tars: Callable[..., Any]
+) -> None:
+    tars("deploy", "phi-2")
+    assert [answering.params("models.deploy")[key] for key in ("slots", "kv_tokens", "gpu_layers")] == [
+        None,
+        None,
+        None,
+    ]
+    tars("deploy", "phi-2", "--slots", "8", "--kv-tokens", "8192", "--gpu-layers", "20")
+    assert [answering.params("models.deploy")[key] for key in ("slots", "kv_tokens", "gpu_layers")] == [8, 8192, 20]
+    assert tars("deploy", "phi-2", "--slots", "0").code == 2
+    assert tars("deploy", "phi-2", "--gpu-layers", "0").code == 2

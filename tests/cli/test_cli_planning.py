@@ -74,6 +74,20 @@ def test_another_context_changes_the_kv_cache_by_its_formula(tars: Callable[...,
     assert kv_cache("--context", "8192") - kv_cache() == 4096 * 128 * 1024
 
 
+def test_another_context_takes_shared_tokens_within_what_it_allows(tars: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "pc.toml"
+    file.write_text(
+        '[node]\nname = "pc"\n[[devices.expected]]\nname = "RTX 3060"\nmemory_mib = 11909\n'
+        '[[deploy]]\nmodel = "mistral-7b"\ncontext = 2048\nkv_tokens = 4096\n'
+    )
+
+    def kv_tokens(context: int) -> int:
+        ran = tars("plan", "--node", str(file), "--json", "--context", str(context))
+        return PlanResult.model_validate_json(ran.out).assignments[0].kv_tokens
+
+    assert [kv_tokens(context) for context in (512, 2048, 8192)] == [2048, 4096, 8192]
+
+
 def test_a_model_is_explained_device_by_device(tars: Callable[..., Any], fleet: tuple[str, ...]) -> None:
     ran = tars("plan", *fleet, "--explain", "llama-3.1-70b-instruct")
     assert ran.code == 0

@@ -370,3 +370,12 @@ async def test_what_a_load_measured_is_told_to_the_next_of_the_same(tmp_path, ti
     os.utime(worker.spec.path, ns=(copied, copied))  # the bench copied the same file there again
     await again.coordinator.reconcile()
     assert again.workers[0].spec.tuned == found
+
+
+async def test_exact_answers_do_not_share_a_cache_by_default(bench):
+    bench.coordinator._engines = EnginesSection(exact=True)
+    for model, slots in ((bench.model, None), (bench.second, 3)):
+        bench.deployments.deploy(Deployment(model, context=512, slots=slots))
+    await bench.coordinator.reconcile()
+    settings = {each.model: each.settings for each in bench.coordinator.plan.assignments}
+    assert [(each.slots, each.kv_tokens) for _, each in sorted(settings.items())] == [(3, 1536), (1, 512)]
