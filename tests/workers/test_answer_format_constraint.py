@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+from engine_thread import EngineThread
+from tiny_gguf import CHATML, write_tiny_gguf
 
 from tars.errors import BadGrammar, InvalidParams
-from tars.messages.inference import ChatMessage, ChatParams, Tool
+from tars.messages.inference import ChatMessage, ChatParams, Delta, Generated, Tool
 from tars.workers.answer_format import AnswerFormat
 from tars.workers.answer_format_constraint import CallSyntax, tool_grammar, until
 from tars.workers.answer_format_stream import Thinking
+from tars.workers.engine import LoadSpec
 from tars.workers.gbnf import parse
 from tars.workers.grammar_states import Automaton
 
@@ -226,3 +232,51 @@ def test_text_up_to_a_mark_is_free_and_the_mark_ends_it(close: str, text: str) -
     assert not accepts(grammar, text + close + " #")
     assert not accepts(grammar, "<" + close + " #")
     assert Thinking("a", close).closed_by(f"x{close}\n")
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(
+    ("template", "fields"),
+    [
+        (CHATML, {}),
+        (CHATML + "{{ '<think>\n' if '</think>' }}", {"reasoning": False}),
+        (
+            "{{ tools | tojson }}{% for m in messages %}{% if m.tool_calls %}[TOOL_CALLS]{{ m.tool_calls[0].function.name }}[ARGS]"
+            "{{ m.tool_calls[0].function.arguments | tojson }}{% else %}[INST]{{ m.content }}[/INST]{% endif %}{% endfor %}",
+            {},
+        ),
+    ],
+    ids=["no place for tools", "thoughts opened", "mistral"],
+)
+def test_a_model_of_random_weights_calls_the_tool_that_it_must(
+    tmp_path: Path, template: str, fields: dict[str, object]
+) -> None:
+    """Every part at once: template, grammar, sampling, reading. What such a model says freely has no sense."""
+    from tars.workers.llama_engine import LlamaEngine
+
+    days = Tool(
+        name="days",
+        parameters={
+            "type": "object",
+            "properties": {"n": {"type": "integer", "minimum": 1, "maximum": 99}},
+            "required": ["n"],
+        },
+    )
+    path = write_tiny_gguf(tmp_path / "tiny.gguf", template=template)
+    running = EngineThread(
+        LlamaEngine(), LoadSpec(replica="r", model="m", engine="llama", path=str(path), context=1024)
+    )
+    try:
+        running.submit(params("days", tools=[days], max_tokens=400, seed=3, **fields))
+        pieces: list[Delta] = []
+        while isinstance(event := running.events.get(timeout=60)[1], Delta):
+            pieces.append(event)
+    finally:
+        running.close()
+    assert isinstance(event, Generated)
+    assert (event.text, event.finish_reason) == ("", "tool_calls")
+    assert 1 <= json.loads(event.tool_calls[0].arguments)["n"] <= 99
+    streamed = [piece for delta in pieces for piece in delta.tool_calls]
+    assert [(one.id, one.name, one.arguments) for one in streamed] == [
+        (call.id, call.name, call.arguments) for call in event.tool_calls
+    ]
