@@ -22,6 +22,10 @@ from tars.errors import TarsError, WorkerCrashed
 from tars.workers.generation import Answer, Call, SavedCells
 from tars.workers.kv_cache import LEFT, KvCache
 from tars.workers.llama_context import Aborted, Context, NoRoom, Rows
+from tars.workers.pace import Pace
+
+ALONE_SECONDS = 2.0
+"""The same while nothing runs: so long may a call that comes meanwhile, or a cancellation, have to wait for the chunk."""
 
 SWAPPED_MOST = 2**30
 """Bytes of KV cells of preempted answers that are kept in RAM; beyond it they are computed again."""
@@ -32,9 +36,11 @@ class Shapes:
     """How a step is cut."""
 
     chunk: int
-    """Prompt tokens between two decodes."""
-    chunk_alone: int
-    """The same while nothing decodes."""
+    """Prompt tokens between two decodes; where it begins, and in exact mode stays."""
+    most: int
+    """Prompt tokens of one decode at most."""
+    bound: float
+    """Seconds that a step may take while answers run and prompts come in."""
     gap: int
     """Idle streams between two running ones that are computed along with them."""
     exact: bool
@@ -58,6 +64,8 @@ class Batcher:
         self._cache = cache
         self._shapes = shapes
         self._room = room
+        self._pace = Pace(shapes.chunk, shapes.most, shapes.bound)
+        self._pace_alone = Pace(shapes.most, shapes.most, ALONE_SECONDS)
         self._choose = choose
         self._fail = fail
         self.waiting: deque[Answer] = deque()
@@ -105,6 +113,7 @@ class Batcher:
 
     def step(self, between: Callable[[], None]) -> None:
         """One token for every running answer, then a chunk of the prompts that come in; `between` the two the first's tokens go out."""
+        began = time.perf_counter()
         rows = [answer for answer in self.running if self._is_row(answer)]
         if rows:
             self._decode_rows(rows)
@@ -112,7 +121,9 @@ class Batcher:
         if prefilling or self.waiting:
             if rows:
                 between()  # what the rows brought must not wait for the chunk
-            self._prefill(prefilling, self._shapes.chunk if rows else self._shapes.chunk_alone)
+            pace = self._pace if rows else self._pace_alone
+            computed = self._prefill(prefilling, pace.chunk)
+            pace.took(computed, time.perf_counter() - began)
 
     def _is_row(self, answer: Answer) -> bool:
         """Whether it takes part in the step's decode with one token: it generates, or (exact) replays what it generated."""
@@ -133,8 +144,8 @@ class Batcher:
         """Answers that may be computed together."""
         return [rows]
 
-    def _prefill(self, prefilling: list[Answer], budget: int) -> None:
-        """A chunk of the oldest prompts, newly started ones included."""
+    def _prefill(self, prefilling: list[Answer], budget: int) -> int:
+        """A chunk of the oldest prompts, newly started ones included; how many tokens it had."""
         parts: list[tuple[Answer, int]] = []
         while budget > 0:
             answer = prefilling.pop(0) if prefilling else self._start_next()
@@ -151,6 +162,7 @@ class Batcher:
                 break
         if parts:
             self._make_room_and_compute(parts)
+        return sum(count for _, count in parts)
 
     def _part(self, answer: Answer, budget: int) -> int:
         """How many of its pending tokens are computed next."""

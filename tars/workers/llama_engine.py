@@ -122,7 +122,8 @@ class LlamaEngine:
         )
         shapes = Shapes(
             chunk=chunk,
-            chunk_alone=chunk if spec.exact else max(chunk, min(spec.micro_batch, spec.context)),
+            most=min(spec.micro_batch, spec.context),
+            bound=spec.inter_token_ms / 1000,
             gap=0 if self._context.shared else gap_worth_filling(tuned.speeds, spec.slots),
             exact=spec.exact,
         )

@@ -1,0 +1,36 @@
+"""How many prompt tokens a chunk may have, learned from how long the last ones took.
+
+Law of this file: pure; seconds come in as numbers. A measurement at load knows neither the depth of a real chat nor what else the machine
+does, so it only says where to begin. Up slowly and down at once, as TCP's congestion control: a time per token would mislead, for a GPU
+computes 16 tokens as slowly as 256.
+"""
+
+from __future__ import annotations
+
+STEP = 16
+"""Tokens; the least chunk too: below it a prefill reads all weights for too few tokens, and the bound then gives way."""
+
+GROW, SHRINK = 1.25, 0.7
+
+ROOM = 0.8
+"""A step that took at most this share of the bound leaves room for a larger chunk."""
+
+
+class Pace:
+    """`bound`: seconds that a step with a chunk in it may take; `most`: tokens of a chunk at most."""
+
+    def __init__(self, chunk: int, most: int, bound: float) -> None:
+        self._most = max(1, most)
+        self._bound = bound
+        self.chunk = max(1, min(chunk, self._most))
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A step whose chunk had so many tokens took so long."""
+        if seconds > self._bound:
+            # What took too long is what was computed, however much would have been allowed.
+            self.chunk = self._whole(min(self.chunk, max(tokens, STEP)) * SHRINK)
+        elif tokens >= self.chunk and seconds <= ROOM * self._bound:
+            self.chunk = self._whole(max(self.chunk * GROW, self.chunk + STEP))
+
+    def _whole(self, tokens: float) -> int:
+        return max(1, min(self._most, max(STEP, int(tokens) // STEP * STEP)))
