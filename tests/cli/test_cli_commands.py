@@ -420,7 +420,7 @@ def test_deploy_sends_what_was_chosen_and_leaves_the_rest_to_the_planner(
     answering: Any, tars: Callable[..., Any]
 ) -> None:
     tars("deploy", "phi-2")
-    assert [answering.params("models.deploy")[key] for key in ("slots", "kv_tokens", "gpu_layers")] == [
+    assert [answering.params("models.deploy").get(key) for key in ("slots", "kv_tokens", "gpu_layers")] == [
         None,
         None,
         None,
