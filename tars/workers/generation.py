@@ -130,11 +130,9 @@ class Answer:
             if piece is not None:
                 shown = piece if shown is None else _joined(shown, piece)
             if self._stream.stopped:
-                self._end("stop")
-                break
-        else:
-            if self.generated >= self.call.most:
-                self._end("length")
+                return self._ended_before(shown, "stop")
+        if self.generated >= self.call.most:
+            return self._ended_before(shown, "length")
         return shown
 
     def accept(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> Delta | None:
@@ -170,12 +168,14 @@ class Answer:
             self.sampler.close()
             self.sampler = None
 
-    def _end(self, reason: FinishReason) -> None:
-        self.finish_reason = reason
+    def _ended_before(self, delta: Delta | None, reason: FinishReason) -> Delta | None:
+        """It was whole already. Its last piece brought everything that was held back: who had that one has all."""
+        delta = self._with_end(delta, reason)
+        return None if self._certain <= self._hidden else delta
 
     def _with_end(self, delta: Delta | None, reason: FinishReason) -> Delta | None:
         rest = self._show(self._stream.finish())
-        self._end(reason)
+        self.finish_reason = reason
         if self._parser is not None and (last := self._parsed(self._parser.finish(), [], None)) is not None:
             rest = last if rest is None else _joined(rest, last)
         if delta is None or rest is None:
