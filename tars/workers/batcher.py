@@ -17,6 +17,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 
 from tars.errors import TarsError, WorkerCrashed
 from tars.workers.generation import Answer, Call, SavedCells
@@ -40,10 +42,12 @@ class Shapes:
     most: int
     """Prompt tokens of one decode at most."""
     bound: float
-    """Seconds that a step may take while answers run and prompts come in."""
+    """Seconds that a chunk may take while answers run."""
     gap: int
     """Idle streams between two running ones that are computed along with them."""
     exact: bool
+    least_rows: int = 1
+    """Rows of one decode at least (exact mode)."""
 
 
 class Batcher:
@@ -58,8 +62,9 @@ class Batcher:
         room: int,
         choose: Callable[[list[Answer], Rows], None],
         fail: Callable[[Call, TarsError], None],
+        adapt: Callable[[str], None],
     ) -> None:
-        """`room`: tokens of one sequence at most."""
+        """`room`: tokens of one sequence at most. `adapt` lets the next decodes compute with the adapter of that name."""
         self._context = context
         self._cache = cache
         self._shapes = shapes
@@ -68,6 +73,8 @@ class Batcher:
         self._pace_alone = Pace(shapes.most, shapes.most, ALONE_SECONDS)
         self._choose = choose
         self._fail = fail
+        self._adapt = adapt
+        self._adapter = ""
         self.waiting: deque[Answer] = deque()
         """Prepared answers without a stream, in the order they came; preempted ones stand at the front."""
         self.running: list[Answer] = []
@@ -113,7 +120,6 @@ class Batcher:
 
     def step(self, between: Callable[[], None]) -> None:
         """One token for every running answer, then a chunk of the prompts that come in; `between` the two the first's tokens go out."""
-        began = time.perf_counter()
         rows = [answer for answer in self.running if self._is_row(answer)]
         if rows:
             self._decode_rows(rows)
@@ -122,6 +128,7 @@ class Batcher:
             if rows:
                 between()  # what the rows brought must not wait for the chunk
             pace = self._pace if rows else self._pace_alone
+            began = time.perf_counter()
             computed = self._prefill(prefilling, pace.chunk)
             pace.took(computed, time.perf_counter() - began)
 
@@ -138,11 +145,17 @@ class Batcher:
                 return
         self._context.perform(actions)
         for group in self._groups(rows):
-            self._compute([(answer, 1) for answer in sorted(group, key=_stream_of)], fill=True)
+            # Where llama.cpp found no room for an earlier group, one of this may have been sent away.
+            still = sorted((answer for answer in group if answer.stream is not None), key=_stream_of)
+            if still:
+                self._compute([(answer, 1) for answer in still], fill=True)
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
-        """Answers that may be computed together."""
-        return [rows]
+        """Answers that may be computed together: those of one adapter. First the one that is in use, for a switch costs time."""
+        groups: dict[str, list[Answer]] = {}
+        for answer in rows:
+            groups.setdefault(answer.call.adapter, []).append(answer)
+        return [groups[adapter] for adapter in sorted(groups, key=lambda adapter: adapter != self._adapter)]
 
     def _prefill(self, prefilling: list[Answer], budget: int) -> int:
         """A chunk of the oldest prompts, newly started ones included; how many tokens it had."""
@@ -264,26 +277,20 @@ class Batcher:
         streams: list[int] = []
         wanted: list[int] = []
         chosen: list[Answer] = []
-        fillers: list[tuple[int, int]] = []
-        for answer, count in parts:
-            assert answer.stream is not None
-            if fill and streams:
-                for stream in range(
-                    streams[-1] + 1, answer.stream if answer.stream - streams[-1] - 1 <= self._shapes.gap else 0
-                ):
-                    length = self._cache.length(stream)
-                    if length < self._room:
-                        fillers.append((stream, length))
-                        tokens.append(0)
-                        positions.append(length)
-                        streams.append(stream)
-            end = answer.position + count
-            tokens += answer.tokens[answer.position : end]
-            positions += range(answer.position, end)
-            streams += [answer.stream] * count
-            if end == len(answer.tokens):
+        fillers = self._companions([_stream_of(answer) for answer, _ in parts]) if fill else {}
+        entries: list[tuple[int, Answer | None, int]] = [(_stream_of(answer), answer, count) for answer, count in parts]
+        if fillers:
+            entries = sorted([*entries, *((stream, None, 1) for stream in fillers)], key=itemgetter(0))
+        for stream, answer, count in entries:
+            start = fillers[stream] if answer is None else answer.position
+            tokens += [0] if answer is None else answer.tokens[start : start + count]
+            positions += range(start, start + count)
+            streams += [stream] * count
+            if answer is not None and start + count == len(answer.tokens):
                 wanted.append(len(tokens) - 1)
                 chosen.append(answer)
+        self._adapter = parts[0][0].call.adapter
+        self._adapt(self._adapter)
         self.computing = frozenset(answer.call.number for answer, _ in parts)
         try:
             rows = self._context.decode(tokens, positions, streams, wanted)
@@ -296,7 +303,7 @@ class Batcher:
         finally:
             self.computing = frozenset()
             self.steps += 1
-        for stream, length in fillers:
+        for stream, length in fillers.items():
             self._context.forget(stream, length)
         for answer, count in parts:
             assert answer.stream is not None
@@ -310,9 +317,25 @@ class Batcher:
         if chosen:
             self._choose(chosen, rows)
 
-    def _after_abort(self, answers: list[Answer], fillers: list[tuple[int, int]]) -> None:
+    def _companions(self, streams: list[int]) -> dict[int, int]:
+        """Idle streams that are computed along with these (ascending) ones, each with the position of its token, which is dropped again.
+
+        In split streams every gap costs a pass over the weights, which may be more than the rows in it; and where a single row goes through
+        other kernels than several, exact mode never computes one alone.
+        """
+        if self._context.shared:
+            return {}
+        along: list[int] = []
+        for left, right in pairwise(streams):
+            if right - left - 1 <= self._shapes.gap:
+                along += range(left + 1, right)
+        if len(streams) + len(along) < self._shapes.least_rows:
+            along += [stream for stream in (streams[0] - 1, streams[-1] + 1) if 0 <= stream < self._context.streams][:1]
+        return {stream: length for stream in along if (length := self._cache.length(stream)) < self._room}
+
+    def _after_abort(self, answers: list[Answer], fillers: dict[int, int]) -> None:
         """Some of the batch's cells may be there: drop them. Whoever set the flag is in the inbox, or it was the watchdog."""
-        for stream, length in fillers:
+        for stream, length in fillers.items():
             self._context.forget(stream, length)
         for answer in answers:
             assert answer.stream is not None

@@ -36,6 +36,7 @@ from tars.workers.preparation import Preparation, Prepared
 from tars.workers.sequence_state import read_state, write_state
 
 if TYPE_CHECKING:  # importing these imports llama_cpp, which is `load`'s stage `import`
+    from tars.workers.adapters import Adapters
     from tars.workers.batcher import Batcher
     from tars.workers.llama_context import Context, Rows
     from tars.workers.llama_model import Model
@@ -61,6 +62,7 @@ class LlamaEngine:
         self._emit: Emit
         self._spec: LoadSpec
         self._model: Model
+        self._adapters: Adapters
         self._context: Context | None = None
         self._cache: KvCache
         self._batcher: Batcher | None = None
@@ -81,6 +83,7 @@ class LlamaEngine:
             os.environ["GGML_CPU_TILED_MM"] = "0"
         try:
             from tars.workers import llama_library
+            from tars.workers.adapters import Adapters
             from tars.workers.batcher import Batcher, Shapes
             from tars.workers.llama_context import shares_cells
             from tars.workers.llama_model import Model
@@ -101,6 +104,7 @@ class LlamaEngine:
         self._free_before = llama_library.free_device_memory() if self._on_device else None
         progress("read", 5.0)
         self._model = Model(spec, self._log, lambda percent: progress("load", 5.0 + 0.75 * percent))
+        self._adapters = Adapters(self._model, spec.adapters, self._log)
         source = self._model.chat_template
         template = ChatTemplate(
             source or CHATML, self._model.special_text(self._model.bos), self._model.special_text(self._model.eos)
@@ -126,9 +130,16 @@ class LlamaEngine:
             bound=spec.inter_token_ms / 1000,
             gap=0 if self._context.shared else gap_worth_filling(tuned.speeds, spec.slots),
             exact=spec.exact,
+            least_rows=self._least_rows,
         )
         self._batcher = Batcher(
-            self._context, self._cache, shapes, room=spec.context, choose=self._choose, fail=self._fail
+            self._context,
+            self._cache,
+            shapes,
+            room=spec.context,
+            choose=self._choose,
+            fail=self._fail,
+            adapt=self._adapt,
         )
         self._preparation = Preparation(self._model, template, self._format, spec.context, self._inbox.hand_back)
         self._measure_memory()
@@ -144,6 +155,7 @@ class LlamaEngine:
             file_sha256=spec.sha256,
             speeds=tuned.speeds,
             tuned=tuned,
+            adapters=self._adapters.names,
         )
 
     def _warm_up(self, progress: Progress) -> TunedSettings:
@@ -197,10 +209,18 @@ class LlamaEngine:
                     context = self._context = made(flash)
             speeds = measured.speeds
         chunk = (
-            min(EXACT_CHUNK, spec.context)
-            if spec.exact
-            else measurement.chunk_for(speeds, spec.slots, spec.inter_token_ms, most)
+            min(EXACT_CHUNK, spec.context) if spec.exact else measurement.chunk_for(speeds, spec.inter_token_ms, most)
         )
+        self._least_rows = 1
+        if spec.exact:
+            least = measurement.least_exact_rows(context, self._model, room)
+            if least is None:
+                raise ReplicaFailed(
+                    "On this device a sequence's numbers depend on how many others are computed with it, so several slots cannot be exact. "
+                    "Deploy the model with slots = 1, or switch `exact` off under [engines]."
+                )
+            self._least_rows = least
+        self._adapters.try_out(context, ordinary)
         context.native_seconds, context.decodes = 0.0, 0
         progress("warm", 99.0)
         return TunedSettings(flash_attention=flash, chunk=chunk, speeds=speeds)
@@ -307,6 +327,7 @@ class LlamaEngine:
         for call in list(self._calls.values()):
             self._close(call)
         self._context.close()
+        self._adapters.close()
         self._model.close()
 
     def _flush(self) -> None:
@@ -352,6 +373,7 @@ class LlamaEngine:
 
     def _enter(self, prepared: Prepared, work: ChatParams | CompleteParams) -> None:
         """Make the call and its answers, and let them wait for streams. Raises what its sampling settings make impossible."""
+        from tars.workers.adapters import adapter_of
         from tars.workers.llama_sampling import Sampler
 
         assert self._batcher is not None
@@ -367,6 +389,7 @@ class LlamaEngine:
             context=self._spec.context,
             answers=self._format,
             prompt_end=prepared.prompt_end,
+            adapter=adapter_of(work.model, self._spec.model, self._adapters.names),
             template_stop=self._template_stop if isinstance(work, ChatParams) else (),
         )
         if any(not 0 <= token < self._model.tokens for token in call.replayed):
@@ -388,7 +411,7 @@ class LlamaEngine:
             self._out.append((number, call.result(time.monotonic())))
             return
         if resume is not None and resume.path is not None:
-            call.answers[0].saved = read_state(Path(resume.path), call.answers[0].tokens)
+            call.answers[0].saved = read_state(Path(resume.path), call.answers[0].tokens, call.adapter)
         self._calls[number] = call
         self._batcher.add([answer for answer in call.answers if answer.finish_reason is None])
 
@@ -457,6 +480,10 @@ class LlamaEngine:
         if answer.finish_reason is not None:
             self._finish(answer)
 
+    def _adapt(self, adapter: str) -> None:
+        assert self._context is not None
+        self._adapters.use(self._context, adapter)
+
     def _finish(self, answer: Answer) -> None:
         assert self._batcher is not None
         self._batcher.leave(answer)
@@ -479,7 +506,7 @@ class LlamaEngine:
         if answer.stream is not None and answer.position:
             cells = SavedCells(self._context.state(answer.stream), answer.position)
         try:
-            size = write_state(Path(work.path), answer.tokens, cells)
+            size = write_state(Path(work.path), answer.tokens, cells, call.adapter)
         except OSError:
             traceback.print_exc()
             text = "The answer's state could not be written (is the disk full?); it goes on here."

@@ -13,11 +13,11 @@ STEP = 16
 GROW, SHRINK = 1.25, 0.7
 
 ROOM = 0.8
-"""A step that took at most this share of the bound leaves room for a larger chunk."""
+"""A chunk that took at most this share of the bound leaves room for a larger one."""
 
 
 class Pace:
-    """`bound`: seconds that a step with a chunk in it may take; `most`: tokens of a chunk at most."""
+    """`bound`: seconds that a chunk may take; `most`: tokens of a chunk at most."""
 
     def __init__(self, chunk: int, most: int, bound: float) -> None:
         self._most = max(1, most)
@@ -25,7 +25,7 @@ class Pace:
         self.chunk = max(1, min(chunk, self._most))
 
     def took(self, tokens: int, seconds: float) -> None:
-        """A step whose chunk had so many tokens took so long."""
+        """A chunk of so many tokens took so long."""
         if seconds > self._bound:
             # What took too long is what was computed, however much would have been allowed.
             self.chunk = self._whole(min(self.chunk, max(tokens, STEP)) * SHRINK)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from tars.messages.node import MeasuredSpeeds
 from tars.workers.llama_context import Context
 from tars.workers.llama_model import Model
+from tars.workers.pace import STEP
 
 PART_SECONDS = 1.0
 """For each of the three parts; a big model on a slow CPU must not spend its start-up on being measured. One try is made in any case."""
@@ -21,11 +22,6 @@ TRIES = 6
 
 DEPTH = 192
 """Tokens before the measured ones, as far as the context and the time allow: a chat's first hundreds."""
-
-CHUNK_LEAST = 16
-"""Below it a prefill reads all weights for too few tokens; on a slow CPU the bound then gives way."""
-
-CHUNK_STEP = 16
 
 FLASH_WORTH = 0.9
 """Flash attention on a CPU is taken where it needs at most this share of the time without: less would be noise, and without it a
@@ -62,14 +58,11 @@ class Measurement:
         return self.prefill + 4 * self.decode_all + 4 * self.decode_one
 
 
-def chunk_for(speeds: MeasuredSpeeds, slots: int, inter_token_ms: float, most: int) -> int:
-    """Prompt tokens that may be computed between two decode steps so that both together take at most `inter_token_ms`."""
-    prefill, together = speeds.prefill_tokens_per_second, speeds.decode_tokens_per_second_all_slots
-    if not prefill or not together:
-        return max(1, min(CHUNK_LEAST, most))
-    left = inter_token_ms / 1000 - slots / together
-    fitting = int(left * prefill) // CHUNK_STEP * CHUNK_STEP
-    return max(1, min(max(CHUNK_LEAST, fitting), most))
+def chunk_for(speeds: MeasuredSpeeds, inter_token_ms: float, most: int) -> int:
+    """Prompt tokens that take about `inter_token_ms` to compute: what may come between two decode steps."""
+    speed = speeds.prefill_tokens_per_second or 0.0
+    fitting = int(inter_token_ms / 1000 * speed) // STEP * STEP
+    return max(1, min(max(STEP, fitting), most))
 
 
 def gap_worth_filling(speeds: MeasuredSpeeds, slots: int) -> int:
@@ -130,3 +123,34 @@ def measure(context: Context, model: Model, *, room: int, chunk: int, mark: Call
     for stream in every:
         context.forget(stream, 0)
     return Measurement(prefill, count, one, together, len(every))
+
+
+def least_exact_rows(context: Context, model: Model, room: int) -> int | None:
+    """How many rows a decode must have so that a sequence's logits are bitwise the same whatever else is in it: 1, or 2 where a single
+    row goes through kernels of its own (measured: F16 weights). None where there is no such number. The context is empty before and after.
+    """
+    if context.streams == 1:
+        return 1
+    ordinary = [token for token in range(model.tokens) if model.pieces[token]] or [0]
+    depth = max(1, min(24, room - 2))
+    every = range(context.streams)
+    for stream in every:
+        tokens = [ordinary[(7 * stream + index) % len(ordinary)] for index in range(depth)]
+        context.decode(tokens, list(range(depth)), [stream] * depth, [])
+
+    def row(company: range) -> bytes:
+        """Logits of the first stream's next token, computed with the others of `company`."""
+        count = len(company)
+        logits = bytes(context.decode([ordinary[0]] * count, [depth] * count, list(company), [0])[0].data)
+        for stream in company:
+            context.forget(stream, depth)
+        return logits
+
+    counts = [count for count in (1, 2, 3, 4, 5, 8, 13, 16, context.streams) if count <= context.streams]
+    rows = {count: row(range(count)) for count in counts}
+    for stream in every:
+        context.forget(stream, 0)
+    for least in (1, 2):
+        if len({logits for count, logits in rows.items() if count >= least}) == 1:
+            return least
+    return None

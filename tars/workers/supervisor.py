@@ -419,7 +419,10 @@ class ReplicaWorker:
         if "error" in message:
             self._happened(lifecycle.LoadFailed(from_json(message["error"])))
         else:
-            self._happened(lifecycle.Loaded(LoadedInfo.model_validate(message["result"])))
+            info = LoadedInfo.model_validate(message["result"])
+            # What this load measured, the next one after a crash need not.
+            self.spec = self.spec.model_copy(update={"tuned": info.tuned})
+            self._happened(lifecycle.Loaded(info))
 
 
 def _end_event(work: Work, message: dict[str, Any]) -> Finished | TarsError:

@@ -51,7 +51,7 @@ def test_another_replica_of_the_same_need_not_measure_and_what_was_known_changes
         {"flash_attention": True},
         {"kv_type": "q8_0"},
         {"exact": True},
-        {"inter_token_ms": 50.0},
+        {"inter_token_ms": 75.0},
         {"gpu_layers": 3},
         {"backend": "onnx"},
         {"cuda_device": "0"},
