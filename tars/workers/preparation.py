@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from tars.errors import BadGrammar, InternalError, InvalidParams, Overloaded, PromptTooLong, TarsError
-from tars.messages.inference import ChatParams, CompleteParams, TokenizeParams
+from tars.messages.inference import ChatMessage, ChatParams, CompleteParams, TokenizeParams
 from tars.workers.answer_format import AnswerFormat
 from tars.workers.chat_template import ChatTemplate
 from tars.workers.engine import Submission
@@ -105,7 +105,8 @@ class Preparation:
         if number not in self._apart:
             return len(self._queue) < queued
         del self._apart[number]
-        self._abandoned.append(self._threads.pop(number))
+        if number in self._threads:  # one that was refused has none
+            self._abandoned.append(self._threads.pop(number))
         self._start_some()
         return True
 
@@ -126,29 +127,41 @@ class Preparation:
         self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         while self._queue and len(self._apart) < APART_MOST:
             submission, received = self._queue.pop(0)
+            self._apart[submission.sequence] = (submission, received, time.monotonic())
             if len(self._abandoned) >= ABANDONED_MOST:
-                error = Overloaded(
+                error: TarsError | None = Overloaded(
                     "This replica is still busy with grammars or texts that it gave up. Send the call again later, "
                     "or without a grammar.",
                     retry_after_ms=10_000,
                 )
+            else:
+                error = self._start(submission, received)
+            if error is not None:
                 # Through the same door as all others: the caller of `prepare` was told that it goes on elsewhere.
-                self._apart[submission.sequence] = (submission, received, time.monotonic())
                 self._hand_back(Prepared(submission, received, error=error))
-                continue
-            # The stack's size is the process's setting, and only the engine thread starts threads once the model is loaded.
-            before = threading.stack_size(STACK_BYTES)
-            thread = threading.Thread(
-                target=lambda one=submission, at=received: self._hand_back(self._made(one, at)),
-                name=f"prepare {submission.sequence}",
-                daemon=True,
+
+    def _start(self, submission: Submission, received: float) -> TarsError | None:
+        """Prepare it in a thread; why there is none."""
+        thread = threading.Thread(
+            target=lambda: self._hand_back(self._made(submission, received)),
+            name=f"prepare {submission.sequence}",
+            daemon=True,
+        )
+        # The stack's size is the process's setting, and only the engine thread starts threads once the model is loaded.
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.start()
+        except RuntimeError:  # no more threads, or no address space for so large a stack (ulimit -v)
+            traceback.print_exc()
+            return Overloaded(
+                "The system gives this replica no further thread to prepare the call in. Send it again later, or a shorter text without "
+                "a grammar.",
+                retry_after_ms=1000,
             )
-            try:
-                thread.start()
-            finally:
-                threading.stack_size(before)
-            self._apart[submission.sequence] = (submission, received, time.monotonic())
-            self._threads[submission.sequence] = thread
+        finally:
+            threading.stack_size(before)
+        self._threads[submission.sequence] = thread
+        return None
 
     def _made(self, submission: Submission, received: float) -> Prepared:
         prepared = Prepared(submission, received)
@@ -208,8 +221,12 @@ def _takes_long(submission: Submission) -> bool:
         return len(work.prompt) > LONG_TEXT or work.grammar is not None or work.json_schema is not None
     if isinstance(work, ChatParams):
         constrained = work.grammar is not None or work.json_schema is not None or bool(work.tools)
-        return constrained or sum(len(message.content) for message in work.messages) > LONG_TEXT
+        return constrained or sum(_characters(message) for message in work.messages) > LONG_TEXT
     return False
+
+
+def _characters(message: ChatMessage) -> int:
+    return len(message.content) + len(message.reasoning or "") + sum(len(call.arguments) for call in message.tool_calls)
 
 
 def _gave_up(submission: Submission) -> TarsError:
