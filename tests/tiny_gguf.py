@@ -116,18 +116,19 @@ def write_tiny_adapter(
     method: str = "lora",
     tensor: str | None = "blk.0.attn_q.weight",
     embedding: int = 64,
+    output: int | None = None,
     halves: tuple[str, ...] = ("lora_a", "lora_b"),
     seed: int = 1,
     strength: float = 1.0,
 ) -> Path:
-    """Write a LoRA adapter of rank 4 for one tensor of `write_tiny_gguf`'s model and return its path."""
+    """Write a LoRA adapter of rank 4 for one tensor (`embedding` to `output`, or to as many) of `write_tiny_gguf`'s model; its path."""
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_type(kind)
     writer.add_string("adapter.type", method)
     writer.add_float32("adapter.lora.alpha", 4.0)
     if tensor is not None:
-        shapes = {"lora_a": (4, embedding), "lora_b": (embedding, 4)}
+        shapes = {"lora_a": (4, embedding), "lora_b": (output or embedding, 4)}
         for half in halves:
             values = random.standard_normal(shapes[half]) * strength
             writer.add_tensor(f"{tensor}.{half}", values.astype(np.float32))

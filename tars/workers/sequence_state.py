@@ -21,9 +21,10 @@ PREFIX = struct.Struct("<8sII")
 """Magic, checksum, the header's length; the checksum covers the length too."""
 
 
-def write_state(path: Path, tokens: Sequence[int], cells: SavedCells | None) -> int:
+def write_state(path: Path, tokens: Sequence[int], cells: SavedCells | None, adapter: str = "") -> int:
     """Write an answer's tokens (prompt and generated) and cells; the file's size in bytes. Raises `OSError`."""
-    header = json.dumps({"tokens": list(tokens), "position": 0 if cells is None else cells.tokens}).encode()
+    position = 0 if cells is None else cells.tokens
+    header = json.dumps({"tokens": list(tokens), "position": position, "adapter": adapter}).encode()
     data = b"" if cells is None else cells.data
     with path.open("wb") as file:
         # One after the other: a copy that holds both would be as large as the cells once more.
@@ -33,8 +34,8 @@ def write_state(path: Path, tokens: Sequence[int], cells: SavedCells | None) -> 
     return PREFIX.size + len(header) + len(data)
 
 
-def read_state(path: Path, tokens: Sequence[int]) -> SavedCells | None:
-    """The cells of an answer that has these tokens; None where the file holds none, or another's, or is damaged."""
+def read_state(path: Path, tokens: Sequence[int], adapter: str = "") -> SavedCells | None:
+    """The cells of an answer that has these tokens and this adapter; None where the file holds none, or another's, or is damaged."""
     try:
         with path.open("rb") as file:
             magic, checksum, length = PREFIX.unpack(file.read(PREFIX.size))
@@ -42,10 +43,10 @@ def read_state(path: Path, tokens: Sequence[int]) -> SavedCells | None:
         if magic != MAGIC or len(header_text) != length or checksum != _checksum(header_text, data):
             return None
         header = json.loads(header_text)
-        position, saved = header["position"], header["tokens"]
+        position, saved, computed_with = header["position"], header["tokens"], header["adapter"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError, MemoryError, struct.error):
         return None
-    if saved != list(tokens) or type(position) is not int:
+    if saved != list(tokens) or computed_with != adapter or type(position) is not int:
         return None
     return SavedCells(data, position) if 0 < position < len(saved) and data else None
 

@@ -33,6 +33,14 @@ def test_what_was_written_is_read(tmp_path: Path, tokens: list[int], data: bytes
     assert read_state(path, [tokens[0] + 1, *tokens[1:]]) is None
 
 
+def test_cells_of_another_adapter_are_nobodys(tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    write_state(path, TOKENS, CELLS, "blue")
+    assert read_state(path, TOKENS, "blue") == CELLS
+    assert read_state(path, TOKENS, "red") is None
+    assert read_state(path, TOKENS) is None
+
+
 def test_an_answer_without_cells_has_none(tmp_path: Path) -> None:
     path = tmp_path / "state"
     write_state(path, TOKENS, None)
@@ -72,7 +80,10 @@ def test_a_flipped_bit_anywhere_holds_none(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "header",
     [b"[]", b"{}", b"null", b"\xff", b'{"tokens": [5, 6, 7, 8]}', b'{"tokens": 4, "position": 3}', b"[" * 100_000]
-    + [json.dumps({"tokens": TOKENS, "position": position}).encode() for position in (0, -1, 4, 5, True, 1.0, "3")],
+    + [
+        json.dumps({"tokens": TOKENS, "position": position, "adapter": ""}).encode()
+        for position in (0, -1, 4, 5, True, 1.0, "3")
+    ],
 )
 def test_a_header_of_another_kind_holds_none(tmp_path: Path, header: bytes) -> None:
     path = tmp_path / "state"
@@ -84,7 +95,7 @@ def test_a_header_of_another_kind_holds_none(tmp_path: Path, header: bytes) -> N
 def test_the_layout_is_what_is_documented(tmp_path: Path) -> None:
     """Else the headers above would be refused for another reason than their content."""
     path = tmp_path / "state"
-    header = json.dumps({"tokens": TOKENS, "position": 3}).encode()
+    header = json.dumps({"tokens": TOKENS, "position": 3, "adapter": ""}).encode()
     rest = struct.pack("<I", len(header)) + header + CELLS.data
     path.write_bytes(MAGIC + struct.pack("<I", zlib.crc32(rest)) + rest)
     assert read_state(path, TOKENS) == CELLS
