@@ -85,13 +85,14 @@ def measure_memory(
         kernel = kernel_memory(worker.pid)
     on_card = planned["gpu_layers"] != 0
     real = info["memory_bytes"] if on_card else kernel.get("Pss", kernel["Rss"])
-    predicted = planned["needed_bytes"]
     tokens_per_second = statistics.median(each.tokens_per_second for each in found)
     # Without the first token, which is the prompt's.
     decode = statistics.median(1000 / each.inter_token_p50_ms for each in found)
     say("llama-bench on the same file")
     theirs = llama_bench_decode(programs, path, threads=processors(), tokens=NEW_TOKENS)
     parts = {key: planned[key] for key in ("weights_bytes", "kv_cache_bytes", "compute_bytes", "overhead_bytes")}
+    # Not `needed_bytes`: by now that is what this load was measured to take.
+    predicted = sum(parts.values())
     report.raw = {
         "predicted_bytes": predicted, "parts": parts, "kernel": kernel, "info": info, "ready_seconds": ready_seconds,
         "tokens_per_second": tokens_per_second, "decode_tokens_per_second": decode, "llama_bench": theirs,
@@ -102,6 +103,9 @@ def measure_memory(
         "real "
         + ", ".join(f"{key} {value / MIB:.0f}" for key, value in kernel.items())
         + f" MiB; by the worker's own count {info['memory_bytes'] / MIB:.0f} MiB",
+        f"the prediction is {predicted / real:.3f} of {'the card' if on_card else 'PSS'}"
+        # Pages of the mapped file whose weights were repacked are never read again, and the kernel may take them back.
+        + (f", {predicted / kernel['Pss_Anon']:.3f} of what is no page of the file" if kernel.get("Pss_Anon") else ""),
         f"load {info['load_seconds']:.1f} s in the worker, {ready_seconds:.1f} s from the node's start to the model ready",
         f"one caller: {tokens_per_second:.2f} tokens/s with the prompt, {decode:.2f} without; llama-bench {theirs:.2f}",
     ]

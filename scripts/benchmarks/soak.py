@@ -77,9 +77,19 @@ class Wrong(Exception):
     """An answer that is not what was asked for."""
 
 
+def worker_name(process: psutil.Process) -> str:
+    """`chat worker 123` or `embedding worker 124`, by the engine that it has in its memory."""
+    try:
+        mapped = Path(f"/proc/{process.pid}/maps").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return f"worker {process.pid}"
+    kinds = [kind for kind, library in (("embedding ", "libtorch"), ("chat ", "libllama")) if library in mapped]
+    return f"{kinds[0] if kinds else ''}worker {process.pid}"
+
+
 def weigh(node: psutil.Process, at: float, counters: Sequence[dict[str, Any]]) -> Weighing:
     """Every process of the node now."""
-    named = {"node": node} | {f"worker {child.pid}": child for child in node.children(recursive=True)}
+    named = {"node": node} | {worker_name(child): child for child in node.children(recursive=True)}
     return Weighing(
         at=at,
         resident={name: process.memory_info().rss for name, process in named.items()},
