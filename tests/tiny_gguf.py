@@ -120,6 +120,7 @@ def write_tiny_adapter(
     halves: tuple[str, ...] = ("lora_a", "lora_b"),
     seed: int = 1,
     strength: float = 1.0,
+    precision: type[np.float16 | np.float32] = np.float32,
 ) -> Path:
     """Write a LoRA adapter of rank 4 for one tensor (`embedding` to `output`, or to as many) of `write_tiny_gguf`'s model; its path."""
     random = np.random.default_rng(seed)
@@ -131,7 +132,7 @@ def write_tiny_adapter(
         shapes = {"lora_a": (4, embedding), "lora_b": (output or embedding, 4)}
         for half in halves:
             values = random.standard_normal(shapes[half]) * strength
-            writer.add_tensor(f"{tensor}.{half}", values.astype(np.float32))
+            writer.add_tensor(f"{tensor}.{half}", values.astype(precision))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -213,13 +213,14 @@ class LlamaEngine:
         )
         self._least_rows = 1
         if spec.exact:
-            least = measurement.least_exact_rows(context, self._model, room)
-            if least is None:
+            # With each adapter: its matrices may go through other kernels than the model's.
+            least = [measurement.least_exact_rows(context, self._model, room) for _ in self._adapters.each(context)]
+            if None in least:
                 raise ReplicaFailed(
                     "On this device a sequence's numbers depend on how many others are computed with it, so several slots cannot be exact. "
                     "Deploy the model with slots = 1, or switch `exact` off under [engines]."
                 )
-            self._least_rows = least
+            self._least_rows = max(rows for rows in least if rows is not None)
         self._adapters.try_out(context, ordinary)
         context.native_seconds, context.decodes = 0.0, 0
         progress("warm", 99.0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from engine_thread import EngineThread
 from tiny_gguf import write_tiny_adapter, write_tiny_gguf
@@ -85,7 +86,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("adapters")
     return {
         "blue": write_tiny_adapter(folder / "blue.gguf", seed=1),
-        "red": write_tiny_adapter(folder / "red.gguf", seed=2, tensor="blk.1.ffn_up.weight", output=128),
+        "red": write_tiny_adapter(
+            folder / "red.gguf", seed=2, tensor="blk.1.ffn_up.weight", output=128, precision=np.float16
+        ),
         "none": write_tiny_adapter(folder / "none.gguf", seed=3),
     }
 
