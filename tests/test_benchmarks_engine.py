@@ -201,6 +201,8 @@ def test_only_gaps_that_touch_the_long_prompt_count() -> None:
     assert found["max_ms"] == pytest.approx(6500)
     assert found["p50_ms"] == pytest.approx(500)
     assert found["long_first_ms"] == pytest.approx(5800)
+    with pytest.raises(RuntimeError, match="nothing to measure"):
+        beside([running], Answer(9.5, (9.9,), 9.9))
 
 
 def test_settings_vary_what_matters_and_are_named_apart() -> None:

@@ -323,7 +323,7 @@ def measure_long(
             asked = prompts(words, RUNNING, length, f"running {number}")
             long_prompt = prompts(words, 1, long_length, f"long {number}")[0]
             for peer in peers:
-                running, long = run_beside_a_long_prompt(peer.url, peer.manner, asked, tokens, long_prompt, 2.0)
+                running, long = run_beside_a_long_prompt(peer.url, peer.manner, asked, tokens, long_prompt)
                 found.setdefault(peer.name, []).append(beside(running, long))
                 say(f"round {number + 1} of {rounds}: {peer.name}: {found[peer.name][-1]}")
     for peer_name, each in found.items():
@@ -346,7 +346,7 @@ def beside(running: Sequence[Answer], long: Answer) -> dict[str, float]:
         if later > begins and earlier < ends
     ]
     if not gaps:
-        return {"p50_ms": 0.0, "p99_ms": 0.0, "max_ms": 0.0, "long_first_ms": (ends - begins) * 1000}
+        raise RuntimeError("the answers had ended before the long prompt came in: there is nothing to measure")
     return {
         "p50_ms": quantile(gaps, 0.5),
         "p99_ms": quantile(gaps, 0.99),

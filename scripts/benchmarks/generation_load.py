@@ -18,6 +18,8 @@ from engine_results import Answer
 
 ANSWER_SECONDS = 600.0
 """For one answer; a server that takes longer is stuck."""
+STARTED_CHUNKS = 8
+"""An answer is running when so many pieces of it have come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,15 +181,26 @@ def _events(recorded: Recorded) -> list[tuple[float, Any]]:
     return found
 
 
-async def ask(session: aiohttp.ClientSession, url: str, manner: Manner, prompt: str, tokens: int) -> Recorded:
-    """One call, recorded."""
+async def ask(
+    session: aiohttp.ClientSession,
+    url: str,
+    manner: Manner,
+    prompt: str,
+    tokens: int,
+    started: asyncio.Event | None = None,
+) -> Recorded:
+    """One call, recorded. `started` is set when a few tokens have come, or the answer has ended."""
     body = json.dumps(manner.body(prompt, tokens)).encode()
     recorded = Recorded(time.perf_counter())
     async with session.post(url + manner.path, data=body, headers=manner.headers) as response:
         recorded.status = response.status
         async for chunk in response.content.iter_any():
             recorded.chunks.append((time.perf_counter(), chunk))
+            if started is not None and len(recorded.chunks) >= STARTED_CHUNKS:
+                started.set()
     recorded.ended = time.perf_counter()
+    if started is not None:
+        started.set()
     return recorded
 
 
@@ -214,18 +227,23 @@ def run_load(url: str, manner: Manner, prompts: Sequence[Sequence[str]], tokens:
 
 
 async def _beside(
-    url: str, manner: Manner, prompts: Sequence[str], tokens: int, long_prompt: str, after_seconds: float
+    url: str, manner: Manner, prompts: Sequence[str], tokens: int, long_prompt: str
 ) -> tuple[list[Answer], Answer]:
     async with session() as client:
-        running = [asyncio.create_task(ask(client, url, manner, prompt, tokens)) for prompt in prompts]
-        await asyncio.sleep(after_seconds)
+        started = [asyncio.Event() for _ in prompts]
+        running = [
+            asyncio.create_task(ask(client, url, manner, prompt, tokens, event))
+            for prompt, event in zip(prompts, started, strict=True)
+        ]
+        for event in started:
+            await event.wait()
         long = await ask(client, url, manner, long_prompt, 2)
         records = await asyncio.gather(*running)
     return [read_answer(each, manner, tokens) for each in records], read_answer(long, manner, 2)
 
 
 def run_beside_a_long_prompt(
-    url: str, manner: Manner, prompts: Sequence[str], tokens: int, long_prompt: str, after_seconds: float
+    url: str, manner: Manner, prompts: Sequence[str], tokens: int, long_prompt: str
 ) -> tuple[list[Answer], Answer]:
-    """Running answers of `tokens` tokens, and the answer to a long prompt that came in `after_seconds` later."""
-    return asyncio.run(_beside(url, manner, prompts, tokens, long_prompt, after_seconds))
+    """Answers of `tokens` tokens, and the answer to a long prompt that came in when all of them were running."""
+    return asyncio.run(_beside(url, manner, prompts, tokens, long_prompt))
