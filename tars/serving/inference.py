@@ -90,6 +90,7 @@ class Inference:
         result: Callable[[str, Generated, ServedBy], Result],
     ) -> AsyncGenerator[Delta | Result]:
         model = self._admit(params.model, ModelKind.CHAT)
+        name = _full_name(model, params.model)
         claim = await self._claim(call, params)
         if not isinstance(claim, Claim):
             kept = cast("Result", claim)
@@ -98,12 +99,14 @@ class Inference:
             yield kept
             return
         try:
-            async with aclosing(self._router.run(model, params, call)) as events:
+            # By its full name: the engine reads the adapter behind the colon, and an alias may hold one too.
+            work = params.model_copy(update={"model": name})
+            async with aclosing(self._router.run(model, work, call)) as events:
                 async for event, served_by in events:
                     if isinstance(event, Delta):
                         yield event
                     elif isinstance(event, Generated):
-                        made = result(_full_name(model, params.model), event, served_by)
+                        made = result(name, event, served_by)
                         claim.succeed(made, sum(map(_characters, made.choices())) * BYTES_A_CHARACTER)
                         yield made
         finally:

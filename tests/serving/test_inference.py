@@ -210,15 +210,15 @@ async def test_several_answers_with_reasoning_and_tool_calls_reach_the_result():
     assert (completed[-1].further, completed[-1].seed) == ([other], 7)
 
 
-async def test_the_result_names_the_adapter_that_was_asked_for():
+async def test_result_and_work_name_the_adapter_that_was_asked_for():
     router = FakeRouter(DONE)
-    router.fleet.served = [ServedModel("c", ModelKind.CHAT, ("short",))]
-    for asked, shown in ((None, "c"), ("c", "c"), ("short", "c"), ("c:poet", "c:poet")):
+    router.fleet.served = [ServedModel("c", ModelKind.CHAT, ("short", "c:latest"))]
+    for asked, shown in ((None, "c"), ("c", "c"), ("short", "c"), ("c:latest", "c"), ("c:poet", "c:poet")):
         # How `name:adapter` is resolved is the router's to test.
         router.resolve = lambda name, kind: router.fleet.served[0]
         params = CHAT.model_copy(update={"model": asked})
         items = await everything(Inference(router).chat(params, call()))
-        assert (items[-1].model, router.works[-1].model) == (shown, asked)
+        assert (items[-1].model, router.works[-1].model) == (shown, shown)
 
 
 def reranked(*scores):
