@@ -14,13 +14,15 @@ sequence's numbers do not depend on what else runs.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
 
-from tars.errors import TarsError, WorkerCrashed
+from tars.errors import InternalError, TarsError, WorkerCrashed
+from tars.workers.drafting import Drafting
 from tars.workers.generation import Answer, Call, SavedCells
 from tars.workers.kv_cache import LEFT, KvCache
 from tars.workers.llama_context import Aborted, Context, NoRoom, Rows
@@ -63,6 +65,7 @@ class Batcher:
         choose: Callable[[list[Answer], Rows], None],
         fail: Callable[[Call, TarsError], None],
         adapt: Callable[[str], None],
+        drafting: Drafting | None = None,
     ) -> None:
         """`room`: tokens of one sequence at most. `adapt` lets the next decodes compute with the adapter of that name."""
         self._context = context
@@ -75,6 +78,7 @@ class Batcher:
         self._fail = fail
         self._adapt = adapt
         self._adapter = ""
+        self._drafting = drafting
         self.waiting: deque[Answer] = deque()
         """Prepared answers without a stream, in the order they came; preempted ones stand at the front."""
         self.running: list[Answer] = []
@@ -94,14 +98,16 @@ class Batcher:
         return bool(self.running or self.waiting)
 
     def add(self, answers: Sequence[Answer]) -> None:
-        """Let answers wait for their streams."""
-        self._swapped += sum(len(answer.saved.data) for answer in answers if answer.saved is not None)
+        """Let answers wait for their streams. Saved cells beyond what may be kept are computed again."""
+        for answer in answers:
+            if answer.saved is not None and not self._keeps(len(answer.saved.data)):
+                answer.saved = None
         self.waiting.extend(answers)
 
-    def drop(self, call: Call) -> None:
-        """A call is over: its answers' streams and places in the queue are free."""
+    def drop(self, call: Call, *, keep: bool = True) -> None:
+        """A call is over: its answers' streams and places in the queue are free. `keep`: its cells are good for others."""
         for answer in call.answers:
-            self.leave(answer)
+            self.leave(answer, keep=keep)
         if any(answer.call is call for answer in self.waiting):
             self.waiting = deque(answer for answer in self.waiting if answer.call is not call)
 
@@ -117,6 +123,13 @@ class Batcher:
         if answer.saved is not None:
             self._swapped -= len(answer.saved.data)
             answer.saved = None
+
+    def _keeps(self, size: int) -> bool:
+        """Whether so many more bytes of cells may be kept in RAM; they count then."""
+        if self._swapped + size > SWAPPED_MOST:
+            return False
+        self._swapped += size
+        return True
 
     def step(self, between: Callable[[], None]) -> None:
         """One token for every running answer, then a chunk of the prompts that come in; `between` the two the first's tokens go out."""
@@ -139,6 +152,8 @@ class Batcher:
         return answer.pending == 1 and answer.generated > 0
 
     def _decode_rows(self, rows: list[Answer]) -> None:
+        if self._drafting is not None and self._decode_drafted(self._drafting, sorted(rows, key=_stream_of)):
+            return
         while (actions := self._cache.room_for(len(rows))) is None:
             rows = self._preempt_youngest(rows)
             if not rows:
@@ -149,6 +164,56 @@ class Batcher:
             still = sorted((answer for answer in group if answer.stream is not None), key=_stream_of)
             if still:
                 self._compute([(answer, 1) for answer in still], fill=True)
+
+    def _decode_drafted(self, drafting: Drafting, rows: list[Answer]) -> bool:
+        """One decode of each answer's pending token and of those that the draft model proposes after it: as many tokens are taken as the
+        answer's sampler chooses too, and the one after them. False where nothing is proposed and nothing was done.
+        """
+        first = rows[0]
+        together = all(
+            self._may_join(left, right) and right.call.adapter == first.call.adapter for left, right in pairwise(rows)
+        )
+        proposals = drafting.propose(rows, self._room) if together else []
+        if not proposals:
+            return False
+        count = 1 + len(proposals[0])
+        if (actions := self._cache.room_for(count * len(rows))) is None:
+            return False  # nobody is sent away for tokens that may be wrong
+        self._context.perform(actions)
+        tokens: list[int] = []
+        positions: list[int] = []
+        streams = [_stream_of(answer) for answer in rows]
+        for answer, proposed in zip(rows, proposals, strict=True):
+            tokens += [answer.tokens[answer.position], *proposed]
+            positions += range(answer.position, answer.position + count)
+        repeated = [stream for stream in streams for _ in range(count)]
+        logits = self._decode(rows, tokens, positions, repeated, list(range(len(tokens))), {})
+        if logits is None:
+            return True
+        going_on = list(range(len(rows)))
+        accepted = [0] * len(rows)
+        for place in range(count):
+            for index in going_on:
+                self._cache.append(streams[index], [tokens[index * count + place]])
+                rows[index].position += 1
+                rows[index].aborted = 0
+            self._choose([rows[index] for index in going_on], logits[[index * count + place for index in going_on]])
+            # One that ended, or whose call failed, has no stream any more.
+            going_on = [
+                index
+                for index in going_on
+                if rows[index].stream is not None
+                and place < count - 1
+                and rows[index].tokens[-1] == proposals[index][place]
+            ]
+            for index in going_on:
+                accepted[index] += 1
+            if not going_on:
+                break
+        for index, stream in enumerate(streams):
+            self._context.forget(stream, self._cache.length(stream))
+            drafting.took(count - 1, accepted[index])
+        return True
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
         """Answers that may be computed together: those of one adapter. First the one that is in use, for a switch costs time."""
@@ -210,15 +275,15 @@ class Batcher:
         if not self.waiting or not self._cache.streams_free():
             return None
         answer = self.waiting[0]
-        prompt: Sequence[int] = answer.tokens if answer.saved is None else ()
-        kept = self._cache.beginning(prompt, answer.call.adapter) if prompt else 0
-        spare = len(self.running)  # a token for each of the others, so that it is not sent away again at once
-        if (
-            self._context.shared
-            and self.running
-            and self._cache.free + self._cache.cached < len(answer.tokens) - kept + spare
-        ):
-            return None
+        prompt: Sequence[int] = ()
+        if answer.saved is None:
+            # What another call's prompt computed in chunks is not, to the bit, what this answer's decodes computed.
+            prompt = answer.tokens[: answer.prompt_length] if self._shapes.exact else answer.tokens
+        if self._context.shared and self.running:
+            needed = self._cache.lacking(prompt, answer.call.adapter) if prompt else len(answer.tokens)
+            spare = len(self.running)  # a token for each of the others, so that it is not sent away again at once
+            if self._cache.free + self._cache.cached < needed + spare:
+                return None
         place = self._cache.take(prompt, answer.call.adapter)
         assert place is not None
         self.waiting.popleft()
@@ -245,7 +310,7 @@ class Batcher:
         actions = self._cache.room_for(saved.tokens)
         if actions is not None:
             self._context.perform(actions)
-            if self._context.set_state(answer.stream, saved.data):
+            if self._context.set_state(answer.stream, saved.data, saved.tokens):
                 chunks = answer.prompt_length // self._shapes.chunk * self._shapes.chunk if self._shapes.exact else 0
                 self._cache.restore(answer.stream, answer.tokens[: saved.tokens], chunks)
                 answer.position = saved.tokens
@@ -258,12 +323,15 @@ class Batcher:
         assert victim.stream is not None
         saved = None
         if victim.position:
-            data = self._context.state(victim.stream)
-            if self._swapped + len(data) <= SWAPPED_MOST:
-                saved = SavedCells(data, victim.position)
+            try:
+                data = self._context.state(victim.stream)
+            except (InternalError, MemoryError):
+                traceback.print_exc()  # it is computed again
+            else:
+                if self._keeps(len(data)):
+                    saved = SavedCells(data, victim.position)
         self.leave(victim, keep=False)
         victim.saved = saved
-        self._swapped += len(saved.data) if saved is not None else 0
         self.waiting.appendleft(victim)
         self.preemptions += 1
         return [answer for answer in rows if answer is not victim]
@@ -289,25 +357,14 @@ class Batcher:
             if answer is not None and start + count == len(answer.tokens):
                 wanted.append(len(tokens) - 1)
                 chosen.append(answer)
-        self._adapter = parts[0][0].call.adapter
-        self._adapt(self._adapter)
-        self.computing = frozenset(answer.call.number for answer, _ in parts)
-        try:
-            rows = self._context.decode(tokens, positions, streams, wanted)
-        except Aborted:
-            self._after_abort([answer for answer, _ in parts], fillers)
+        rows = self._decode([answer for answer, _ in parts], tokens, positions, streams, wanted, fillers)
+        if rows is None:
             return
-        except NoRoom:
-            self._after_no_room([answer for answer, _ in parts])
-            return
-        finally:
-            self.computing = frozenset()
-            self.steps += 1
         for stream, length in fillers.items():
             self._context.forget(stream, length)
         for answer, count in parts:
             assert answer.stream is not None
-            start, answer.position = answer.position, answer.position + count
+            start, answer.position, answer.aborted = answer.position, answer.position + count, 0
             whole = (
                 self._shapes.exact
                 and answer.position <= answer.prompt_length
@@ -316,6 +373,30 @@ class Batcher:
             self._cache.append(answer.stream, answer.tokens[start : answer.position], chunked=whole)
         if chosen:
             self._choose(chosen, rows)
+
+    def _decode(
+        self,
+        answers: list[Answer],
+        tokens: list[int],
+        positions: list[int],
+        streams: list[int],
+        wanted: list[int],
+        fillers: dict[int, int],
+    ) -> Rows | None:
+        """The decode itself, with the adapter of the answers; None where it was stopped or found no room, which is dealt with then."""
+        self._adapter = answers[0].call.adapter
+        self._adapt(self._adapter)
+        self.computing = frozenset(answer.call.number for answer in answers)
+        try:
+            return self._context.decode(tokens, positions, streams, wanted)
+        except Aborted:
+            self._after_abort(answers, fillers)
+        except NoRoom:
+            self._after_no_room(answers)
+        finally:
+            self.computing = frozenset()
+            self.steps += 1
+        return None
 
     def _companions(self, streams: list[int]) -> dict[int, int]:
         """Idle streams that are computed along with these (ascending) ones, each with the position of its token, which is dropped again.

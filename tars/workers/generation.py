@@ -92,7 +92,7 @@ class Answer:
         self.started: float | None = None
         self.first_token: float | None = None
         self.aborted = 0
-        """How many of its steps the watchdog stopped."""
+        """How many of its last steps the watchdog stopped, one after the other."""
         self.finish_reason: FinishReason | None = None
         self._stream: TextStream[TokenLogprob | None] = TextStream(call.stop)
         self._parser = call.format.stream(call.work, call.prompt_end) if isinstance(call.work, ChatParams) else None

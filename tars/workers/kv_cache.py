@@ -150,6 +150,18 @@ class KvCache:
         """How many of a prompt's tokens `take` would find now."""
         return self._longest(prompt, adapter, range(len(self._streams)))[1]
 
+    def lacking(self, prompt: Sequence[int], adapter: str = "") -> int:
+        """Cells that a new sequence of these tokens takes of those that are free or cached: all but what it shares with running ones.
+
+        Its beginning in an ended sequence lies in cells that count as cached, and are not to be had twice.
+        """
+        free = [number for number, stream in enumerate(self._streams) if not stream.taken]
+        source, kept = self._longest(prompt, adapter, free)
+        if source is None:
+            return len(prompt)
+        running = {cell for stream in self._streams if stream.taken for cell in stream.cells}
+        return len(prompt) - sum(cell in running for cell in self._streams[source].cells[:kept])
+
     def append(self, stream: int, tokens: Sequence[int], *, chunked: bool = False) -> None:
         """Note tokens that were computed at the end of a stream. `chunked`: they end a whole chunk of its prompt."""
         one = self._streams[stream]

@@ -83,6 +83,10 @@ class Context:
         each other.
         """
         self._model = model
+        if spec.slots > STREAMS_MOST:
+            raise ReplicaFailed(
+                f"llama.cpp computes at most {STREAMS_MOST} sequences at once, not {spec.slots}. Set fewer slots."
+            )
         self.shared = shares_cells(spec)
         self.streams = spec.slots
         self.native_seconds = 0.0
@@ -183,10 +187,17 @@ class Context:
             raise InternalError("A sequence's state could not be read.")
         return bytes(buffer)
 
-    def set_state(self, stream: int, data: bytes) -> bool:
-        """Put saved cells into an empty stream; False where they do not suit this context (the stream is empty then)."""
-        buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
-        if api.llama_state_seq_set_data(self.pointer, buffer, len(data), stream) == len(data):
+    def set_state(self, stream: int, data: bytes, tokens: int) -> bool:
+        """Put saved cells into an empty stream; False where they do not suit this context or are not those of so many tokens (the stream is
+        empty then).
+        """
+        try:
+            buffer = (ctypes.c_uint8 * len(data)).from_buffer_copy(data)
+        except MemoryError:
+            return False
+        taken = api.llama_state_seq_set_data(self.pointer, buffer, len(data), stream)
+        # A sequence that is longer or shorter than the engine believes would end the worker at its next decode.
+        if taken == len(data) and api.llama_memory_seq_pos_max(self._memory, stream) == tokens - 1:
             return True
         self.forget(stream, 0)
         return False

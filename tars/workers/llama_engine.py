@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 import time
 import traceback
 from pathlib import Path
@@ -38,6 +39,7 @@ from tars.workers.sequence_state import read_state, write_state
 if TYPE_CHECKING:  # importing these imports llama_cpp, which is `load`'s stage `import`
     from tars.workers.adapters import Adapters
     from tars.workers.batcher import Batcher
+    from tars.workers.drafting import Drafting
     from tars.workers.llama_context import Context, Rows
     from tars.workers.llama_model import Model
 
@@ -63,6 +65,7 @@ class LlamaEngine:
         self._spec: LoadSpec
         self._model: Model
         self._adapters: Adapters
+        self._drafting: Drafting | None = None
         self._context: Context | None = None
         self._cache: KvCache
         self._batcher: Batcher | None = None
@@ -85,6 +88,7 @@ class LlamaEngine:
             from tars.workers import llama_library
             from tars.workers.adapters import Adapters
             from tars.workers.batcher import Batcher, Shapes
+            from tars.workers.drafting import Drafting
             from tars.workers.llama_context import shares_cells
             from tars.workers.llama_model import Model
             from tars.workers.self_measurement import gap_worth_filling
@@ -98,6 +102,11 @@ class LlamaEngine:
                 "Exact mode needs a KV cache of its own for every slot: shared cells lie in another order each time. Deploy the model "
                 "without kv_tokens and with as many slots as fit, or switch `exact` off under [engines]."
             )
+        if spec.kv_tokens is not None and spec.kv_tokens < spec.context:
+            raise ReplicaFailed(
+                f"kv_tokens = {spec.kv_tokens} cannot hold one sequence of the context, {spec.context}: such a call could never end. Give at "
+                "least the context's length, or a smaller context."
+            )
         self._log = llama_library.NativeLog()
         self._log.install()
         self._on_device = spec.gpu_layers != 0 and spec.cuda_device is not None
@@ -105,6 +114,9 @@ class LlamaEngine:
         progress("read", 5.0)
         self._model = Model(spec, self._log, lambda percent: progress("load", 5.0 + 0.75 * percent))
         self._adapters = Adapters(self._model, spec.adapters, self._log)
+        # Checked tokens go through other kernels than single ones, and what was proposed must be forgotten again.
+        if spec.draft_path is not None and not spec.exact and self._model.forgets_partly:
+            self._drafting = Drafting(self._model, spec, self._log)
         source = self._model.chat_template
         template = ChatTemplate(
             source or CHATML, self._model.special_text(self._model.bos), self._model.special_text(self._model.eos)
@@ -128,7 +140,8 @@ class LlamaEngine:
             chunk=chunk,
             most=min(spec.micro_batch, spec.context),
             bound=spec.inter_token_ms / 1000,
-            gap=0 if self._context.shared else gap_worth_filling(tuned.speeds, spec.slots),
+            # An idle stream that is computed along must be able to forget that token again.
+            gap=gap_worth_filling(tuned.speeds, spec.slots) if self._model.forgets_partly else 0,
             exact=spec.exact,
             least_rows=self._least_rows,
         )
@@ -140,6 +153,7 @@ class LlamaEngine:
             choose=self._choose,
             fail=self._fail,
             adapt=self._adapt,
+            drafting=self._drafting,
         )
         self._preparation = Preparation(self._model, template, self._format, spec.context, self._inbox.hand_back)
         self._measure_memory()
@@ -151,7 +165,8 @@ class LlamaEngine:
             slots=spec.slots,
             has_chat_template=source is not None,
             architecture=self._model.architecture,
-            backend=f"llama.cpp (llama-cpp-python {llama_library.version()}), {'GPU' if self._on_device else 'CPU'}",
+            backend=f"llama.cpp (llama-cpp-python {llama_library.version()}), {'GPU' if self._on_device else 'CPU'}"
+            + (", with a draft model" if self._drafting is not None else ""),
             file_sha256=spec.sha256,
             speeds=tuned.speeds,
             tuned=tuned,
@@ -222,6 +237,12 @@ class LlamaEngine:
                 )
             self._least_rows = max(rows for rows in least if rows is not None)
         self._adapters.try_out(context, ordinary)
+        if self._drafting is not None:
+            progress("warm", 97.0)
+            if not self._drafting.warm_up(context, ordinary, flash_attention=flash, mark=self._tick):
+                print("The draft model would make this replica slower, so it is not used.", file=sys.stderr, flush=True)
+                self._drafting.close()
+                self._drafting = None
         context.native_seconds, context.decodes = 0.0, 0
         progress("warm", 99.0)
         return TunedSettings(flash_attention=flash, chunk=chunk, speeds=speeds)
@@ -272,7 +293,8 @@ class LlamaEngine:
         context, batcher = self._context, self._batcher
         if context is None or batcher is None:
             return EngineCounters()
-        native = context.native_seconds
+        drafting = self._drafting
+        native = context.native_seconds + (0.0 if drafting is None else drafting.native_seconds)
         used = min(self._cache.cells, sum(answer.position for answer in tuple(batcher.running)))
         return EngineCounters(
             running=len(batcher.running),
@@ -285,6 +307,8 @@ class LlamaEngine:
             prompt_tokens_cached=batcher.prompt_tokens_cached,
             generated_tokens=self._generated,
             preemptions=batcher.preemptions,
+            draft_tokens=0 if drafting is None else drafting.proposed,
+            draft_accepted=0 if drafting is None else drafting.accepted,
             python_seconds=round(max(0.0, self._busy_seconds - native), 6),
             native_seconds=round(native, 6),
         )
@@ -313,6 +337,7 @@ class LlamaEngine:
                 break
             began = time.perf_counter()
             self._context.abort.clear()
+            batcher.stopped_by_watchdog = False  # it came when its step had just ended
             now = time.monotonic()
             for submission in taken.submissions:
                 self._admit(submission, now)
@@ -328,6 +353,8 @@ class LlamaEngine:
         for call in list(self._calls.values()):
             self._close(call)
         self._context.close()
+        if self._drafting is not None:
+            self._drafting.close()
         self._adapters.close()
         self._model.close()
 
@@ -381,6 +408,8 @@ class LlamaEngine:
         number = prepared.submission.sequence
         resume = prepared.submission.resume
         drawn = secrets.randbelow(SEEDS) if work.seed is None else work.seed
+        if resume is not None and work.n > 1:
+            raise InvalidParams("One of several answers (`n`) cannot be continued; begin the call anew.")
         seed = drawn if resume is None else resume.seed
         call = Call(
             prepared.submission,
@@ -402,7 +431,7 @@ class LlamaEngine:
                 )
                 if call.replayed and (delta := answer.replay(self._model.pieces)) is not None:
                     self._out.append((number, delta))
-        except TarsError:
+        except BaseException:
             for answer in call.answers:
                 answer.close()
             raise
@@ -431,13 +460,14 @@ class LlamaEngine:
         self._out += self._preparation.late(now)
 
     def _fail(self, call: Call, error: TarsError) -> None:
-        self._close(call)
+        # Cells behind numbers that are none would spoil every prompt that begins alike.
+        self._close(call, keep=not isinstance(error, ReplicaFailed))
         self._out.append((call.number, error))
 
-    def _close(self, call: Call) -> None:
+    def _close(self, call: Call, *, keep: bool = True) -> None:
         assert self._batcher is not None
         self._calls.pop(call.number, None)
-        self._batcher.drop(call)
+        self._batcher.drop(call, keep=keep)
         for answer in call.answers:
             answer.close()
 
@@ -454,28 +484,34 @@ class LlamaEngine:
                 self._take_token(answer, token, row, now)
             return
         for answer, row in zip(answers, rows, strict=True):
-            if answer.call.number in self._calls:  # another answer of the same call may just have failed it
-                self._take_token(answer, None, row, now)
+            self._take_token(answer, None, row, now)
 
     def _take_token(self, answer: Answer, token: int | None, row: Rows, now: float) -> None:
-        """`token` None: it is still to be sampled; -1: the row holds something that is not a number."""
+        """`token` None: it is still to be sampled, or the row holds something that is not a number."""
         from tars.workers.llama_sampling import Sampler, check_finite, token_logprob
 
+        if answer.call.number not in self._calls:
+            return  # another answer of the same call has just failed it
         assert isinstance(answer.sampler, Sampler)
         work = answer.call.work
         try:
-            if token is None or token < 0:
+            if token is None:
                 check_finite(row)
                 token = answer.sampler.sample(row)
             logprob = None if work.logprobs is None else token_logprob(self._model, row, token, work.logprobs)
+            ended = token in self._model.end_tokens
+            delta = answer.finish("stop") if ended else answer.accept(token, self._model.pieces[token], logprob)
         except TarsError as error:
             self._fail(answer.call, error)
+            return
+        except Exception:  # noqa: BLE001  # sampling and text are this call's alone: whatever went wrong in them is no reason to end the others
+            traceback.print_exc()
+            text = "The answer's next token could not be chosen or read; the worker's lines in the node's log say why."
+            self._fail(answer.call, InternalError(text))
             return
         if answer.first_token is None:
             answer.first_token = now
         self._generated += 1
-        ended = token in self._model.end_tokens
-        delta = answer.finish("stop") if ended else answer.accept(token, self._model.pieces[token], logprob)
         if delta is not None:
             self._out.append((answer.call.number, delta))
         if answer.finish_reason is not None:
@@ -503,14 +539,14 @@ class LlamaEngine:
             self._out.append((submission.sequence, InvalidParams(text)))
             return
         answer = call.answers[0]
-        cells = answer.saved
-        if answer.stream is not None and answer.position:
-            cells = SavedCells(self._context.state(answer.stream), answer.position)
         try:
+            cells = answer.saved
+            if answer.stream is not None and answer.position:
+                cells = SavedCells(self._context.state(answer.stream), answer.position)
             size = write_state(Path(work.path), answer.tokens, cells, call.adapter)
-        except OSError:
+        except (OSError, MemoryError, InternalError):
             traceback.print_exc()
-            text = "The answer's state could not be written (is the disk full?); it goes on here."
+            text = "The answer's state could not be written (is the disk or the memory full?); it goes on here."
             self._out.append((submission.sequence, InternalError(text)))
             return
         generated = answer.tokens[answer.prompt_length :]
