@@ -207,7 +207,9 @@ async def ask(
 def session() -> aiohttp.ClientSession:
     """One for many callers."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS)
+        # A connection for every call, for every server alike: llama-server closes kept ones now and then, just when the next call comes.
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        timeout=aiohttp.ClientTimeout(total=ANSWER_SECONDS),
     )
 
 

@@ -47,6 +47,8 @@ class HarmonyStream(AnswerStream):
             header = ""
         self._given = header
         """What the prompt says of the first header."""
+        self._closed = False
+        """A message has ended: blanks between two of them are nobody's text."""
 
     def _open_message(self, header: str, written: str) -> None:
         channel, recipient = _CHANNEL.search(header), _RECIPIENT.search(header)
@@ -82,7 +84,7 @@ class HarmonyStream(AnswerStream):
     def _close_message(self, mark: str) -> None:
         if mark != _START:
             self._take(len(mark))
-        self._kind, self._given = None, ""
+        self._kind, self._given, self._closed = None, "", True
 
     def _read_header(self) -> bool:
         begun = self._buffer.lstrip()
@@ -94,7 +96,7 @@ class HarmonyStream(AnswerStream):
             return self._plain()
         at = self._buffer.find(_MESSAGE)
         if at < 0:
-            return len(self._buffer) > HEADER_MOST and self._plain()
+            return len(self._buffer) >= HEADER_MOST + len(_MESSAGE) and self._plain()
         if at > HEADER_MOST:
             return self._plain()
         header = self._take(at + len(_MESSAGE))
@@ -127,6 +129,6 @@ class HarmonyStream(AnswerStream):
     def _end(self) -> None:
         if self._kind == "call":
             self._end_call(self._buffer, "")
-        elif self._buffer and (self._kind is not None or self._buffer.strip()):
+        elif self._buffer and (self._kind is not None or not self._closed or self._buffer.strip()):
             self._kind = self._kind or "raw"
             self._say(self._buffer)

@@ -7,6 +7,9 @@ A step is one token for every running answer in one decode, then at most one chu
 holds up the others by a chunk and no more. Prompts are computed in the order they came; where one begins like another that is in the cache
 by then, it takes that over.
 
+Calls that come together while nothing runs are brought in first, one after the other, each with its first token as soon as its prompt is
+done: with decodes of the first few in between, all of them would end later.
+
 Exact mode computes every prompt alone in chunks on fixed borders and takes only whole chunks over from the cache: then, in split streams, a
 sequence's numbers do not depend on what else runs.
 """
@@ -28,8 +31,14 @@ from tars.workers.kv_cache import LEFT, KvCache
 from tars.workers.llama_context import Aborted, Context, NoRoom, Rows
 from tars.workers.pace import Pace
 
-ALONE_SECONDS = 2.0
+ALONE_SECONDS = 0.5
 """The same while nothing runs: so long may a call that comes meanwhile, or a cancellation, have to wait for the chunk."""
+
+ALONE_LEAST = 64
+"""Prompt tokens of a chunk at least while nothing runs, however slow: fewer read the weights for too little."""
+
+TOGETHER_SECONDS = 4.0
+"""Answers that came together begin together: so long may the second token of the first wait for the prompts of the others."""
 
 SWAPPED_MOST = 2**30
 """Bytes of KV cells of preempted answers that are kept in RAM; beyond it they are computed again."""
@@ -73,7 +82,7 @@ class Batcher:
         self._shapes = shapes
         self._room = room
         self._pace = Pace(shapes.chunk, shapes.most, shapes.bound)
-        self._pace_alone = Pace(shapes.most, shapes.most, ALONE_SECONDS)
+        self._pace_alone = Pace(shapes.most, shapes.most, ALONE_SECONDS, least=ALONE_LEAST)
         self._choose = choose
         self._fail = fail
         self._adapt = adapt
@@ -134,16 +143,33 @@ class Batcher:
     def step(self, between: Callable[[], None]) -> None:
         """One token for every running answer, then a chunk of the prompts that come in; `between` the two the first's tokens go out."""
         rows = [answer for answer in self.running if self._is_row(answer)]
+        if rows and self._came_together(rows) and self._prefill_for(self._pace_alone):
+            return
         if rows:
             self._decode_rows(rows)
-        prefilling = [answer for answer in self.running if not self._is_row(answer)]
-        if prefilling or self.waiting:
-            if rows:
+            if self.waiting or any(not self._is_row(answer) for answer in self.running):
                 between()  # what the rows brought must not wait for the chunk
-            pace = self._pace if rows else self._pace_alone
-            began = time.perf_counter()
-            computed = self._prefill(prefilling, pace.chunk)
-            pace.took(computed, time.perf_counter() - began)
+        self._prefill_for(self._pace if rows else self._pace_alone)
+
+    def _came_together(self, rows: Sequence[Answer]) -> bool:
+        """Whether all that runs has had its first token a moment ago and no second one, and what comes in was there by then."""
+        begun = [answer.first_token for answer in rows if answer.first_token is not None and answer.generated == 1]
+        if len(begun) < len(rows) or time.monotonic() >= min(begun) + TOGETHER_SECONDS:
+            return False
+        coming = next((answer for answer in self.running if not self._is_row(answer)), None)
+        if coming is None and self.waiting:
+            coming = self.waiting[0]
+        return coming is not None and coming.call.received <= min(begun)
+
+    def _prefill_for(self, pace: Pace) -> bool:
+        """A chunk of the prompts that come in, as long as its pace allows; False where none came in."""
+        prefilling = [answer for answer in self.running if not self._is_row(answer)]
+        if not prefilling and not self.waiting:
+            return False
+        began = time.perf_counter()
+        computed = self._prefill(prefilling, pace.chunk)
+        pace.took(computed, time.perf_counter() - began)
+        return computed > 0
 
     def _is_row(self, answer: Answer) -> bool:
         """Whether it takes part in the step's decode with one token: it generates, or (exact) replays what it generated."""

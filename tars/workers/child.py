@@ -47,8 +47,8 @@ def child_environment(spec: LoadSpec, base: Mapping[str, str], extra: Mapping[st
     search = [package_root, *filter(None, [extra.get("PYTHONPATH"), base.get("PYTHONPATH")])]
     threads = str(max(1, spec.threads))
     return {
-        # How often an OpenMP thread that waits for the others looks before it sleeps. libgomp's own 300,000 times (milliseconds) made 3 to 14
-        # tokens/s of 1,000 beside two other busy programs; sleeping at once (OMP_WAIT_POLICY=passive) costs half the speed of an idle
+        # How often an OpenMP thread that waits for the others looks before it sleeps. libgomp's own 300,000 times (milliseconds) made 3 to
+        # 14 tokens/s of 1,000 beside two other busy programs; sleeping at once (OMP_WAIT_POLICY=passive) costs half the speed of an idle
         # machine. 3,000 is within noise of the best there and no disaster here (2 cores, 125M parameters).
         "GOMP_SPINCOUNT": "3000",
         **{name: value for name, value in base.items() if not SECRET.search(name)},

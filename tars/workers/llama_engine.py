@@ -104,8 +104,8 @@ class LlamaEngine:
             )
         if spec.kv_tokens is not None and spec.kv_tokens < spec.context:
             raise ReplicaFailed(
-                f"kv_tokens = {spec.kv_tokens} cannot hold one sequence of the context, {spec.context}: such a call could never end. Give at "
-                "least the context's length, or a smaller context."
+                f"kv_tokens = {spec.kv_tokens} cannot hold one sequence of the context, {spec.context}: such a call could never end. "
+                "Give at least the context's length, or a smaller context."
             )
         self._log = llama_library.NativeLog()
         self._log.install()

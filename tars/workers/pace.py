@@ -7,8 +7,11 @@ computes 16 tokens as slowly as 256.
 
 from __future__ import annotations
 
-STEP = 16
-"""Tokens; the least chunk too: below it a prefill reads all weights for too few tokens, and the bound then gives way."""
+STEP = 8
+"""Tokens by which chunks differ."""
+
+LEAST = 16
+"""Tokens of a chunk at least: fewer read all weights for too little, and the bound then gives way."""
 
 GROW, SHRINK = 1.25, 0.7
 
@@ -17,10 +20,11 @@ ROOM = 0.8
 
 
 class Pace:
-    """`bound`: seconds that a chunk may take; `most`: tokens of a chunk at most."""
+    """`bound`: seconds that a chunk may take; `most` and `least`: tokens of a chunk."""
 
-    def __init__(self, chunk: int, most: int, bound: float) -> None:
+    def __init__(self, chunk: int, most: int, bound: float, *, least: int = LEAST) -> None:
         self._most = max(1, most)
+        self._least = least
         self._bound = bound
         self.chunk = max(1, min(chunk, self._most))
 
@@ -28,9 +32,9 @@ class Pace:
         """A chunk of so many tokens took so long."""
         if seconds > self._bound:
             # What took too long is what was computed, however much would have been allowed.
-            self.chunk = self._whole(min(self.chunk, max(tokens, STEP)) * SHRINK)
+            self.chunk = self._whole(min(self.chunk, max(tokens, self._least)) * SHRINK)
         elif tokens >= self.chunk and seconds <= ROOM * self._bound:
             self.chunk = self._whole(max(self.chunk * GROW, self.chunk + STEP))
 
     def _whole(self, tokens: float) -> int:
-        return max(1, min(self._most, max(STEP, int(tokens) // STEP * STEP)))
+        return max(1, min(self._most, max(self._least, int(tokens) // STEP * STEP)))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from tars.messages.node import MeasuredSpeeds
 from tars.workers.llama_context import Context
 from tars.workers.llama_model import Model
-from tars.workers.pace import STEP
+from tars.workers.pace import LEAST, STEP
 
 PART_SECONDS = 1.0
 """For each of the three parts; a big model on a slow CPU must not spend its start-up on being measured. One try is made in any case."""
@@ -23,7 +23,7 @@ TRIES = 6
 DEPTH = 192
 """Tokens before the measured ones, as far as the context and the time allow: a chat's first hundreds."""
 
-FLASH_WORTH = 0.9
+FLASH_WORTH = 0.95
 """Flash attention on a CPU is taken where it needs at most this share of the time without: less would be noise, and without it a
 sequence's numbers depend less on what else runs (README, "The same text again")."""
 
@@ -62,7 +62,7 @@ def chunk_for(speeds: MeasuredSpeeds, inter_token_ms: float, most: int) -> int:
     """Prompt tokens that take about `inter_token_ms` to compute: what may come between two decode steps."""
     speed = speeds.prefill_tokens_per_second or 0.0
     fitting = int(inter_token_ms / 1000 * speed) // STEP * STEP
-    return max(1, min(max(STEP, fitting), most))
+    return max(1, min(max(LEAST, fitting), most))
 
 
 def gap_worth_filling(speeds: MeasuredSpeeds, slots: int) -> int:

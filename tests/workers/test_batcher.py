@@ -224,6 +224,28 @@ def test_a_long_prompt_comes_in_while_others_go_on(tiny_gguf: Path) -> None:
     engine.thread.close()
 
 
+def test_calls_that_come_together_begin_together(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Collected(LlamaEngine(), tiny_gguf, context=512)
+    # Chunks of one prompt each, so that there are decodes that could come in between.
+    monkeypatch.setattr(engine.engine._batcher._pace_alone, "took", lambda tokens, seconds: None)
+    engine.engine._batcher._pace_alone.chunk = 64
+    held = threading.Event()
+    drop_ended = engine.engine._drop_ended
+
+    def hold(cancelled: set[int], now: float) -> None:
+        held.wait(10)
+        drop_ended(cancelled, now)
+
+    monkeypatch.setattr(engine.engine, "_drop_ended", hold)
+    numbers = [engine.submit(f"{number} {SYSTEM}"[:120], max_tokens=8, logit_bias={"4": -100.0}) for number in range(4)]
+    held.set()
+    order = []
+    while len(engine.ends) < 4:
+        order.append(engine.take())
+    assert sorted(order[:4]) == numbers, "one of them had its second token before another had its first"
+    engine.thread.close()
+
+
 def test_a_full_cache_sends_the_youngest_away_and_nobody_notices(tiny_gguf: Path) -> None:
     engine = Collected(LlamaEngine(), tiny_gguf, context=512, slots=4, kv_tokens=512)
     params = {"max_tokens": 300, "logit_bias": {"4": -100.0, "2": -100.0}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tars.workers.pace import STEP, Pace
+from tars.workers.pace import LEAST, Pace
 
 
 def settled(pace: Pace, fixed: float, per_token: float, steps: int = 60) -> list[float]:
@@ -44,4 +44,10 @@ def test_it_never_leaves_its_limits() -> None:
     assert 1 <= pace.chunk <= 5
     pace = Pace(64, 512, 0.0)
     settled(pace, 1.0, 0.0)
-    assert pace.chunk == STEP
+    assert pace.chunk == LEAST
+
+
+def test_where_nobody_waits_for_the_next_token_chunks_stay_large_however_slow() -> None:
+    pace = Pace(512, 512, 0.5, least=64)
+    settled(pace, 0.0, 0.1)
+    assert pace.chunk == 64
