@@ -23,6 +23,7 @@ from generation_load import TarsManner, run_load
 
 CONTEXT = 4096
 NEW_TOKENS = 24
+MICRO_BATCH = 512
 AIM_OFF_BY = 0.05
 AIM_OF_LLAMA_BENCH = 0.95
 MIB = 2**20
@@ -76,7 +77,8 @@ def measure_memory(
         planned = rpc(node.url, "mesh.plan")["assignments"][0]
         worker = worker_of(node.pid)
         manner = TarsManner(name)
-        run_load(node.url, manner, [prompts(words, 1, 32, "warm")], 4)
+        # A whole micro-batch: the compute buffers are real where they were used.
+        run_load(node.url, manner, [prompts(words, 1, MICRO_BATCH, "warm")], 4)
         found = [
             summarise(run_load(node.url, manner, [prompts(words, 1, 32, f"{number}")], NEW_TOKENS))
             for number in range(rounds)

@@ -144,8 +144,8 @@ def estimate(
     `context` is tokens of a sequence, `kv_tokens` those of all slots together (None: context x slots). `gpu_layers` -1 is all; of fewer
     the output layer is the first, then the model's last layers (llama-model.cpp, `i_gpu_start`).
 
-    `overhead` None is `CUDA_CONTEXT` or `LLAMA_PROCESS`. On a CPU weights count once:
-    weights in repacked formats lie a second time in the mapped file, in clean pages that the kernel takes back when it needs them.
+    `overhead` None is `CUDA_CONTEXT` or `LLAMA_PROCESS`. On a CPU weights count once: where llama.cpp
+    rearranges them, the worker lets go of the file's pages.
 
     Raises `ValueError` for counts below 1 and for a quantised KV cache without flash attention, which llama.cpp refuses.
     """

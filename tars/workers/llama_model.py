@@ -7,6 +7,7 @@ no requests; lengths are checked by the caller. Formulas and enum values: llama.
 from __future__ import annotations
 
 import ctypes
+import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -29,6 +30,9 @@ PIECE_BYTES = 256
 
 LOSSLESS_VOCABULARIES = (1, 2)
 """LLAMA_VOCAB_TYPE_SPM and _BPE: every byte of a text comes back from its tokens, so bytes give a lower bound of tokens."""
+
+MADV_DONTNEED = 4
+"""Of Linux's madvise(2): the pages leave the process and are read again where they are touched."""
 
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|failed to allocate|unable to allocate|alloc.*failed|insufficient memory", re.I
@@ -58,6 +62,22 @@ def load_error(lines: Sequence[str]) -> TarsError:
     )
 
 
+def forget_pages(path: str) -> None:
+    """Let go of a mapped file's pages. Weights that llama.cpp rearranged for this CPU are read from its copy from then on, and the file's
+    pages would count as this process's memory until the system runs short: as much again as the model. Nothing where there is no /proc.
+    """
+    try:
+        with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
+            ranges = [line.split()[0] for line in maps if line.rstrip("\n").endswith(" " + os.path.realpath(path))]
+    except OSError:
+        return
+    madvise = ctypes.CDLL(None).madvise
+    madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    for each in ranges:
+        start, end = (int(border, 16) for border in each.split("-"))
+        madvise(start, end - start, MADV_DONTNEED)
+
+
 class Model:
     """Weights and vocabulary."""
 
@@ -81,6 +101,8 @@ class Model:
         self.pointer = api.llama_model_load_from_file(spec.path.encode(), params)
         if not self.pointer:
             raise load_error(log.lines)
+        if spec.mmap and any("repack tensor" in line for line in log.lines):
+            forget_pages(spec.path)
         self.vocabulary_pointer = api.llama_model_get_vocab(self.pointer)
         if not api.llama_model_has_decoder(self.pointer) or api.llama_model_has_encoder(self.pointer):
             raise BadModelFile("The file holds an encoder (an embedding or translation model); it cannot chat.")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import mmap
 from pathlib import Path
 
 import pytest
@@ -50,3 +51,31 @@ def test_the_least_number_of_tokens_never_exceeds_the_real_one(tiny_gguf: Path) 
         assert model.fewest_tokens(data) <= len(model.tokenize(data, add_special=False))
     assert model.fewest_tokens(b"x" * 2**20) > 50_000
     model.close()
+
+
+def resident(path: Path) -> int:
+    """KiB of a mapped file that are in this process."""
+    here, found = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            here = line.endswith(str(path))
+        elif here and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="the kernel's accounts are Linux's")
+def test_a_mapped_files_pages_leave_and_come_back(tmp_path: Path) -> None:
+    from tars.workers.llama_model import forget_pages
+
+    path = tmp_path / "weights of a model.gguf"
+    path.write_bytes(bytes(range(256)) * 2**14)
+    link = tmp_path / "link.gguf"
+    link.symlink_to(path)
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        assert mapped[::4096] == bytes(1024)
+        assert resident(path) == 4096
+        forget_pages(str(link))
+        assert resident(path) == 0
+        assert mapped[:] == bytes(range(256)) * 2**14
+    forget_pages(str(tmp_path / "not mapped"))
