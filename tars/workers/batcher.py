@@ -27,7 +27,7 @@ from operator import itemgetter
 from tars.errors import InternalError, TarsError, WorkerCrashed
 from tars.workers.drafting import Drafting
 from tars.workers.generation import Answer, Call, SavedCells
-from tars.workers.kv_cache import LEFT, KvCache
+from tars.workers.kv_cache import LEFT, KvCache, common_beginning
 from tars.workers.llama_context import Aborted, Context, NoRoom, Rows
 from tars.workers.pace import Pace
 
@@ -39,6 +39,9 @@ ALONE_LEAST = 64
 
 TOGETHER_SECONDS = 4.0
 """Answers that came together begin together: so long may the second token of the first wait for the prompts of the others."""
+
+WORTH_WAITING = 64
+"""Tokens of a prompt that are being computed for another one, for which it waits a step: fewer are computed again in the same pass."""
 
 SWAPPED_MOST = 2**30
 """Bytes of KV cells of preempted answers that are kept in RAM; beyond it they are computed again."""
@@ -162,14 +165,11 @@ class Batcher:
         return coming is not None and coming.call.received <= min(begun)
 
     def _prefill_for(self, pace: Pace) -> bool:
-        """A chunk of the prompts that come in, as long as its pace allows; False where none came in."""
+        """A chunk of the prompts that come in, as long as its pace allows; False where nothing was computed."""
         prefilling = [answer for answer in self.running if not self._is_row(answer)]
         if not prefilling and not self.waiting:
             return False
-        began = time.perf_counter()
-        computed = self._prefill(prefilling, pace.chunk)
-        pace.took(computed, time.perf_counter() - began)
-        return computed > 0
+        return self._prefill(prefilling, pace)
 
     def _is_row(self, answer: Answer) -> bool:
         """Whether it takes part in the step's decode with one token: it generates, or (exact) replays what it generated."""
@@ -248,10 +248,13 @@ class Batcher:
             groups.setdefault(answer.call.adapter, []).append(answer)
         return [groups[adapter] for adapter in sorted(groups, key=lambda adapter: adapter != self._adapter)]
 
-    def _prefill(self, prefilling: list[Answer], budget: int) -> int:
-        """A chunk of the oldest prompts, newly started ones included; how many tokens it had."""
+    def _prefill(self, prefilling: list[Answer], pace: Pace) -> bool:
+        """A chunk of the oldest prompts, newly started ones included; whether any of it was computed."""
         parts: list[tuple[Answer, int]] = []
+        budget = pace.chunk
         while budget > 0:
+            if not prefilling and self._waits_for_a_beginning(parts):
+                break
             answer = prefilling.pop(0) if prefilling else self._start_next()
             if answer is None:
                 break
@@ -264,9 +267,33 @@ class Batcher:
             budget -= count
             if self._shapes.exact:
                 break
-        if parts:
-            self._make_room_and_compute(parts)
-        return sum(count for _, count in parts)
+        parts = self._make_room(parts)
+        if not parts:
+            return False
+        # Neither the swapping that made room nor a decode that was stopped says anything of the next chunk.
+        began = time.perf_counter()
+        if not self._compute(parts, fill=False):
+            return False
+        pace.took(sum(count for _, count in parts), time.perf_counter() - began)
+        return True
+
+    def _waits_for_a_beginning(self, parts: Sequence[tuple[Answer, int]]) -> bool:
+        """Whether the next prompt begins like one of this chunk: after it, it can take that over instead of computing it once more."""
+        if not parts or not self.waiting or self.waiting[0].saved is not None:
+            return False
+        coming = self.waiting[0]
+        most = len(coming.tokens) - LEFT
+        shared = max(
+            (
+                common_beginning(answer.tokens, coming.tokens, min(most, answer.position + count))
+                for answer, count in parts
+                if answer.call.adapter == coming.call.adapter
+            ),
+            default=0,
+        )
+        if shared < WORTH_WAITING:
+            return False
+        return shared - self._cache.beginning(coming.tokens, coming.call.adapter) >= WORTH_WAITING
 
     def _part(self, answer: Answer, budget: int) -> int:
         """How many of its pending tokens are computed next."""
@@ -284,17 +311,16 @@ class Batcher:
         assert answer.stream is not None
         return last.call.adapter == answer.call.adapter and (self._context.shared or answer.stream == last.stream + 1)
 
-    def _make_room_and_compute(self, parts: list[tuple[Answer, int]]) -> None:
+    def _make_room(self, parts: list[tuple[Answer, int]]) -> list[tuple[Answer, int]]:
+        """Cells for these parts; those of them that are left."""
         needed = sum(count for _, count in parts)
         while (actions := self._cache.room_for(needed)) is None:
             # The youngest gives way; where only this one is left, its own call fits alone, so there is room.
             self._preempt_youngest([answer for answer, _ in parts])
             parts = [(answer, count) for answer, count in parts if answer.stream is not None]
             needed = sum(count for _, count in parts)
-            if not parts:
-                return
         self._context.perform(actions)
-        self._compute(parts, fill=False)
+        return parts
 
     def _start_next(self) -> Answer | None:
         """Give the first waiting answer a stream; None where there is none to be had, or no room for what it has to compute."""
@@ -364,8 +390,10 @@ class Batcher:
 
     # --- one decode ---
 
-    def _compute(self, parts: list[tuple[Answer, int]], *, fill: bool) -> None:
-        """Decode so many pending tokens of each answer, and choose the next token where that was the last one."""
+    def _compute(self, parts: list[tuple[Answer, int]], *, fill: bool) -> bool:
+        """Decode so many pending tokens of each answer, and choose the next token where that was the last one. False where the decode
+        was stopped or found no room.
+        """
         tokens: list[int] = []
         positions: list[int] = []
         streams: list[int] = []
@@ -385,7 +413,7 @@ class Batcher:
                 chosen.append(answer)
         rows = self._decode([answer for answer, _ in parts], tokens, positions, streams, wanted, fillers)
         if rows is None:
-            return
+            return False
         for stream, length in fillers.items():
             self._context.forget(stream, length)
         for answer, count in parts:
@@ -399,6 +427,7 @@ class Batcher:
             self._cache.append(answer.stream, answer.tokens[start : answer.position], chunked=whole)
         if chosen:
             self._choose(chosen, rows)
+        return True
 
     def _decode(
         self,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,6 +21,7 @@ from tars.errors import (
 )
 from tars.messages.inference import CompleteParams, Delta, Generated
 from tars.workers.engine import Event, LoadSpec, Resume, Saved, SaveParams, Submission
+from tars.workers.kv_cache import LEFT
 from tars.workers.llama_engine import LlamaEngine
 
 pytestmark = pytest.mark.model
@@ -165,6 +166,52 @@ def test_n_answers_have_their_own_seeds_and_one_prompt(batch: Collected) -> None
     assert [choice.index for choice in several.further] == [1, 2]
     assert len({one.text for one in single}) == 3
     assert several.usage.completion_tokens == sum(one.usage.completion_tokens for one in single)
+
+
+@pytest.mark.parametrize("kv_tokens", [None, 1024])
+def test_a_prompt_that_several_ask_for_at_once_is_computed_once(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, kv_tokens: int | None
+) -> None:
+    from tars.workers.llama_context import Context, Rows
+
+    engine = Collected(LlamaEngine(), tiny_gguf, kv_tokens=kv_tokens)
+    decode = Context.decode
+    computed: list[int] = []
+
+    def counted(context: Context, tokens: Sequence[int], *others: Sequence[int]) -> Rows:
+        computed.append(len(tokens))
+        return decode(context, tokens, *others)
+
+    monkeypatch.setattr(Context, "decode", counted)
+    prompt = engine.ask(SYSTEM, n=4, seed=1, temperature=1.0, max_tokens=1).usage.prompt_tokens
+    assert sum(computed) <= prompt + 3 * LEFT
+    engine.thread.close()
+
+
+def test_a_chunk_that_was_not_computed_says_nothing_about_the_pace(
+    tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tars.workers.llama_context import Aborted, Context, Rows
+
+    engine = Collected(LlamaEngine(), tiny_gguf)
+    batcher = engine.engine._batcher
+    assert batcher is not None
+    decode = Context.decode
+    took: list[int] = []
+    monkeypatch.setattr(batcher._pace_alone, "took", lambda tokens, seconds: took.append(tokens))
+    stop = [True]
+
+    def stopped_once(context: Context, *arguments: Sequence[int]) -> Rows:
+        if stop.pop():
+            stop.append(False)
+            raise Aborted
+        stop.append(False)
+        return decode(context, *arguments)
+
+    monkeypatch.setattr(Context, "decode", stopped_once)
+    prompt = engine.ask(SYSTEM).usage.prompt_tokens
+    assert took == [prompt]
+    engine.thread.close()
 
 
 def test_a_drawn_seed_is_told_and_gives_the_text_again(batch: Collected) -> None:
