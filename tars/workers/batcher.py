@@ -34,7 +34,7 @@ from tars.workers.pace import Pace
 ALONE_SECONDS = 0.5
 """The same while nothing runs: so long may a call that comes meanwhile, or a cancellation, have to wait for the chunk."""
 
-ALONE_LEAST = 64
+ALONE_LEAST = 32
 """Prompt tokens of a chunk at least while nothing runs, however slow: fewer read the weights for too little."""
 
 TOGETHER_SECONDS = 4.0
@@ -53,6 +53,8 @@ class Shapes:
 
     chunk: int
     """Prompt tokens between two decodes; where it begins, and in exact mode stays."""
+    alone: int
+    """The same while nothing runs."""
     most: int
     """Prompt tokens of one decode at most."""
     bound: float
@@ -85,7 +87,7 @@ class Batcher:
         self._shapes = shapes
         self._room = room
         self._pace = Pace(shapes.chunk, shapes.most, shapes.bound)
-        self._pace_alone = Pace(shapes.most, shapes.most, ALONE_SECONDS, least=ALONE_LEAST)
+        self._pace_alone = Pace(shapes.alone, shapes.most, ALONE_SECONDS, least=ALONE_LEAST)
         self._choose = choose
         self._fail = fail
         self._adapt = adapt
@@ -199,8 +201,16 @@ class Batcher:
         together = all(
             self._may_join(left, right) and right.call.adapter == first.call.adapter for left, right in pairwise(rows)
         )
-        proposals = drafting.propose(rows, self._room) if together else []
+        if not together:
+            return False
+        self.computing = frozenset(answer.call.number for answer in rows)
+        try:
+            proposals = drafting.propose(rows, self._room)
+        finally:
+            self.computing = frozenset()
         if not proposals:
+            if self.stopped_by_watchdog:
+                drafting.give_up()
             return False
         count = 1 + len(proposals[0])
         if (actions := self._cache.room_for(count * len(rows))) is None:
@@ -237,8 +247,10 @@ class Batcher:
             if not going_on:
                 break
         for index, stream in enumerate(streams):
-            self._context.forget(stream, self._cache.length(stream))
-            drafting.took(count - 1, accepted[index])
+            if not self._context.forget(stream, self._cache.length(stream)):
+                self._cache.forget(stream)
+                rows[index].position = 0
+            drafting.took(count - 1, accepted[index], ended=rows[index].stream is None)
         return True
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
@@ -445,7 +457,7 @@ class Batcher:
         try:
             return self._context.decode(tokens, positions, streams, wanted)
         except Aborted:
-            self._after_abort(answers, fillers)
+            self._after_abort(answers, fillers, len(tokens))
         except NoRoom:
             self._after_no_room(answers)
         finally:
@@ -469,7 +481,7 @@ class Batcher:
             along += [stream for stream in (streams[0] - 1, streams[-1] + 1) if 0 <= stream < self._context.streams][:1]
         return {stream: length for stream in along if (length := self._cache.length(stream)) < self._room}
 
-    def _after_abort(self, answers: list[Answer], fillers: dict[int, int]) -> None:
+    def _after_abort(self, answers: list[Answer], fillers: dict[int, int], tokens: int) -> None:
         """Some of the batch's cells may be there: drop them. Whoever set the flag is in the inbox, or it was the watchdog."""
         for stream, length in fillers.items():
             self._context.forget(stream, length)
@@ -480,6 +492,9 @@ class Batcher:
                 answer.position = 0
         if self.stopped_by_watchdog:
             self.stopped_by_watchdog = False
+            # A machine that became very slow computes a few tokens in the time that it had for many.
+            for pace in (self._pace, self._pace_alone):
+                pace.broken_off(tokens)
             for answer in answers:
                 answer.aborted += 1
             for call in {answer.call for answer in answers if answer.aborted > 1}:

@@ -87,11 +87,11 @@ class LlamaEngine:
         try:
             from tars.workers import llama_library
             from tars.workers.adapters import Adapters
-            from tars.workers.batcher import Batcher, Shapes
+            from tars.workers.batcher import ALONE_SECONDS, Batcher, Shapes
             from tars.workers.drafting import Drafting
             from tars.workers.llama_context import shares_cells
             from tars.workers.llama_model import Model
-            from tars.workers.self_measurement import gap_worth_filling
+            from tars.workers.self_measurement import chunk_for, gap_worth_filling
         except ImportError:
             raise ReplicaFailed(
                 "llama-cpp-python is not installed or does not load here, so chat models cannot run. "
@@ -114,9 +114,18 @@ class LlamaEngine:
         progress("read", 5.0)
         self._model = Model(spec, self._log, lambda percent: progress("load", 5.0 + 0.75 * percent))
         self._adapters = Adapters(self._model, spec.adapters, self._log)
-        # Checked tokens go through other kernels than single ones, and what was proposed must be forgotten again.
-        if spec.draft_path is not None and not spec.exact and self._model.forgets_partly:
-            self._drafting = Drafting(self._model, spec, self._log)
+        if spec.draft_path is not None:
+            if not spec.exact and self._model.forgets_partly:
+                self._drafting = Drafting(
+                    self._model, spec, self._log, lambda percent: progress("load", 80.0 + 0.02 * percent)
+                )
+            else:
+                why = (
+                    "in exact mode, for it changes the shapes that the model computes in"
+                    if spec.exact
+                    else "for this model, which cannot take back what was proposed"
+                )
+                print(f"The draft model is not used {why}.", file=sys.stderr, flush=True)
         source = self._model.chat_template
         template = ChatTemplate(
             source or CHATML, self._model.special_text(self._model.bos), self._model.special_text(self._model.eos)
@@ -136,9 +145,11 @@ class LlamaEngine:
             partial=self._model.forgets_partly,
             chunk=chunk if spec.exact else 0,
         )
+        most = min(spec.micro_batch, spec.context)
         shapes = Shapes(
             chunk=chunk,
-            most=min(spec.micro_batch, spec.context),
+            alone=chunk_for(tuned.speeds, ALONE_SECONDS * 1000, most),
+            most=most,
             bound=spec.inter_token_ms / 1000,
             # An idle stream that is computed along must be able to forget that token again.
             gap=gap_worth_filling(tuned.speeds, spec.slots) if self._model.forgets_partly else 0,

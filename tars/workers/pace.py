@@ -13,7 +13,7 @@ STEP = 8
 LEAST = 16
 """Tokens of a chunk at least: fewer read all weights for too little, and the bound then gives way."""
 
-GROW, SHRINK = 1.25, 0.7
+GROW, SHRINK, SHRINK_MOST = 1.25, 0.7, 0.125
 
 ROOM = 0.8
 """A chunk that took at most this share of the bound leaves room for a larger one."""
@@ -32,9 +32,14 @@ class Pace:
         """A chunk of so many tokens took so long."""
         if seconds > self._bound:
             # What took too long is what was computed, however much would have been allowed.
-            self.chunk = self._whole(min(self.chunk, max(tokens, self._least)) * SHRINK)
+            share = min(SHRINK, max(SHRINK_MOST, self._bound / seconds))
+            self.chunk = min(self.chunk, self._whole(min(self.chunk, max(tokens, self._least)) * share))
         elif tokens >= self.chunk and seconds <= ROOM * self._bound:
             self.chunk = self._whole(max(self.chunk * GROW, self.chunk + STEP))
+
+    def broken_off(self, tokens: int) -> None:
+        """A chunk of so many tokens did not end at all: the next ones have an eighth, however few that are, until time allows more."""
+        self.chunk = max(1, min(self.chunk, tokens // 8, LEAST))
 
     def _whole(self, tokens: float) -> int:
         return max(1, min(self._most, max(self._least, int(tokens) // STEP * STEP)))

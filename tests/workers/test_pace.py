@@ -32,6 +32,18 @@ def test_a_machine_that_became_slow_is_met_within_a_few_steps() -> None:
     assert slow[-1] <= 0.15
 
 
+def test_a_chunk_that_did_not_end_is_followed_by_a_far_smaller_one_and_time_brings_it_back() -> None:
+    pace = Pace(512, 512, 0.5, least=32)
+    pace.broken_off(512)
+    assert pace.chunk == 16
+    pace.broken_off(16)
+    assert pace.chunk == 2
+    pace.took(2, 5.0)
+    assert pace.chunk == 2, "it was slow still"
+    settled(pace, 0.0, 0.001)
+    assert pace.chunk > 300
+
+
 def test_a_short_rest_of_a_prompt_does_not_make_chunks_larger() -> None:
     pace = Pace(64, 512, 0.15)
     pace.took(3, 0.001)
