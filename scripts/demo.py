@@ -20,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from tars.cli.chat import answer
+from tars.cli.chat import Written, answer
 from tars.cli.connection import Connection
 from tars.cli.output import cosine, plain
 from tars.cli.waiting import wait_until_ready
@@ -168,8 +168,11 @@ async def chat_once(client: Client, console: Console) -> None:
     console.print(Text.assemble(("\ninference.chat   ", "bold"), QUESTION))
     question = [ChatMessage(role="user", content=QUESTION)]
     settings: GenerationOptions = {"temperature": 0.0, "max_tokens": MOST_TOKENS}
-    result = await answer(client, question, settings, lambda text: console.out(plain(text), end="", highlight=False))
-    console.print()
+    written = Written()
+    try:
+        result = await answer(client, question, settings, written)
+    finally:
+        written.end_line()
     if not result.message.content.strip():
         raise TarsError("the chat model answered nothing")
     first = result.timings.first_token_ms

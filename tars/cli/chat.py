@@ -60,7 +60,7 @@ class Conversation:
 
 
 async def answer(
-    client: Client, messages: list[ChatMessage], settings: GenerationOptions, written: _Written
+    client: Client, messages: list[ChatMessage], settings: GenerationOptions, written: Written
 ) -> ChatResult:
     """Stream one answer, handing each piece to `written`. Cancelling it stops the work on the node. Raises `TarsError`."""
     async with client.chat_stream(messages, **settings) as stream:
@@ -139,7 +139,7 @@ def _read_schema(path: Path | None) -> dict[str, Any] | None:
 
 
 def _ask_once(connection: Connection, conversation: Conversation, question: str) -> int:
-    wrote = _Written(silent=connection.as_json)
+    wrote = Written(silent=connection.as_json)
     try:
         result = ask(
             connection, lambda client: answer(client, conversation.messages(question), conversation.settings, wrote)
@@ -153,7 +153,7 @@ def _ask_once(connection: Connection, conversation: Conversation, question: str)
     return Exit.OK
 
 
-class _Written:
+class Written:
     """Writes pieces to standard output and remembers them, so that a cancelled answer still ends its line and enters the history.
 
     What a model thinks is shown to a person only, dim and before the answer: in a file or a pipe the answer stands alone.
@@ -175,6 +175,7 @@ class _Written:
         sys.stdout.flush()
 
     def __call__(self, text: str) -> None:
+        """A piece of the answer."""
         if text and not self.text and self._thought:
             _write("\n\n")
         self.text += text
@@ -237,7 +238,7 @@ def _one_turn(
     console: Console,
 ) -> Exit | None:
     """Ask and remember; an exit code only where going on makes no sense."""
-    wrote = _Written()
+    wrote = Written()
     try:
         result = runner.run(answer(client, conversation.messages(question), conversation.settings, wrote))
     except KeyboardInterrupt:
