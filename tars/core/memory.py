@@ -33,6 +33,10 @@ TORCH_PROCESS = Bytes.mib(470)
 """The same with torch (CPU build) and sentence-transformers imported: 444 MiB measured, of which the worker's own 16 are not."""
 TORCH_CUDA_WORKSPACE = Bytes.mib(64)
 """On top of the CUDA context: cuBLAS's workspaces and what torch's caching allocator rounds up to (blocks of 2 and 20 MiB)."""
+DRAFTED_MOST = 2
+"""Answers that a draft model proposes for at once; where more run, they fill the device without. Each has a sequence of its context."""
+DRAFT_BATCH = 128
+"""Tokens that a draft model computes at most before a step, so that a long prompt does not hold up the answer it is for."""
 KV_PADDING = 256
 """llama.cpp pads the cells of a stream to a multiple of this (`llama_context`: `GGML_PAD(n_ctx_seq, 256)`)."""
 KV_BYTES: dict[KvType, tuple[int, int]] = {KvType.F16: (2, 1), KvType.Q8_0: (34, 32), KvType.Q4_0: (18, 32)}
@@ -242,8 +246,8 @@ def estimate_replica(
 
     A simulated card is counted as the card that it stands for, with that card's settings, although the CPU computes: so a plan of a fleet
     that is not there is the plan that the real cards would get: `gpu_layers` is what was asked for there. Where the card shares the host's
-    RAM, what "stays on the host" counts too. Adapters count the bytes of their files; a draft model runs whole beside the model, with as
-    many tokens in a KV cache of its own.
+    RAM, what "stays on the host" counts too. Adapters count the bytes of their files; a draft model runs whole beside the model, with a
+    KV cache of its own for `DRAFTED_MOST` sequences and decodes of `DRAFT_BATCH` tokens.
     """
     if device.simulated and device.kind is DeviceKind.CUDA:
         device = replace(device, simulated=False)
@@ -267,7 +271,8 @@ def estimate_replica(
         )
     found = _estimate_llama(device, shape, settings)
     if draft is not None:
-        beside = _estimate_llama(device, draft, replace(settings, gpu_layers=-1))
+        few = min(settings.slots, DRAFTED_MOST)
+        beside = _estimate_llama(device, draft, replace(settings, gpu_layers=-1, slots=few, micro_batch=DRAFT_BATCH))
         found = replace(
             found,
             weights=Bytes(found.weights + beside.weights),

@@ -180,8 +180,10 @@ class Batcher:
         return answer.pending == 1 and answer.generated > 0
 
     def _decode_rows(self, rows: list[Answer]) -> None:
-        if self._drafting is not None and self._decode_drafted(self._drafting, sorted(rows, key=_stream_of)):
-            return
+        if self._drafting is not None:
+            rows = self._without_draft(self._drafting, rows)
+            if not rows:
+                return
         while (actions := self._cache.room_for(len(rows))) is None:
             rows = self._preempt_youngest(rows)
             if not rows:
@@ -193,16 +195,24 @@ class Batcher:
             if still:
                 self._compute([(answer, 1) for answer in still], fill=True)
 
+    def _without_draft(self, drafting: Drafting, rows: list[Answer]) -> list[Answer]:
+        """Compute what is worth drafting for, together where that may be, else one after the other; the rows that are left."""
+        if len(rows) > drafting.most:
+            return rows
+        ordered = sorted(rows, key=_stream_of)
+        together = all(self._may_join(left, right) for left, right in pairwise(ordered))
+        left: list[Answer] = []
+        for group in [ordered] if together else [[answer] for answer in ordered]:
+            # One may have been sent away, or failed, with the group before it.
+            still = [answer for answer in group if answer.stream is not None]
+            if still and not self._decode_drafted(drafting, still):
+                left += still
+        return [answer for answer in left if answer.stream is not None]
+
     def _decode_drafted(self, drafting: Drafting, rows: list[Answer]) -> bool:
         """One decode of each answer's pending token and of those that the draft model proposes after it: as many tokens are taken as the
         answer's sampler chooses too, and the one after them. False where nothing is proposed and nothing was done.
         """
-        first = rows[0]
-        together = all(
-            self._may_join(left, right) and right.call.adapter == first.call.adapter for left, right in pairwise(rows)
-        )
-        if not together:
-            return False
         self.computing = frozenset(answer.call.number for answer in rows)
         try:
             proposals = drafting.propose(rows, self._room)

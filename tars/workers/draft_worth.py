@@ -87,7 +87,9 @@ class DraftWorth:
         return 0
 
     def took(self, proposed: int, accepted: int) -> None:
-        """An answer accepted so many of the tokens that were proposed to it: none behind the first wrong one was tested."""
+        """An answer accepted so many of the tokens that were proposed to it: none behind the first wrong one was tested. `proposed` of an
+        answer that ended are those it accepted: the others were neither right nor wrong.
+        """
         for right in [True] * accepted + [False] * (accepted < proposed):
             self._tested = FORGET * self._tested + 1
             self._accepted = FORGET * self._accepted + right

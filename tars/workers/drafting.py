@@ -2,16 +2,19 @@
 
 Law of this file: it owns the draft model and its context, and proposes; what is accepted is decided by each answer's own sampler, with the
 model's own logits, so the text is the model's. The draft's context is kept in step by computing what it lacks; it knows no KV cache's
-bookkeeping. Belongs to the engine thread.
+bookkeeping. What goes wrong in it while answers run takes the proposals away and nothing else. Belongs to the engine thread.
 """
 
 from __future__ import annotations
 
+import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from tars.errors import BadModelFile, DoesNotFit
+from tars.core.memory import DRAFT_BATCH, DRAFTED_MOST
+from tars.errors import BadModelFile, DoesNotFit, ReplicaFailed
 from tars.workers import llama_library as library
 from tars.workers.draft_worth import LENGTHS, Costs, DraftWorth
 from tars.workers.engine import LoadSpec
@@ -19,15 +22,10 @@ from tars.workers.generation import Answer
 from tars.workers.kv_cache import common_beginning
 from tars.workers.llama_context import Aborted, Context, NoRoom, Rows
 from tars.workers.llama_model import Model
-
-ANSWERS_MOST = 2
-"""Answers that are drafted for at once; where more run, they fill the device without."""
+from tars.workers.llama_sampling import check_finite
 
 VOCABULARY_DIFFERS_BY = 128
 """Padding tokens at the end of one of the vocabularies (llama.cpp's SPEC_VOCAB_MAX_SIZE_DIFFERENCE)."""
-
-CATCH_UP = 128
-"""Tokens that the draft computes at most before a step, so that a long prompt does not hold up the answer it is for."""
 
 TRIES, TRY_SECONDS = 4, 0.2
 """Of each shape that is measured at load."""
@@ -45,22 +43,26 @@ class _Stream:
 class Drafting:
     """See the module's law."""
 
-    def __init__(self, model: Model, spec: LoadSpec, log: library.NativeLog) -> None:
-        """Load the draft model. Raises `BadModelFile` where it does not suit the model, or `DoesNotFit`."""
+    def __init__(
+        self, model: Model, spec: LoadSpec, log: library.NativeLog, on_percent: Callable[[float], None]
+    ) -> None:
+        """Load the draft model; `on_percent` as in `Model`. Raises `BadModelFile` where it does not suit the model, or `DoesNotFit`."""
         assert spec.draft_path is not None
         self._spec = spec.model_copy(
             update={
                 "path": spec.draft_path,
                 "draft_path": None,
                 "adapters": [],
-                "slots": min(spec.slots, ANSWERS_MOST),
+                "slots": min(spec.slots, DRAFTED_MOST),
+                "batch": DRAFT_BATCH,
+                "micro_batch": DRAFT_BATCH,
                 "gpu_layers": -1 if spec.gpu_layers else 0,
             }
         )
         self._log = log
         log.lines.clear()
         try:
-            self._model = Model(self._spec, log, lambda percent: None)
+            self._model = Model(self._spec, log, on_percent)
         except (BadModelFile, DoesNotFit) as error:
             raise type(error)(f"The draft model: {error.message}") from None
         self._usable = min(model.tokens, self._model.tokens)
@@ -81,9 +83,24 @@ class Drafting:
 
     def warm_up(self, target: Context, token: int, *, flash_attention: bool, mark: Callable[[], None]) -> bool:
         """Make the draft's context and measure it against the model's (which is empty before and after). False where the draft could never
-        make this replica faster: its context is freed again, and nothing is proposed.
+        make this replica faster: close it then. Raises `BadModelFile`, `DoesNotFit` or `ReplicaFailed`.
         """
-        self._context = Context(self._model, self._spec, self._log, chunk=CATCH_UP, flash_attention=flash_attention)
+        try:
+            self._context = Context(
+                self._model,
+                self._spec,
+                self._log,
+                chunk=DRAFT_BATCH,
+                flash_attention=flash_attention,
+                abort=target.abort,
+            )
+        except (DoesNotFit, ReplicaFailed) as error:
+            raise type(error)(f"The draft model: {error.message}") from None
+        try:
+            check_finite(self._context.decode([token], [0], [0], [0])[0])
+        except ReplicaFailed as error:
+            raise BadModelFile(f"The draft model: {error.message}") from None
+        self._context.forget(0, 0)
         costs = measure(target, self._context, token, min(len(self._streams), target.streams), mark)
         if costs.hopeless:
             self._context.close()
@@ -94,6 +111,11 @@ class Drafting:
         return True
 
     @property
+    def most(self) -> int:
+        """Answers that it proposes for at once at most."""
+        return len(self._streams)
+
+    @property
     def native_seconds(self) -> float:
         """Seconds inside the draft's decodes."""
         return 0.0 if self._context is None else self._context.native_seconds
@@ -102,30 +124,38 @@ class Drafting:
         """Tokens that may follow each answer's, equally many for each; nothing where that is not worth while now, or the draft still has to
         catch up with a prompt. `room`: tokens of a sequence at most.
         """
-        if self._context is None or self._worth is None or not answers:
+        if self._context is None or self._worth is None or not 0 < len(answers) <= self.most:
             return []
+        # Beyond what it was trained for a draft only babbles, or has no positions at all.
+        room = min(room, self._model.context_trained)
         # The pending token and the proposals need cells, and beyond its last token nothing of an answer is looked at.
         most = min(min(room - len(answer.tokens), answer.call.most - answer.generated - 1) for answer in answers)
-        if most < 1 or len(answers) > len(self._streams):
+        if most < 1:
             return []
         count = min(most, self._worth.length(len(answers)))
         if count < 1:
             return []
         try:
             return self._proposed(self._context, answers, count)
-        except (NoRoom, Aborted):
-            # The streams share their cells and others need them, or a step was stopped: begin anew.
+        except (Aborted, NoRoom):
             for number in range(len(self._streams)):
-                self._context.forget(number, 0)
-                self._streams[number] = _Stream()
-            return []
+                self._empty(self._context, number)
+        except RuntimeError:
+            traceback.print_exc()
+            self.give_up()
+        return []
 
-    def took(self, proposed: int, accepted: int) -> None:
-        """What became of an answer's proposals."""
+    def took(self, proposed: int, accepted: int, *, ended: bool) -> None:
+        """What became of an answer's proposals; `ended`: the answer did, so that those it did not accept were not looked at."""
         assert self._worth is not None
         self.proposed += proposed
         self.accepted += accepted
-        self._worth.took(proposed, accepted)
+        self._worth.took(accepted if ended else proposed, accepted)
+
+    def give_up(self) -> None:
+        """Propose nothing any more: a step of the draft failed or did not end, and the model goes on without."""
+        self._worth = None
+        print("The draft model failed and is not used any more until the next load.", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Free everything."""
@@ -136,6 +166,8 @@ class Drafting:
 
     def _proposed(self, context: Context, answers: Sequence[Answer], count: int) -> list[list[int]]:
         numbers = self._place(context, answers)
+        if not self._make_room(context, numbers, sum(len(answer.tokens) + count for answer in answers)):
+            return []
         rows = self._catch_up(context, answers, numbers)
         if rows is None:
             return []
@@ -164,7 +196,8 @@ class Drafting:
         for index, answer in enumerate(answers):
             if index not in numbers:
                 free = [number for number in range(len(self._streams)) if number not in numbers.values()]
-                number = max(free, key=lambda number: self._common(self._streams[number], answer))
+                # Another running answer, which is computed after this one, keeps its own.
+                number = max(free, key=lambda number: (self._idle(number), self._common(self._streams[number], answer)))
                 stream = self._streams[number]
                 stream.sure, stream.owner = self._common(stream, answer), answer
                 numbers[index] = number
@@ -176,10 +209,31 @@ class Drafting:
                 known += 1
             known = min(known, most)
             if known < len(stream.tokens):
-                context.forget(numbers[index], known)
+                if not context.forget(numbers[index], known):
+                    known = 0
                 del stream.tokens[known:]
             stream.sure = known
         return [numbers[index] for index in range(len(answers))]
+
+    def _make_room(self, context: Context, numbers: Sequence[int], needed: int) -> bool:
+        """Where the streams share their cells, and too few are left, those of ended answers go; False where that is not enough."""
+        if not context.shared:
+            return True
+        assert self._spec.kv_tokens is not None
+        if needed > self._spec.kv_tokens:
+            return False
+        for number, stream in enumerate(self._streams):
+            if number not in numbers and needed + len(stream.tokens) > self._spec.kv_tokens:
+                self._empty(context, number)
+        return True
+
+    def _empty(self, context: Context, number: int) -> None:
+        context.forget(number, 0)
+        self._streams[number] = _Stream()
+
+    def _idle(self, number: int) -> bool:
+        owner = self._streams[number].owner
+        return owner is None or owner.stream is None
 
     def _common(self, stream: _Stream, answer: Answer) -> int:
         return common_beginning(stream.tokens, answer.tokens, len(answer.tokens) - 1)
@@ -195,7 +249,7 @@ class Drafting:
         for number, answer in sorted(zip(numbers, answers, strict=True), key=lambda pair: pair[0]):
             stream = self._streams[number]
             start = len(stream.tokens)
-            part = answer.tokens[start : start + CATCH_UP - len(tokens)]
+            part = answer.tokens[start : start + DRAFT_BATCH - len(tokens)]
             if any(token >= self._usable for token in part):
                 return None  # a token that the draft's vocabulary lacks
             tokens += part

@@ -77,10 +77,17 @@ class Context:
     """
 
     def __init__(
-        self, model: Model, spec: LoadSpec, log: library.NativeLog, *, chunk: int, flash_attention: bool
+        self,
+        model: Model,
+        spec: LoadSpec,
+        log: library.NativeLog,
+        *,
+        chunk: int,
+        flash_attention: bool,
+        abort: AbortFlag | None = None,
     ) -> None:
-        """`chunk`: tokens of one decode at most. Raises `DoesNotFit` where memory is short, `ReplicaFailed` for settings that contradict
-        each other.
+        """`chunk`: tokens of one decode at most; `abort`: of another context, to be stopped with it. Raises `DoesNotFit` where memory is
+        short, `ReplicaFailed` for settings that contradict each other.
         """
         self._model = model
         if spec.slots > STREAMS_MOST:
@@ -91,7 +98,7 @@ class Context:
         self.streams = spec.slots
         self.native_seconds = 0.0
         self.decodes = 0
-        self.abort = AbortFlag()
+        self.abort = AbortFlag() if abort is None else abort
         size = max(chunk, spec.slots)
         params = api.llama_context_default_params()
         params.n_ctx = spec.kv_tokens if self.shared else spec.context * spec.slots
