@@ -20,6 +20,7 @@ from tars.errors import (
     WorkerCrashed,
 )
 from tars.messages.inference import CompleteParams, Delta, Generated
+from tars.messages.node import MeasuredSpeeds, TunedSettings
 from tars.workers.engine import Event, LoadSpec, Resume, Saved, SaveParams, Submission
 from tars.workers.kv_cache import LEFT
 from tars.workers.llama_engine import LlamaEngine
@@ -29,6 +30,17 @@ pytestmark = pytest.mark.model
 SYSTEM = (
     "the user and the assistant say hello to the world and to each other, in a system that is the same for all. " * 3
 )
+
+TUNED = TunedSettings(
+    flash_attention=False,
+    chunk=64,
+    speeds=MeasuredSpeeds(
+        prefill_tokens_per_second=10_000,
+        decode_tokens_per_second=2_000,
+        decode_tokens_per_second_all_slots=4_000,
+    ),
+)
+"""Not what the measurement at load finds: with flash attention a row's numbers depend on the others', and texts could not be compared."""
 
 ENDLESS = {"max_tokens": 4000, "logit_bias": {"4": -100.0}}
 """Token 4 is the tiny model's end."""
@@ -45,6 +57,7 @@ class Collected:
             "path": str(path),
             "context": 512,
             "slots": 4,
+            "tuned": TUNED,
             **changes,
         }
         self.thread = EngineThread(engine, LoadSpec.model_validate(spec))
