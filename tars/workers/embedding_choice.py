@@ -1,8 +1,8 @@
 """Which back end computes a model on this device, and with how many tokens at once: measured at load, checked against float32.
 
 Law of this file: it builds, checks and times back ends in the engine thread and keeps one; no calls, no queue. Seconds are bounded: a slow
-device measures less, not longer. On a CPU every candidate stands beside float32; on a card the precision is the plan's, and float32 stands
-in where that is not faithful.
+device measures less, not longer; a back end that is clearly slower is timed once, and only one that would be taken is checked. On a CPU
+every candidate stands beside float32; on a card the precision is the plan's, and float32 stands in where that is not faithful.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from tars.errors import BadModelFile, InternalError, ReplicaFailed
 from tars.messages.node import MeasuredSpeeds, TunedSettings
 from tars.workers.embedding_backends import Backend, CannotBuild, TorchPacked, TorchPadded
-from tars.workers.embedding_batches import PAD_TO, best_budget, budgets_to_try
+from tars.workers.embedding_batches import best_budget, budgets_to_try
 from tars.workers.embedding_exports import OnnxBackend, OpenVinoBackend, installed
 from tars.workers.embedding_model import LoadedModel, is_out_of_memory
 from tars.workers.embedding_tokenizer import Row, TextTokenizer
@@ -30,10 +31,13 @@ FAITHFUL_COSINE = 0.999
 FAITHFUL_SCORE = 0.002
 """Largest difference of a reranker's score: its order of documents a hundredth apart stays."""
 
-BACKEND_SECONDS = 1.0
+BACKEND_SECONDS = 0.6
 """For timing one back end; the fastest of its runs counts, for other programs only ever slow one down."""
 
-BUDGET_SECONDS = 2.0
+CLEARLY_SLOWER = 1.5
+"""A back end whose first timed run takes so many times the fastest one's is not run again."""
+
+BUDGET_SECONDS = 1.5
 
 FASTER = 1.05
 """A back end is preferred to an earlier one in the list only where it is so much faster: the earlier ones need less."""
@@ -42,7 +46,7 @@ TIMED_LENGTHS = (96, 104, 112, 121, 128, 131, 140, 148)
 """Tokens of the timed batch: neighbours in a sorted queue of texts of about 100 words."""
 
 SPEED_LENGTH = 60
-"""Tokens of the texts whose number per second is advertised."""
+"""Tokens of the texts whose number per second is advertised: what full batches compute, divided by what such a text takes."""
 
 BASE_TEXT = (
     "The node answers every call, by running it or by sending it to the peer that can. Größe, naïve, 日本語, 🙂; "
@@ -50,6 +54,9 @@ BASE_TEXT = (
 )
 CHECK_TEXTS = ("GPU", BASE_TEXT[:40], BASE_TEXT, BASE_TEXT * 3, BASE_TEXT[::-1], "word " * 60, BASE_TEXT * 30)
 """One word to longer than most models take; a text that means nothing too."""
+
+
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +91,10 @@ class Chooser:
         if remembered is not None:
             return remembered
         backend, dimensions = self._choose_backend()
-        budget = self._choose_budget(backend)
-        speeds = MeasuredSpeeds(texts_per_second=round(self._texts_per_second(backend, budget), 1))
+        budget, speed = self._choose_budget(backend)
+        # The batches that found the budget are full: another run, of short texts, would say the same.
+        texts = speed / backend.cost([min(SPEED_LENGTH, self._most)])
+        speeds = MeasuredSpeeds(texts_per_second=round(texts, 1))
         return Choice(backend, dimensions, TunedSettings(backend=backend.name, batch_tokens=budget, speeds=speeds))
 
     def _remembered(self) -> Choice | None:
@@ -133,14 +142,15 @@ class Chooser:
         best: tuple[float, str] | None = None
         last: Backend | None = None
         for name in self.names():
-            backend = self._considered(name, reference)
+            backend, speed = self._timed(name, best)
             if backend is None:
                 continue
-            speed = self._speed(backend)
-            self._say(f"{name}: {speed:.0f} tokens/s")
-            if best is None or speed > best[0] * FASTER:
-                best = (speed, name)
             last = backend
+            if best is not None and speed <= best[0] * FASTER:
+                self._say(f"{name}: {speed:.0f} tokens/s")
+            elif self._is_faithful(backend, reference):
+                self._say(f"{name}: {speed:.0f} tokens/s")
+                best = (speed, name)
         if best is None:
             raise BadModelFile("No back end computes this model; the worker's lines in the node's log say why.")
         if last is None or last.name != best[1]:
@@ -150,10 +160,10 @@ class Chooser:
 
     def _on_the_card(self, reference: NDArray[np.float32]) -> tuple[Backend, int]:
         name = f"torch-{self._spec.precision}"
-        backend = self._considered(name, reference)
+        backend = self._faithful(name, reference)
         if backend is None and name != "torch-fp32":
             self._say(f"{name} is not faithful on this card; computing in fp32")
-            backend = self._considered("torch-fp32", reference)
+            backend = self._faithful("torch-fp32", reference)
         if backend is None:
             raise BadModelFile("This card computes the model wrongly in every precision. Deploy it with device cpu.")
         return backend, int(reference.shape[1])
@@ -173,23 +183,34 @@ class Chooser:
         self._free(backend)
         return backend, int(reference.shape[1])
 
-    def _considered(self, name: str, reference: NDArray[np.float32]) -> Backend | None:
-        """The back end where it can be built and is faithful."""
+    def _timed(self, name: str, best: tuple[float, str] | None) -> tuple[Backend | None, float]:
+        """The back end and its tokens/s, no back end where it cannot be had; `best` is the fastest faithful one so far."""
+        backend = self._said(name, lambda: self._build(name))
+        speed = None if backend is None else self._said(name, lambda: self._speed(backend, best[0] if best else None))
+        return (None, 0.0) if speed is None else (backend, speed)
+
+    def _is_faithful(self, backend: Backend, reference: NDArray[np.float32]) -> bool:
+        values = self._said(backend.name, lambda: self._values(backend))
+        wrong = None if values is None else self._unfaithful(values, reference)
+        if wrong:
+            self._say(f"{backend.name}: {wrong}")
+        return values is not None and not wrong
+
+    def _faithful(self, name: str, reference: NDArray[np.float32]) -> Backend | None:
+        backend = self._said(name, lambda: self._build(name))
+        return backend if backend is not None and self._is_faithful(backend, reference) else None
+
+    def _said(self, name: str, step: Callable[[], Found]) -> Found | None:
+        """What `step` gives; None, with a line for the log, where this back end cannot do it here."""
         try:
-            backend = self._build(name)
-            wrong = self._unfaithful(self._values(backend), reference)
+            return step()
         except (CannotBuild, InternalError) as error:
             self._say(f"{name}: {error}")
-            return None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
             self._say(f"{name}: out of memory")
-            return None
-        if wrong:
-            self._say(f"{name}: {wrong}")
-            return None
-        return backend
+        return None
 
     def _build(self, name: str) -> Backend:
         """The back end of that name, with the model in the precision and on the device that it needs. Raises `CannotBuild`."""
@@ -260,13 +281,16 @@ class Chooser:
         ids = np.resize(source.ids, length)
         return Row(ids, np.zeros_like(ids))
 
-    def _speed(self, backend: Backend) -> float:
-        """Tokens of texts per second (padding is not counted) in a batch of `TIMED_LENGTHS`."""
+    def _speed(self, backend: Backend, best: float | None) -> float:
+        """Tokens of texts per second (padding is not counted) in a batch of `TIMED_LENGTHS`; `best` is what it has to beat."""
         rows = [self._row(length) for length in TIMED_LENGTHS]
-        fastest = _fastest(lambda: backend.forward(rows), BACKEND_SECONDS)
-        return sum(map(len, rows)) / fastest
+        tokens = sum(map(len, rows))
+        backend.forward(rows)  # a new shape is prepared once, in some libraries for long
+        hopeless = CLEARLY_SLOWER * tokens / best if best else None
+        return tokens / _fastest(lambda: backend.forward(rows), BACKEND_SECONDS, hopeless)
 
-    def _choose_budget(self, backend: Backend) -> int:
+    def _choose_budget(self, backend: Backend) -> tuple[int, float]:
+        """The budget, and tokens/s with it."""
         measured: list[tuple[int, float]] = []
         started = time.monotonic()
         for budget in budgets_to_try(self._spec.batch_tokens, on_card=self._on_card):
@@ -285,19 +309,12 @@ class Chooser:
             if spent + 2 * budget / measured[-1][1] > BUDGET_SECONDS:
                 break
         self._say("token budgets: " + ", ".join(f"{budget}: {speed:.0f} tokens/s" for budget, speed in measured))
-        return best_budget(measured)
-
-    def _texts_per_second(self, backend: Backend, budget: int) -> float:
-        length = min(SPEED_LENGTH, self._most)
-        count = max(1, budget // (length + PAD_TO))
-        rows = [self._row(length)] * count
-        started = time.monotonic()
-        backend.forward(rows)
-        return count / max(1e-9, time.monotonic() - started)
+        budget = best_budget(measured)
+        return budget, dict(measured)[budget]
 
 
-def _fastest(run: Callable[[], object], seconds: float) -> float:
-    """Seconds of the fastest of two runs or more, as many as begin within `seconds`; of one where that takes longer."""
+def _fastest(run: Callable[[], object], seconds: float, hopeless: float | None = None) -> float:
+    """Seconds of the fastest of two runs or more, as many as begin within `seconds`; of one where that takes longer, or `hopeless`."""
     fastest = float("inf")
     started = time.monotonic()
     for _ in range(8):
@@ -305,6 +322,6 @@ def _fastest(run: Callable[[], object], seconds: float) -> float:
         run()
         now = time.monotonic()
         fastest = min(fastest, now - at)
-        if now - started > seconds:
+        if now - started > seconds or (hopeless is not None and now - at > hopeless):
             break
     return max(fastest, 1e-9)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -35,7 +36,7 @@ def choose(folder: Path, **changes: object) -> tuple[Choice, list[str]]:
 def test_every_candidate_is_timed_and_the_fastest_kept(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedding_choice, "installed", lambda _: False)
     speeds = {"torch-fp32-packed": 100.0, "torch-fp32": 200.0}
-    monkeypatch.setattr(Chooser, "_speed", lambda _, backend: speeds[backend.name])
+    monkeypatch.setattr(Chooser, "_speed", lambda _, backend, best: speeds[backend.name])
     choice, lines = choose(folder)
     assert choice.backend.name == choice.tuned.backend == "torch-fp32"
     assert lines[:2] == ["torch-fp32-packed: 100 tokens/s", "torch-fp32: 200 tokens/s"]
@@ -57,6 +58,26 @@ def test_an_unfaithful_back_end_is_no_candidate(folder: Path, monkeypatch: pytes
     assert lines[0] == "torch-fp32-packed: worst cosine to float32 is 0.9900"
 
 
+def test_a_clearly_slower_back_end_is_timed_once_and_never_checked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embedding_choice, "installed", lambda _: False)
+    monkeypatch.setattr(embedding_choice, "BACKEND_SECONDS", 60.0)
+    forward = embedding_choice.TorchPadded.forward
+    passes = 0
+
+    def slow(self: embedding_choice.TorchPadded, rows: list[embedding_choice.Row]) -> object:
+        nonlocal passes
+        if len(rows) > 1:  # the reference is computed text by text
+            passes += 1
+            time.sleep(1.0)
+        return forward(self, rows)
+
+    monkeypatch.setattr(embedding_choice.TorchPadded, "forward", slow)
+    assert choose(folder)[0].backend.name == "torch-fp32-packed"
+    assert passes == 2  # one that is not timed, for a new shape; one that is
+
+
 def test_what_was_measured_before_is_not_measured_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Chooser, "_speed", lambda *_: pytest.fail("measured"))
     monkeypatch.setattr(Chooser, "_choose_budget", lambda *_: pytest.fail("measured"))
@@ -76,7 +97,7 @@ def test_half_precision_stands_beside_float32_and_the_weights_come_back(
 ) -> None:
     monkeypatch.setattr(embedding_choice, "installed", lambda _: False)
     monkeypatch.setattr(embedding_choice, "FAITHFUL_COSINE", 0.9)  # random weights are no model that rounds well
-    monkeypatch.setattr(Chooser, "_speed", lambda _, backend: 2.0 if "bf16" in backend.name else 9.0)
+    monkeypatch.setattr(Chooser, "_speed", lambda _, backend, best: 2.0 if "bf16" in backend.name else 9.0)
     choice, lines = choose(folder, precision="bf16")
     assert choice.backend.name == "torch-fp32-packed"
     assert "torch-bf16: 2 tokens/s" in lines
