@@ -122,6 +122,8 @@ class Context:
                 "Deploy the model with kv_type f16. The worker's lines in the node's log say more."
             )
         self._memory = api.llama_get_memory(self.pointer)
+        self._logits_address = 0
+        self._logits_rows: Rows = np.empty((0, model.tokens), dtype=np.float32)
         self._make_batch(params.n_batch)
 
     @property
@@ -162,7 +164,16 @@ class Context:
             raise RuntimeError(f"llama_decode returned {status}")
         if not wanted:
             return np.empty((0, self._model.tokens), dtype=np.float32)
-        return np.ctypeslib.as_array(library.get_logits(self.pointer), (len(wanted), self._model.tokens))
+        return self._logits(len(wanted))
+
+    def _logits(self, count: int) -> Rows:
+        """llama.cpp's output buffer, which seldom moves: the view of it is kept, for making one takes as long as sampling a token."""
+        address = library.get_logits(self.pointer)
+        if address != self._logits_address or count > len(self._logits_rows):
+            numbers = (ctypes.c_float * (count * self._model.tokens)).from_address(address)
+            self._logits_rows = np.ctypeslib.as_array(numbers).reshape(count, self._model.tokens)
+            self._logits_address = address
+        return self._logits_rows[:count]
 
     def perform(self, actions: Sequence[Action]) -> bool:
         """Carry out the cache's decisions; False where the model cannot drop a part of a sequence (then all of that stream is gone)."""

@@ -39,6 +39,7 @@ def _same_signature(library: ctypes.PyDLL, name: str) -> Any:
 _quick_library = ctypes.PyDLL(api._lib._name)
 
 get_logits = _same_signature(_quick_library, "llama_get_logits")
+get_logits.restype = ctypes.c_void_p  # an address: a typed pointer costs ten times as much to make and to read
 memory_seq_cp = _same_signature(_quick_library, "llama_memory_seq_cp")
 memory_seq_rm = _same_signature(_quick_library, "llama_memory_seq_rm")
 token_to_piece = _same_signature(_quick_library, "llama_token_to_piece")
