@@ -349,6 +349,8 @@ class Batcher:
         if not self.waiting or not self._cache.streams_free():
             return None
         answer = self.waiting[0]
+        if answer.saved is not None and self._context.copying:
+            return None  # it may come into the stream that is copied from; this step's decode copies
         prompt: Sequence[int] = ()
         if answer.saved is None:
             # What another call's prompt computed in chunks is not, to the bit, what this answer's decodes computed.

@@ -98,6 +98,8 @@ class Context:
         self.streams = spec.slots
         self.native_seconds = 0.0
         self.decodes = 0
+        self.copying = False
+        """Streams are still to be copied: the next decode does that first. `set_state` writes at once and must not come before it."""
         self.abort = AbortFlag() if abort is None else abort
         size = max(chunk, spec.slots)
         params = api.llama_context_default_params()
@@ -156,6 +158,7 @@ class Context:
             api.llama_synchronize(self.pointer)
         self.native_seconds += time.perf_counter() - began
         self.decodes += 1
+        self.copying = False
         if status == 2:
             raise Aborted
         if status == 1:
@@ -184,6 +187,7 @@ class Context:
                 end = action.length if self.shared else -1
                 library.memory_seq_cp(self._memory, action.source, action.target, 0 if self.shared else -1, end)
                 if not self.shared:
+                    self.copying = True
                     done = self.forget(action.target, action.length) and done
             else:
                 done = self.forget(action.stream, action.length) and done

@@ -384,6 +384,37 @@ def test_a_saved_answer_moves_to_another_engine_and_computes_nothing_again(
     other.thread.close()
 
 
+def test_a_restored_answer_does_not_overwrite_cells_that_are_still_to_be_copied(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    """llama.cpp copies between split streams at the next decode, and restores at once."""
+    engine = Collected(LlamaEngine(), tiny_gguf, slots=2, tuned=TUNED)
+    long = {"max_tokens": 150, "logit_bias": {"4": -100.0, "2": -100.0}}
+    prompt = SYSTEM[:200]
+    wanted = [engine.ask("1 " * 80, **long).text, engine.ask(prompt, max_tokens=8).text]
+    moving = engine.submit("1 " * 80, **long)
+    engine.until_tokens(moving, 10)
+    file = tmp_path / "state"
+    saving = engine.thread.submit(SaveParams(sequence=moving, path=str(file)))
+    while saving not in engine.ends:
+        engine.take()
+    saved = engine.ends[saving]
+    assert isinstance(saved, Saved)
+    assert engine.engine._context is not None
+    while actions := engine.engine._cache.drop_oldest():
+        engine.engine._context.perform(actions)
+    # Stream 0 has the prompt's cells and goes on behind them: they are copied to stream 1, and the restored answer comes into stream 0.
+    engine.ask(prompt, **{**long, "max_tokens": 30})
+    resume = Resume(generated=saved.generated, handed_out=0, seed=saved.seed, path=str(file))
+    with engine.engine._inbox._condition:  # the engine takes both at once
+        asked = engine.submit(prompt, max_tokens=8)
+        resumed = engine.submit("1 " * 80, resume=resume, **long)
+    result = engine.end(asked)
+    assert result.usage.cached_tokens > 100
+    assert [engine.end(resumed).text, result.text] == wanted
+    engine.thread.close()
+
+
 @pytest.mark.parametrize("damage", ["gone", "cut", "another"])
 def test_a_state_that_does_not_suit_is_computed_again(exact: Collected, tmp_path: Path, damage: str) -> None:
     params: dict[str, object] = {"max_tokens": 40, "logit_bias": {"4": -100.0}}
