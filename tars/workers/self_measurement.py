@@ -127,30 +127,41 @@ def measure(context: Context, model: Model, *, room: int, chunk: int, mark: Call
 
 def least_exact_rows(context: Context, model: Model, room: int) -> int | None:
     """How many rows a decode must have so that a sequence's logits are bitwise the same whatever else is in it: 1, or 2 where a single
-    row goes through kernels of its own (measured: F16 weights). None where there is no such number. The context is empty before and after.
+    row goes through kernels of its own (measured: F16 weights). None where there is no such number, or where the model could not forget
+    the token that is computed along with a single one. The context is empty before and after.
     """
     if context.streams == 1:
         return 1
     ordinary = [token for token in range(model.tokens) if model.pieces[token]] or [0]
     depth = max(1, min(24, room - 2))
     every = range(context.streams)
-    for stream in every:
-        tokens = [ordinary[(7 * stream + index) % len(ordinary)] for index in range(depth)]
-        context.decode(tokens, list(range(depth)), [stream] * depth, [])
+
+    def fill() -> None:
+        for stream in every:
+            tokens = [ordinary[(7 * stream + index) % len(ordinary)] for index in range(depth)]
+            context.decode(tokens, list(range(depth)), [stream] * depth, [])
+
+    def empty() -> None:
+        for stream in every:
+            context.forget(stream, 0)
 
     def row(company: range) -> bytes:
         """Logits of the first stream's next token, computed with the others of `company`."""
         count = len(company)
         logits = bytes(context.decode([ordinary[0]] * count, [depth] * count, list(company), [0])[0].data)
-        for stream in company:
-            context.forget(stream, depth)
+        if model.forgets_partly:
+            for stream in company:
+                context.forget(stream, depth)
+        else:
+            empty()
+            fill()
         return logits
 
     counts = [count for count in (1, 2, 3, 4, 5, 8, 13, 16, context.streams) if count <= context.streams]
+    fill()
     rows = {count: row(range(count)) for count in counts}
-    for stream in every:
-        context.forget(stream, 0)
-    for least in (1, 2):
+    empty()
+    for least in (1, 2) if model.forgets_partly else (1,):
         if len({logits for count, logits in rows.items() if count >= least}) == 1:
             return least
     return None
