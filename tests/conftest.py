@@ -6,6 +6,13 @@ from pathlib import Path
 
 import pretend_card
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example took says what else the machine did; a hang shows at the run's own bound.
+settings.register_profile("full", settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# `scripts/test fast`: a quarter of the examples. Tests that want more than usual ask for a multiple of the profile's.
+settings.register_profile("fast", settings.get_profile("full"), max_examples=25)
+settings.load_profile("full")
 
 
 @pytest.fixture(scope="session")

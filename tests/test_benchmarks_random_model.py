@@ -32,9 +32,16 @@ def test_the_shapes_are_what_the_issue_measures() -> None:
     assert SMALL.context == 8192
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One model a quantisation, seed 1; to be read only."""
+    folder = tmp_path_factory.mktemp("written")
+    return {name: write_random_model(folder / f"{name}.gguf", TINY, quantisation=name) for name in ("Q8_0", "Q4_0")}
+
+
 @pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_0"])
-def test_weights_are_finite_of_mean_zero_and_of_the_wanted_spread(tmp_path: Path, quantisation: str) -> None:
-    path = write_random_model(tmp_path / "m.gguf", TINY, quantisation=quantisation)
+def test_weights_are_finite_of_mean_zero_and_of_the_wanted_spread(written: dict[str, Path], quantisation: str) -> None:
+    path = written[quantisation]
     for name, scale in (("token_embd.weight", 8.0), ("blk.0.attn_q.weight", 1.0), ("blk.0.ffn_down.weight", 1.0)):
         weights = weights_of(path, name)
         wanted = scale / np.sqrt(weights.shape[1])
@@ -43,8 +50,8 @@ def test_weights_are_finite_of_mean_zero_and_of_the_wanted_spread(tmp_path: Path
         assert abs(weights.mean()) < wanted * 0.02
 
 
-def test_control_and_byte_tokens_are_never_chosen(tmp_path: Path) -> None:
-    output = weights_of(write_random_model(tmp_path / "m.gguf", TINY, quantisation="Q4_0"), "output.weight")
+def test_control_and_byte_tokens_are_never_chosen(written: dict[str, Path]) -> None:
+    output = weights_of(written["Q4_0"], "output.weight")
     assert not output[:NEVER_CHOSEN].any()
     assert output[NEVER_CHOSEN:].any(axis=1).all()
 

@@ -278,7 +278,7 @@ def test_damaged_weights_are_refused(folder, content, said):
         inspect_folder(folder)
 
 
-@settings(max_examples=60, deadline=1000, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     name=st.sampled_from(["config.json", "modules.json", "sentence_bert_config.json", "model.safetensors"]),
     at=st.integers(0, 300),

@@ -13,10 +13,17 @@ import subprocess
 import aiohttp
 import psutil
 import pytest
+from click.testing import CliRunner
 from running_node import node_command, running_node
 
 from tars.client import Client
 from tars.errors import StillLoading, TarsError, WorkerCrashed
+from tars.node import main
+
+
+def run_here(*arguments):
+    """`tars-node` in this process, for what it refuses or says before anything is started: a process costs over a second."""
+    return CliRunner().invoke(main, [*map(str, arguments)])
 
 
 def run_node(*arguments, environment=None):
@@ -36,13 +43,13 @@ def run_node(*arguments, environment=None):
 
 def test_version_and_help_say_what_they_should():
     assert run_node("--version").stdout.startswith("tars-node, version ")
-    assert "--state-dir" in run_node("--help").stdout
+    assert "--state-dir" in run_here("--help").stdout
 
 
 def test_check_says_that_a_configuration_is_right_and_starts_nothing(tmp_path):
     (tmp_path / "c.toml").write_text('[node]\nname = "box"\nlisten = "127.0.0.1:9123"\n')
-    done = run_node("--check", "--config", tmp_path / "c.toml", "--state-dir", tmp_path / "state")
-    assert done.returncode == 0
+    done = run_here("--check", "--config", tmp_path / "c.toml", "--state-dir", tmp_path / "state")
+    assert done.exit_code == 0
     assert "box would listen on 127.0.0.1:9123" in done.stdout
     assert not (tmp_path / "state").exists()
 
@@ -59,23 +66,23 @@ def test_a_typo_in_the_configuration_is_refused_with_line_and_nearest_key(tmp_pa
 def test_check_tells_a_configured_model_whose_file_is_not_one(tmp_path):
     (tmp_path / "model.gguf").write_text("no model")
     (tmp_path / "c.toml").write_text('[[model]]\nname = "mine"\npath = "model.gguf"\n')
-    done = run_node("--check", "--config", tmp_path / "c.toml")
-    assert done.returncode == 2
+    done = run_here("--check", "--config", tmp_path / "c.toml")
+    assert done.exit_code == 2
     assert "GGUF" in done.stderr
 
 
 def test_check_takes_a_file_under_an_alias_of_the_catalogue(tmp_path):
     (tmp_path / "c.toml").write_text('[[model]]\nname = "mistral-7b"\npath = "missing.gguf"\n')
-    done = run_node("--check", "--config", tmp_path / "c.toml")
-    assert done.returncode == 2
+    done = run_here("--check", "--config", tmp_path / "c.toml")
+    assert done.exit_code == 2
     assert "Traceback" not in done.stderr
     assert "tars-node: The model's file is not where it was said to be" in done.stderr
 
 
 def test_an_unknown_model_in_the_configuration_is_refused(tmp_path):
     (tmp_path / "c.toml").write_text('[[deploy]]\nmodel = "mistral-7c"\n')
-    done = run_node("--check", "--config", tmp_path / "c.toml")
-    assert done.returncode == 2
+    done = run_here("--check", "--config", tmp_path / "c.toml")
+    assert done.exit_code == 2
     assert "mistral-7" in done.stderr
 
 
@@ -100,15 +107,15 @@ def test_a_busy_port_is_refused_with_another_one(tmp_path):
 )
 def test_a_file_that_is_no_model_is_refused_before_anything_starts(tmp_path, content, said):
     (tmp_path / "model.gguf").write_bytes(content)
-    done = run_node("--model", tmp_path / "model.gguf", "--listen", "127.0.0.1:0", "--state-dir", tmp_path / "s")
-    assert done.returncode == 2
+    done = run_here("--model", tmp_path / "model.gguf", "--listen", "127.0.0.1:0", "--state-dir", tmp_path / "s")
+    assert done.exit_code == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
 
 
 def test_a_missing_model_file_is_refused(tmp_path):
-    done = run_node("--model", tmp_path / "nothing.gguf", "--state-dir", tmp_path / "s")
-    assert done.returncode == 2
+    done = run_here("--model", tmp_path / "nothing.gguf", "--state-dir", tmp_path / "s")
+    assert done.exit_code == 2
     assert "Traceback" not in done.stderr
 
 

@@ -311,7 +311,7 @@ def test_the_fuzzed_file_is_good_before_it_is_fuzzed():
     assert parse(SMALL).shape().vocabulary == 3
 
 
-@settings(max_examples=400, deadline=1000)
+@settings(max_examples=4 * settings().max_examples)
 @given(
     st.lists(st.tuples(st.integers(0, 900), st.binary(min_size=1, max_size=9)), max_size=4),
     st.none() | st.integers(0, len(SMALL)),
@@ -332,7 +332,7 @@ def test_a_mutated_file_raises_nothing_but_its_own_error(changes, length):
     assert 20 < len(said) < 500
 
 
-@settings(max_examples=200, deadline=1000)
+@settings(max_examples=2 * settings().max_examples)
 @given(st.binary(max_size=400))
 def test_any_bytes_behind_the_magic_raise_nothing_but_its_own_error(content):
     for start in (b"", b"GGUF", b"GGUF\x03\x00\x00\x00", b"GGUF" + struct.pack("<IQQ", 3, 1, 2)):

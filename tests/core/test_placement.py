@@ -430,7 +430,7 @@ def test_a_measured_load_replaces_the_estimate() -> None:
 # --- what holds of every plan ---------------------------------------------------------------------------------------
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=2 * settings().max_examples // 5)
 @given(st.integers(0, 10**6), st.floats(0.2, 1.5))
 def test_no_plan_over_commits(seed: int, fill: float) -> None:
     nodes, wanted = random_fleet(seed, fill=fill)
@@ -438,7 +438,7 @@ def test_no_plan_over_commits(seed: int, fill: float) -> None:
     check_plan(made, nodes, wanted)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(st.integers(0, 10**6), st.integers(0, 10**6), st.data())
 def test_no_plan_over_commits_after_the_fleet_and_the_wishes_changed(
     seed: int, other: int, data: st.DataObject
@@ -452,7 +452,7 @@ def test_no_plan_over_commits_after_the_fleet_and_the_wishes_changed(
     check_plan(after, left, wanted)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings().max_examples // 4)
 @given(st.integers(0, 10**6), st.randoms(use_true_random=False))
 def test_the_same_snapshot_in_any_order_gives_the_same_plan(seed: int, rng: object) -> None:
     nodes, wanted = random_fleet(seed)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 from fleets import MODELS, check_plan, random_fleet
-from ortools.sat.python import cp_model
 
 from tars.core.placement import plan
 from tars.core.placement_cost import cost_on
 from tars.core.types import Deployment, NodeSnapshot
 
-FLEETS = 200
+if TYPE_CHECKING:
+    from ortools.sat.python import cp_model
+
+FLEETS = 100
+FAST_FLEETS = 16
 SHARE = 0.97
 """Issue 2: the planner places at least this share of what the optimum places."""
 SECONDS_PER_FLEET = 1.0
@@ -19,6 +24,8 @@ SECONDS_PER_FLEET = 1.0
 
 def most_replicas(nodes: list[NodeSnapshot], wanted: list[Deployment]) -> int:
     """How many replicas fit, counted with each model's smallest variant: quality never costs a replica."""
+    from ortools.sat.python import cp_model  # takes a second, which the collection of other tests need not wait for
+
     model = cp_model.CpModel()
     devices = [device for each in nodes for device in each.devices]
     placed = []
@@ -45,10 +52,11 @@ def most_replicas(nodes: list[NodeSnapshot], wanted: list[Deployment]) -> int:
     return round(solver.objective_value if status == cp_model.OPTIMAL else solver.best_objective_bound)
 
 
+@pytest.mark.parametrize("seeds", [range(FAST_FLEETS), pytest.param(range(FLEETS), marks=pytest.mark.slow)], ids=len)
 @pytest.mark.parametrize("fill", [0.8, 1.1])
-def test_the_planner_places_nearly_what_the_optimum_places(fill: float) -> None:
+def test_the_planner_places_nearly_what_the_optimum_places(fill: float, seeds: range) -> None:
     by_planner = by_oracle = 0
-    for seed in range(FLEETS // 2):
+    for seed in seeds:
         nodes, wanted = random_fleet(seed, fill=fill)
         made = plan(nodes, MODELS, wanted)
         check_plan(made, nodes, wanted)
@@ -56,5 +64,5 @@ def test_the_planner_places_nearly_what_the_optimum_places(fill: float) -> None:
         assert len(made.assignments) <= best, f"fleet {seed}: more than the optimum means that bytes were miscounted"
         by_planner += len(made.assignments)
         by_oracle += best
-    assert by_oracle > FLEETS
+    assert by_oracle > len(seeds)
     assert by_planner >= SHARE * by_oracle, f"{by_planner} of {by_oracle}"

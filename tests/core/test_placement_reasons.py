@@ -33,9 +33,10 @@ def placed(made: Plan, model: str) -> int:
     return sum(each.model == model for each in made.assignments)
 
 
-def test_every_setting_that_a_remedy_names_places_more() -> None:
+@pytest.mark.parametrize("seeds", [range(16), pytest.param(range(60), marks=pytest.mark.slow)], ids=len)
+def test_every_setting_that_a_remedy_names_places_more(seeds: range) -> None:
     tried = set()
-    for seed in range(60):
+    for seed in seeds:
         nodes, wanted = random_fleet(seed, fill=1.6)
         nodes = [replace(each, devices=(*each.devices, cpu(each.name, 6))) if seed % 2 else each for each in nodes]
         if seed % 5 == 0:

@@ -167,7 +167,7 @@ def test_hash_fractions_are_the_same_everywhere_and_differ_by_every_part() -> No
 
 
 @pytest.mark.parametrize("orders", [0, 1, 2, 50])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=2 * settings().max_examples // 5)
 @given(data=st.data())
 def test_no_device_is_ever_over_filled(orders: int, data: st.DataObject) -> None:
     free = data.draw(st.lists(st.integers(0, 50), min_size=1, max_size=4))

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 import pytest
 from fake_node import FakeNode
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tars.errors import BadGrammar, DoesNotFit, StillLoading, TarsError, UnknownModel
@@ -342,7 +342,6 @@ WATCH = Watch()
 WATCHED = make(WATCH)
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(batch=st.lists(st.one_of([calls_for(spec) for spec in METHODS.values()]), min_size=1, max_size=6))
 def test_any_json_as_params_gets_exactly_one_well_formed_answer(batch: list[dict[str, Any]]) -> None:
     elements = decode(orjson.dumps(batch), EnvelopeLimits())

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tars.messages.inference import Tool
@@ -30,7 +30,6 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(deadline=None)
 @given(
     value=st.dictionaries(st.text(), JSON_VALUES, max_size=4) | st.lists(JSON_VALUES, max_size=4),
     rest=st.text(max_size=20),
@@ -54,7 +53,6 @@ def test_what_cannot_be_json_is_seen_at_once(text: str) -> None:
     assert JsonEnd(0).find(text) == -1
 
 
-@settings(deadline=None)
 @given(arguments=st.dictionaries(st.text(), JSON_VALUES, max_size=4), indent=st.sampled_from([None, 2]))
 def test_arguments_come_out_as_the_model_wrote_them(arguments: dict[str, object], indent: int | None) -> None:
     written = json.dumps(arguments, indent=indent, ensure_ascii=False)

@@ -239,7 +239,7 @@ def answers(draw: st.DrawFn) -> list[str]:
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=4 * settings().max_examples)
 @given(
     pieces=answers(),
     name=st.sampled_from(sorted(TEMPLATES)),
@@ -266,7 +266,7 @@ def test_what_came_out_depends_on_the_text_alone(pieces: list[str], name: str, t
     )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings().max_examples)
 @given(
     text=st.text(alphabet=st.characters(exclude_characters="<[{｜ft", codec="utf-8")),
     name=st.sampled_from(sorted(TEMPLATES)),
@@ -276,7 +276,7 @@ def test_without_marks_everything_comes_out_as_it_is(text: str, name: str, tools
     assert read(stream(name, tools=tools), [text]) == (text, None, [])
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings().max_examples)
 @given(pieces=answers(), name=st.sampled_from(sorted(set(TEMPLATES) - {"harmony"})))
 def test_nothing_but_marks_thoughts_and_calls_is_ever_missing_from_the_text(pieces: list[str], name: str) -> None:
     """Without tools and before any thought, the text is the answer, to the letter."""

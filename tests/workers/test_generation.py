@@ -81,7 +81,7 @@ def seen(deltas: Sequence[Delta]) -> tuple[str, str, list[int], list[tuple[str |
     return "".join(delta.text for delta in deltas), "".join(delta.reasoning for delta in deltas), tokens, calls
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=4 * settings().max_examples)
 @example(tokens=[0, 8], stop=["XYZ"], most=2, broken_at=2, shown_share=0.0, chat=False)
 @example(tokens=[0, 12, 0], stop=[], most=2, broken_at=2, shown_share=0.5, chat=True)
 @example(tokens=[0, 12, 0], stop=[], most=2, broken_at=2, shown_share=1.0, chat=True)

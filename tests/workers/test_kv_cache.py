@@ -173,7 +173,7 @@ def test_common_beginnings() -> None:
     assert common_beginning([1], [1], -1) == 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings().max_examples // 2)
 @given(
     shared=st.booleans(),
     chunk=st.sampled_from([0, 4]),

@@ -18,7 +18,7 @@ TOKENS = [5, 6, 7, 8]
 CELLS = SavedCells(bytes(range(200)), 3)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=20),
     data=st.binary(min_size=1),

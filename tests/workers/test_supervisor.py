@@ -243,6 +243,7 @@ async def test_a_killed_worker_fails_all_its_calls_at_once(make: Make) -> None:
     await worker.wait_ready(20)
 
 
+@pytest.mark.slow
 async def test_a_stopped_worker_counts_as_hung_and_is_replaced(make: Make) -> None:
     worker = await make()
     pid = worker.pid
@@ -257,6 +258,7 @@ async def test_a_stopped_worker_counts_as_hung_and_is_replaced(make: Make) -> No
     assert "no answer" in str(worker.last_error)
 
 
+@pytest.mark.slow
 async def test_an_engine_that_hangs_behind_a_live_event_loop_is_replaced(make: Make) -> None:
     worker = await make()
     with pytest.raises(WorkerCrashed):
@@ -277,6 +279,7 @@ async def test_a_step_that_stands_still_is_broken_off_and_tried_again_before_the
     assert await collect(worker, CompleteParams(prompt="count 1"))
 
 
+@pytest.mark.slow
 async def test_a_step_is_broken_off_early_enough_for_a_second_try_whatever_the_options_say(make: Make) -> None:
     worker = await make(abort_seconds=100.0, hang_seconds=3.0)
     with pytest.raises(WorkerCrashed, match="broken off twice"):
@@ -317,6 +320,7 @@ async def test_counters_come_with_the_pongs(shared: ReplicaWorker) -> None:
     await until(lambda: generated() >= before + 123)
 
 
+@pytest.mark.slow
 async def test_counters_begin_anew_with_the_worker(make: Make) -> None:
     worker = await make()
     await collect(worker, CompleteParams(prompt="count 50"))
@@ -482,7 +486,7 @@ async def test_a_bad_file_fails_for_good_without_a_restart_loop(make: Make) -> N
         await collect(worker, CompleteParams(prompt="count 1"))
 
 
-@pytest.mark.parametrize("path", ["abort", "raise"])
+@pytest.mark.parametrize("path", ["abort", pytest.param("raise", marks=pytest.mark.slow)])
 async def test_a_load_that_keeps_crashing_is_given_up_with_a_clear_message(make: Make, path: str) -> None:
     worker = await make(path, ready=False)
     with pytest.raises(ReplicaFailed, match="3 times in a row") as caught:
@@ -491,6 +495,7 @@ async def test_a_load_that_keeps_crashing_is_given_up_with_a_clear_message(make:
     assert "secret" not in str(caught.value)
 
 
+@pytest.mark.slow
 async def test_a_worker_that_was_given_up_is_due_after_its_cool_down_and_waits_to_be_asked(make: Make) -> None:
     worker = await make("abort", ready=False, crash_limit=1, cool_down_seconds=0.05)
     with pytest.raises(ReplicaFailed):
@@ -502,6 +507,7 @@ async def test_a_worker_that_was_given_up_is_due_after_its_cool_down_and_waits_t
     await until(lambda: worker.state is ReplicaState.FAILED)
 
 
+@pytest.mark.slow
 async def test_a_load_that_crashed_once_is_tried_again(make: Make, tmp_path: Path) -> None:
     worker = await make(f"crash-once:{tmp_path / 'crashed'}")
     assert worker.restarts == 1
@@ -544,6 +550,7 @@ async def test_stop_kills_a_worker_that_does_not_end(make: Make) -> None:
         await worker.stop(0)
 
 
+@pytest.mark.slow
 async def test_a_stopped_replica_can_be_started_again(make: Make) -> None:
     worker = await make()
     await worker.stop(0)
@@ -595,6 +602,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_a_node_killed_by_sigkill_leaves_no_orphan() -> None:
     root = str(HERE.parents[1])
     with subprocess.Popen(
