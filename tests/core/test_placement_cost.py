@@ -6,7 +6,9 @@ from dataclasses import replace
 
 from fleets import MODELS, cpu, gpu, node
 
+from tars.core.memory import estimate_replica, kv_cache_bytes
 from tars.core.placement_cost import MeasuredKey, barred, cost_on, too_slow, wanted_variants
+from tars.core.tuning import settings_for
 from tars.core.types import Adapter, Bytes, Deployment, DeviceId, KvType, ModelKind
 
 PHI3 = MODELS["phi-3-mini"]
@@ -58,6 +60,16 @@ def test_adapters_and_a_draft_model_cost_memory_too() -> None:
     assert drafted.weights == alone.memory.weights + draft.tensor_bytes - draft.host_bytes
     assert drafted.kv_cache > alone.memory.kv_cache
     assert drafted.overhead == alone.memory.overhead
+
+
+def test_a_draft_model_takes_cells_for_two_answers_however_many_slots_there_are() -> None:
+    shape, draft = MODELS["phi-3-mini"].variants[-1].shape, MODELS["phi-2"].variants[-1].shape
+    for slots, sequences in ((1, 1), (2, 2), (8, 2)):
+        settings = settings_for(gpu("a"), ModelKind.CHAT, shape, context=1024, slots=slots)
+        alone = estimate_replica(gpu("a"), ModelKind.CHAT, shape, settings)
+        drafted = estimate_replica(gpu("a"), ModelKind.CHAT, shape, settings, draft=draft)
+        assert drafted.kv_cache - alone.kv_cache == kv_cache_bytes(draft, context=1024, slots=sequences)
+        assert drafted.compute - alone.compute < alone.compute, "it computes 128 tokens at once, not 512"
 
 
 def test_variants_come_best_first_and_only_the_pinned_one_if_one_is() -> None:
