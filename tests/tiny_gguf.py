@@ -23,7 +23,7 @@ WORDS = "▁ ▁a ▁the ▁is ▁to ▁and in er on at en re th he ing ed user 
 CONTEXT_TRAINED = 2048
 
 
-def vocabulary() -> list[tuple[str, float, gguf.TokenType]]:
+def vocabulary(words: str = WORDS) -> list[tuple[str, float, gguf.TokenType]]:
     """(piece, score, type): <unk> <s> </s> <|im_start|> <|im_end|>, 256 bytes, printable ASCII, some words."""
     rows = [
         ("<unk>", 0.0, gguf.TokenType.UNKNOWN),
@@ -34,7 +34,7 @@ def vocabulary() -> list[tuple[str, float, gguf.TokenType]]:
     ]
     rows += [(f"<0x{byte:02X}>", 0.0, gguf.TokenType.BYTE) for byte in range(256)]
     characters = [chr(code) for code in range(33, 127)] + ["é", "ü", "€", "日", "🙂"]
-    pieces = list(dict.fromkeys([*WORDS.split(" "), *characters]))
+    pieces = list(dict.fromkeys([*words.split(" "), *characters]))
     rows += [(piece, -float(index), gguf.TokenType.NORMAL) for index, piece in enumerate(pieces)]
     return rows
 
@@ -49,10 +49,11 @@ def write_tiny_gguf(
     layers: int = 2,
     embedding: int = 64,
     feed_forward: int = 128,
+    words: str = WORDS,
 ) -> Path:
     """Write the file and return its path. Q8_0 matrices (so `embedding` and `feed_forward` are multiples of 32), f32 norms."""
     heads, kv_heads = 4, 2
-    tokens = vocabulary()
+    tokens = vocabulary(words)
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(str(path), architecture)
     writer.add_name("tiny random llama")

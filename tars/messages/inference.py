@@ -28,10 +28,14 @@ class ToolCallDelta(Message):
     arguments: str = ""
 
 
+ToolName = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")]
+"""What OpenAI allows, and the dot of names in namespaces."""
+
+
 class Tool(Message):
     """A function that the model may call. `parameters` is the JSON schema of its arguments."""
 
-    name: str = Field(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9_.-]+$")
+    name: ToolName
     description: str = ""
     parameters: dict[str, Any] = Field(default_factory=lambda: {"type": "object", "properties": {}})
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from tars.messages.inference import Tool, ToolCall, ToolCallDelta
+from tars.messages.inference import Tool, ToolCall, ToolCallDelta, ToolName
 from tars.web.openai_request import OpenAIRequest, refusal
 
 
@@ -21,7 +21,7 @@ class RequestFunction(OpenAIRequest):
     ignored = frozenset({"strict"})
     """TARS always keeps a call's arguments to their schema."""
 
-    name: str
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
 

@@ -199,5 +199,6 @@ def check_finite(logits: Logits) -> None:
     """Raise `ReplicaFailed` where the model computed NaN: sampling from it would be noise."""
     if not math.isfinite(float(logits.max())):
         raise ReplicaFailed(
-            "The model computed something that is not a number: the file is damaged, or this device cannot compute it in this precision."
+            "The model computed something that is not a number: the file is damaged, or this device cannot compute it in this precision. "
+            "Copy or download it again, or deploy the model on another device."
         )

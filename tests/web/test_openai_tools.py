@@ -9,6 +9,8 @@ from pydantic import ValidationError
 
 from tars.errors import InvalidParams
 from tars.messages.inference import Tool, ToolCall, ToolCallDelta
+from tars.web.exchange import validated
+from tars.web.openai_messages import ChatRequest
 from tars.web.openai_tools import (
     RequestTool,
     RequestToolCall,
@@ -89,3 +91,10 @@ def test_a_calls_pieces_open_with_its_id_and_name():
     assert rest == {"index": 1, "function": {"arguments": "{}"}}
     for piece in (opening, rest):
         ChoiceDeltaToolCall.model_validate(piece, strict=True)
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 65])
+def test_a_name_that_no_function_may_have_is_said_with_its_place(name):
+    hello = {"messages": [{"role": "user", "content": "Hi"}]}
+    with pytest.raises(InvalidParams, match=r"^tools\[0\]\.function\.name: "):
+        validated(ChatRequest, {**hello, "tools": [{"type": "function", "function": {"name": name}}]})
