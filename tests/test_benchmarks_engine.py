@@ -236,14 +236,14 @@ def test_smaps_are_read_in_bytes() -> None:
 
 
 def test_embedding_aims_name_a_missing_peer_by_its_absence() -> None:
-    report = EmbeddingReport(limit=[100.0], added_ms=1.0)
+    report = EmbeddingReport(limit={pattern: [100.0] for pattern in PATTERNS}, added_ms=1.0)
     for pattern in PATTERNS:
         report.note("tars", pattern, 95.0)
         report.note("plain encode", pattern, 20.0)
     aims = embedding_aims(report, None)
     assert all(aim.reached for aim in aims)
     assert not any("infinity" in aim.what for aim in aims)
-    slow = EmbeddingReport(rates=report.rates, limit=[200.0], added_ms=3.0)
+    slow = EmbeddingReport(rates=report.rates, limit={pattern: [200.0] for pattern in PATTERNS}, added_ms=3.0)
     assert [aim.reached for aim in embedding_aims(slow, None)] == [False, True, False, True, False]
 
 

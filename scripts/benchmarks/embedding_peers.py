@@ -1,8 +1,9 @@
 """What TARS's embeddings are compared with, each a program of its own: `python embedding_peers.py raw|plain ...`.
 
 Law of this file: `plain` is what a person writes in ten lines: sentence-transformers' `encode` behind an aiohttp handler. `raw` is the
-limit: the forward passes of the back end that the node chose, over all texts at once, sorted by length under its token budget, in one
-process without server, queue or answers. It answers questions on standard input, a JSON object a line.
+limit: the forward passes of the back end that the node chose, over all texts at once, sorted by length under the best of several token
+budgets, in one process without server, queue or answers, and with a worker's environment and settings: `engine_embeddings` gives it these,
+for a second set would measure the difference. It answers questions on standard input, a JSON object a line.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import asyncio
 import json
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 
@@ -40,50 +40,42 @@ def plain(path: str, port: int) -> None:
 
 
 class Raw:
-    """The back end as the node built it: same name, token budget, threads, precision and device."""
+    """The back end as the node's worker builds it: same name, threads, precision, device and handling of memory."""
 
-    def __init__(self, path: str, tuned: dict[str, Any], cuda_device: str | None) -> None:
-        from tars.config import DevicesSection
-        from tars.core.tuning import settings_for
-        from tars.core.types import DeviceKind, ModelKind, NodeId
-        from tars.devices.inventory import Inventory
-        from tars.messages.node import TunedSettings
-        from tars.model_files import inspect_folder
+    def __init__(self, load_spec: str) -> None:
         from tars.workers.embedding_choice import Chooser
+        from tars.workers.embedding_engine import keep_freed_memory
         from tars.workers.embedding_model import LoadedModel, import_engine
         from tars.workers.engine import LoadSpec
 
-        inventory = Inventory(NodeId("bench"), DevicesSection())
-        wanted = DeviceKind.CPU if cuda_device is None else DeviceKind.CUDA
-        device = next(one for one in inventory.snapshot({}) if one.kind is wanted)
-        inventory.close()
-        settings = settings_for(device, ModelKind.EMBEDDING, inspect_folder(Path(path)).shape)
-        spec = LoadSpec(
-            replica="raw",
-            model="raw",
-            engine="sentence-transformers",
-            path=path,
-            cuda_device=cuda_device,
-            threads=settings.threads,
-            precision=settings.precision.value,
-            batch_tokens=settings.batch_tokens,
-            tuned=TunedSettings.model_validate(tuned),
-        )
+        spec = LoadSpec.model_validate_json(load_spec)
         import_engine()
-        model = LoadedModel(path, "embedding")
+        model = LoadedModel(spec.path, "embedding")
         model.torch.set_num_threads(max(1, spec.threads))
+        keep_freed_memory()
         self._tokenizer = model.tokenizer()
         choice = Chooser(model, self._tokenizer, spec, lambda line: print(line, file=sys.stderr)).choose()
         self._backend = choice.backend
-        self._budget = choice.tuned.batch_tokens or spec.batch_tokens
+        self.budget = choice.tuned.batch_tokens or spec.batch_tokens
         self.name = choice.backend.name
+
+    def tune(self, texts: list[str]) -> dict[str, Any]:
+        """Take the budget with which these texts go fastest, in the better of two runs each: the node's own, half, twice, four times."""
+        budgets = [self.budget, self.budget // 2, self.budget * 2, self.budget * 4]
+        seconds = {budget: float("inf") for budget in budgets}
+        for _ in range(2):
+            for budget in budgets:
+                self.budget = budget
+                seconds[budget] = min(seconds[budget], self.many(texts)["seconds"])
+        self.budget = min(budgets, key=lambda budget: seconds[budget])
+        return {"budget": self.budget}
 
     def many(self, texts: list[str]) -> dict[str, Any]:
         """Seconds of all forward passes alone; tokenising and choosing batches are done before."""
         rows = sorted((row for row, _ in self._tokenizer.texts("", texts)), key=len)
         batches = []
         while rows:
-            taken = self._backend.select([len(row) for row in rows], self._budget)
+            taken = self._backend.select([len(row) for row in rows], self.budget)
             batches.append([rows[index] for index in taken])
             chosen = set(taken)
             rows = [row for index, row in enumerate(rows) if index not in chosen]
@@ -100,27 +92,26 @@ class Raw:
         return {"seconds": time.perf_counter() - began, "vector": [float(value) for value in vector]}
 
 
-def raw(path: str, tuned: str, cuda_device: str | None) -> None:
-    loaded = Raw(path, json.loads(tuned), cuda_device)
+def raw(load_spec: str) -> None:
+    loaded = Raw(load_spec)
     print(json.dumps({"backend": loaded.name}), flush=True)
     for line in sys.stdin:
-        asked = json.loads(line)
-        answer = loaded.many(asked["many"]) if "many" in asked else loaded.one(asked["one"])
+        ((question, value),) = json.loads(line).items()
+        answer = {"many": loaded.many, "one": loaded.one, "tune": loaded.tune}[question](value)
         print(json.dumps(answer), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("what", choices=("plain", "raw"))
-    parser.add_argument("--path", required=True)
-    parser.add_argument("--port", type=int)
-    parser.add_argument("--tuned", default="{}")
-    parser.add_argument("--cuda-device")
+    parser.add_argument("--path", help="plain: the model's folder")
+    parser.add_argument("--port", type=int, help="plain")
+    parser.add_argument("--load-spec", help="raw: a LoadSpec as JSON")
     options = parser.parse_args()
     if options.what == "plain":
         plain(options.path, options.port)
     else:
-        raw(options.path, options.tuned, options.cuda_device)
+        raw(options.load_spec)
 
 
 if __name__ == "__main__":

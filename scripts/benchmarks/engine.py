@@ -137,7 +137,9 @@ class Benchmark:
             table.add_column(heading, justify="right" if heading else "left")
         for peer, rates in report.rates.items():
             table.add_row(peer, *(f"{_median(rates[pattern]):.1f}" for pattern in patterns))
-        table.add_row("raw forward pass (the limit)", *([f"{_median(report.limit):.1f}"] * len(patterns)))
+        table.add_row(
+            "raw forward pass (the limit)", *(f"{_median(report.limit[pattern]):.1f}" for pattern in patterns)
+        )
         self.console.print(table)
         raw = {"texts_per_second": report.rates, "limit": report.limit, "added_ms": report.added_ms}
         self.show("embeddings", "embeddings", report.lines, report.aims, {**raw, "backend": report.backend})

@@ -1,9 +1,10 @@
 """Text embeddings and reranking by sentence-transformers models, batched across concurrent calls.
 
-Law of this file: the engine protocol outside; inside it joins the parts: `embedding_intake` reads calls in a thread of its own,
-`embedding_pool` keeps their texts in one queue, `embedding_choice` found the back end, and the loop here computes one batch after the other
-and answers. Vectors are those of `SentenceTransformer.encode(normalize_embeddings=True)`, scores those of `CrossEncoder.predict` (tests
-hold it). A batch that does not fit the device's memory is computed in halves, and the smaller size is remembered.
+Law of this file: the engine protocol outside; inside it joins the parts: `embedding_intake` reads calls (what may take long, in a thread
+of its own), `embedding_pool` keeps their texts in one queue, `embedding_choice` found the back end, and the loop here computes one batch
+after the other and answers: a batch begins as soon as there is a text, none is waited for. Vectors are those of
+`SentenceTransformer.encode(normalize_embeddings=True)`, scores those of `CrossEncoder.predict` (tests hold it). A batch that does not fit
+the device's memory is computed in halves, and the smaller size is remembered.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """From malloc.h."""
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Let glibc keep the activations of one pass for the next: given back and faulted in again, they cost up to 10 % (measured)."""
     with contextlib.suppress(OSError, AttributeError):  # another C library
         mallopt = ctypes.CDLL(None).mallopt
@@ -75,7 +76,7 @@ class EmbeddingEngine:
         model = LoadedModel(spec.path, kind)
         torch = model.torch
         torch.set_num_threads(max(1, spec.threads))
-        _keep_freed_memory()
+        keep_freed_memory()
         free_before = self._free_on_card(torch, spec)
         tokenizer = model.tokenizer()
         progress("warm", 75.0)
@@ -138,7 +139,8 @@ class EmbeddingEngine:
 
     def submit(self, submission: Submission) -> None:
         """See the protocol."""
-        self._inbox.put(submission)
+        if self._intake is None or not self._intake.read_at_once(submission):
+            self._inbox.put(submission)
 
     def cancel(self, sequence: int) -> None:
         """See the protocol. The waiting texts go at once, also while a batch is being computed."""

@@ -110,6 +110,11 @@ class TextPool:
         with self._condition:
             return self._calls.get(call.number) is call
 
+    def is_empty(self) -> bool:
+        """Whether there is no call at all: nothing waits, nothing is being computed."""
+        with self._condition:
+            return not self._calls
+
     def expired(self, now: float) -> list[int]:
         """Numbers of the calls whose deadline is over."""
         with self._condition:

@@ -17,7 +17,7 @@ from tars.messages.inference import (
     Tokenized,
     TokenizeParams,
 )
-from tars.workers.embedding_intake import CHUNK, Intake
+from tars.workers.embedding_intake import AT_ONCE_CHARACTERS, CHUNK, Intake
 from tars.workers.embedding_pool import TextPool
 from tars.workers.embedding_tokenizer import TextTokenizer
 from tars.workers.engine import Submission, Work
@@ -138,6 +138,51 @@ def test_what_the_model_cannot_do_is_refused(kind: str, work: Work, error: type[
     assert [(number, type(told)) for number, told in desk.told] == [(1, error)]
 
 
+def test_a_lone_short_text_is_read_where_it_arrives() -> None:
+    desk = Desk()
+    assert desk.intake.read_at_once(Submission(1, EmbedParams(input=["a b"]), None))
+    assert desk.waiting() == [(1, 0, 4)]
+    assert desk.intake.prompt_tokens == 4
+    desk.pool.end(1)
+    assert desk.intake.read_at_once(Submission(2, EmbedParams(input="a", dimensions=9), None))
+    assert [(number, type(told)) for number, told in desk.told] == [(2, InvalidParams)]
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        EmbedParams(input=["a", "b"]),
+        EmbedParams(input="a" * (AT_ONCE_CHARACTERS + 1)),
+        EmbedParams(input="a", prompt="b" * AT_ONCE_CHARACTERS),
+        EmbedParams(input="a", overflow="mean"),
+        TokenizeParams(text="a"),
+    ],
+)
+def test_whatever_may_take_long_is_left_to_the_reading_thread(work: Work) -> None:
+    desk = Desk()
+    assert not desk.intake.read_at_once(Submission(1, work, None))
+    assert (desk.waiting(), desk.told) == ([], [])
+
+
+def test_a_text_that_meets_others_goes_the_way_of_the_others() -> None:
+    desk = Desk()
+    desk.put(1, EmbedParams(input="a"))
+    desk.intake.step()
+    assert not desk.intake.read_at_once(Submission(2, EmbedParams(input="b"), None))
+    desk.waiting()
+    assert not desk.intake.read_at_once(Submission(2, EmbedParams(input="b"), None))  # computed just now
+    desk.pool.end(1)
+    assert desk.intake.read_at_once(Submission(2, EmbedParams(input="b"), None))
+
+
+def test_a_fault_while_it_is_read_at_once_takes_the_engine_along() -> None:
+    desk = Desk()
+    desk.intake._tokenizer = None  # type: ignore[assignment]  # a bug, as it were
+    assert desk.intake.read_at_once(Submission(1, EmbedParams(input="a"), None))
+    with pytest.raises(AttributeError):
+        desk.pool.wait()
+
+
 def test_a_reader_that_dies_takes_the_engine_along() -> None:
     desk = Desk()
     desk.intake._tokenizer = None  # type: ignore[assignment]  # a bug, as it were
@@ -154,3 +199,46 @@ def test_the_end_of_the_inbox_is_the_pools_end() -> None:
     desk.inbox.close()
     assert desk.pool.wait() is False
     thread.join(10)
+
+
+BOOK = "a b c " * 20000
+"""More than seven windows."""
+
+
+@pytest.mark.parametrize(
+    "work", [TokenizeParams(text=BOOK), EmbedParams(input=BOOK, overflow="mean")], ids=["tokenize", "mean"]
+)
+def test_a_book_lets_the_others_have_their_turns(work: Work) -> None:
+    desk = Desk()
+    desk.put(1, work)
+    desk.put(2, EmbedParams(input="b"))
+    desk.intake.step()
+    desk.intake.step()
+    assert desk.waiting() == [(2, 0, 3)]
+    assert desk.told == []
+    while desk.intake._reading:
+        desk.intake.step()
+    if isinstance(work, TokenizeParams):
+        ((number, answer),) = desk.told
+        assert (number, len(answer.tokens)) == (1, 60002)
+    else:
+        pieces = 0
+        while rows := desk.waiting():
+            pieces += len(rows)
+        assert pieces == 15000
+
+
+@pytest.mark.parametrize(
+    "work", [TokenizeParams(text=BOOK), EmbedParams(input=BOOK, overflow="mean")], ids=["tokenize", "mean"]
+)
+def test_a_book_that_nobody_wants_any_more_is_not_read_on(work: Work) -> None:
+    desk = Desk()
+    desk.put(1, work)
+    desk.intake.step()
+    desk.inbox.cancel(1)
+    desk.intake.step()
+    assert not desk.intake._reading
+    ((number, error),) = desk.told
+    assert number == 1
+    assert isinstance(error, Cancelled)
+    assert desk.waiting() == []

@@ -50,9 +50,13 @@ def test_an_ended_call_is_answered_once_and_its_texts_go() -> None:
     opened(pool, 2, 1)
     assert pool.end(1) is items[0].call
     assert pool.end(1) is None
+    assert not pool.is_empty()
     pool.add(items)  # the tokenizer was at work on them still
     assert taken(pool, 9) == [(2, 0)]
     assert not pool.is_open(items[0].call)
+    assert not pool.is_empty()  # its text was taken, and nobody has answered yet
+    pool.end(2)
+    assert pool.is_empty()
 
 
 def test_a_batch_that_is_put_back_comes_first_again() -> None:

@@ -4,7 +4,11 @@ import pytest
 from word_tokenizer import CLS, COLON, PAD, QUERY, SEP, UNK, WORD, A, B, C, word_tokenizer
 
 pytest.importorskip("tokenizers")
-from tars.workers.embedding_tokenizer import Row, TextTokenizer  # it needs numpy, which comes with tokenizers' users
+from tars.workers.embedding_tokenizer import (
+    WINDOW_CHARACTERS,
+    Row,
+    TextTokenizer,
+)  # it needs numpy, which comes with tokenizers' users
 
 
 def tokenizer(most: int = 6, **options: bool) -> TextTokenizer:
@@ -79,3 +83,25 @@ def test_a_prompt_that_does_not_count_is_skipped_in_the_average() -> None:
 def test_tokens_of_a_whole_text_however_long() -> None:
     assert tokenizer().tokens("word " * 100, special=False) == [WORD] * 100
     assert tokenizer().tokens("nothing", special=True) == [CLS, UNK, SEP]
+
+
+def test_a_book_is_read_in_windows_and_gives_the_same_ids() -> None:
+    words = tokenizer()
+    text = "word  a b " * 5000 + "\tc" * 20000 + "word" * 10000
+    windows = list(words._windows(text))
+    assert len(windows) > 6
+    assert "".join(windows) == text
+    assert max(map(len, windows)) <= WINDOW_CHARACTERS
+    assert sum(1 for _ in words.reading_tokens("word a b " * 5000, special=True)) == 2
+    assert words.tokens("word a b " * 5000, special=True) == [CLS, *[WORD, A, B] * 5000, SEP]
+    rows = words.pieces("query: ", "word a b " * 5000)
+    assert [token for row in rows for token in row.ids.tolist()[3:-1]] == [WORD, A, B] * 5000
+
+
+def test_a_text_that_begins_with_a_mark_of_its_own_is_read_in_one_piece() -> None:
+    backend = word_tokenizer()
+    from tokenizers import normalizers
+
+    backend.normalizer = normalizers.Prepend("a ")
+    marked = TextTokenizer(backend, 6, PAD)
+    assert marked.tokens("b " * 20000, special=False) == [A, *[B] * 20000]
