@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
 import time
 import traceback
 from pathlib import Path
@@ -66,6 +65,7 @@ class LlamaEngine:
         self._model: Model
         self._adapters: Adapters
         self._drafting: Drafting | None = None
+        self._draft_said = ""
         self._context: Context | None = None
         self._cache: KvCache
         self._batcher: Batcher | None = None
@@ -119,13 +119,11 @@ class LlamaEngine:
                 self._drafting = Drafting(
                     self._model, spec, self._log, lambda percent: progress("load", 80.0 + 0.02 * percent)
                 )
+                self._draft_said = ", with a draft model"
+            elif spec.exact:
+                self._draft_said = ", without its draft model (exact mode)"
             else:
-                why = (
-                    "in exact mode, for it changes the shapes that the model computes in"
-                    if spec.exact
-                    else "for this model, which cannot take back what was proposed"
-                )
-                print(f"The draft model is not used {why}.", file=sys.stderr, flush=True)
+                self._draft_said = ", without its draft model (this model cannot take tokens back)"
         source = self._model.chat_template
         template = ChatTemplate(
             source or CHATML, self._model.special_text(self._model.bos), self._model.special_text(self._model.eos)
@@ -177,7 +175,7 @@ class LlamaEngine:
             has_chat_template=source is not None,
             architecture=self._model.architecture,
             backend=f"llama.cpp (llama-cpp-python {llama_library.version()}), {'GPU' if self._on_device else 'CPU'}"
-            + (", with a draft model" if self._drafting is not None else ""),
+            + self._draft_said,
             file_sha256=spec.sha256,
             speeds=tuned.speeds,
             tuned=tuned,
@@ -251,7 +249,7 @@ class LlamaEngine:
         if self._drafting is not None:
             progress("warm", 97.0)
             if not self._drafting.warm_up(context, ordinary, flash_attention=flash, mark=self._tick):
-                print("The draft model would make this replica slower, so it is not used.", file=sys.stderr, flush=True)
+                self._draft_said = ", without its draft model (slower with it)"
                 self._drafting.close()
                 self._drafting = None
         context.native_seconds, context.decodes = 0.0, 0
