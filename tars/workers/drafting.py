@@ -7,6 +7,7 @@ bookkeeping. What goes wrong in it while answers run takes the proposals away an
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import traceback
@@ -27,8 +28,9 @@ from tars.workers.llama_sampling import check_finite
 VOCABULARY_DIFFERS_BY = 128
 """Padding tokens at the end of one of the vocabularies (llama.cpp's SPEC_VOCAB_MAX_SIZE_DIFFERENCE)."""
 
-TRIES, TRY_SECONDS = 4, 0.2
-"""Of each shape that is measured at load."""
+ROUNDS, ROUNDS_SECONDS = 8, 2.0
+"""Of all the shapes that are measured at load, one after the other: what else the machine does meanwhile falls on each alike. No round
+begins after so many seconds."""
 
 
 @dataclass(slots=True)
@@ -271,28 +273,33 @@ def measure(target: Context, draft: Context, token: int, answers: int, mark: Cal
     """
 
     def seconds(context: Context, streams: int, count: int) -> float:
-        times: list[float] = []
-        while not times or (len(times) < TRIES and sum(times) < TRY_SECONDS):
-            began = time.perf_counter()
-            context.decode(
-                [token] * (streams * count),
-                [position for _ in range(streams) for position in range(count)],
-                [stream for stream in range(streams) for _ in range(count)],
-                list(range(streams * count)),
-            )
-            times.append(max(1e-9, time.perf_counter() - began))
-            mark()
-            for stream in range(streams):
-                context.forget(stream, 0)
-        return min(times)
+        began = time.perf_counter()
+        context.decode(
+            [token] * (streams * count),
+            [position for _ in range(streams) for position in range(count)],
+            [stream for stream in range(streams) for _ in range(count)],
+            list(range(streams * count)),
+        )
+        took = max(1e-9, time.perf_counter() - began)
+        mark()
+        for stream in range(streams):
+            context.forget(stream, 0)
+        return took
 
     every = range(1, answers + 1)
     fitting = [length for length in LENGTHS if answers * (length + 1) <= target.most]
-    return Costs(
-        draft={count: seconds(draft, count, 1) for count in every},
-        plain={count: seconds(target, count, 1) for count in every},
-        checked={(count, length): seconds(target, count, length + 1) for count in every for length in fitting},
-    )
+    drafted, plain = dict.fromkeys(every, math.inf), dict.fromkeys(every, math.inf)
+    checked = {(count, length): math.inf for count in every for length in fitting}
+    ends = time.perf_counter() + ROUNDS_SECONDS
+    for done in range(ROUNDS):
+        if done and time.perf_counter() >= ends:
+            break
+        for count in every:
+            drafted[count] = min(drafted[count], seconds(draft, count, 1))
+            plain[count] = min(plain[count], seconds(target, count, 1))
+            for length in fitting:
+                checked[count, length] = min(checked[count, length], seconds(target, count, length + 1))
+    return Costs(drafted, plain, checked)
 
 
 def _same_vocabulary(model: Model, draft: Model) -> bool:
