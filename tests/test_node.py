@@ -86,12 +86,14 @@ def test_an_unknown_model_in_the_configuration_is_refused(tmp_path):
     assert "mistral-7" in done.stderr
 
 
+@pytest.mark.slow
 def test_listening_beyond_loopback_without_a_key_is_refused_with_the_fix(tmp_path):
     done = run_node("--listen", "0.0.0.0:0", "--state-dir", tmp_path)
     assert done.returncode == 2
     assert "[[security.api_key]]" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_busy_port_is_refused_with_another_one(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

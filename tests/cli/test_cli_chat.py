@@ -85,6 +85,7 @@ def test_an_empty_pipe_is_wrong_usage(node: Any, tars: Callable[..., Any], monke
 
 
 @pytest.mark.parametrize("locale", ["C", "C.UTF-8"])
+@pytest.mark.slow
 def test_a_pipe_without_text_is_wrong_usage(node: Any, locale: str) -> None:
     ran = subprocess.run(
         [*IN_A_PROCESS, "chat", "--url", node.url],
@@ -114,6 +115,7 @@ def test_an_error_with_json_is_a_document_too(node: Any, tars: Callable[..., Any
 
 
 @pytest.mark.parametrize(("variable", "dim"), [("", True), ("1", False)])
+@pytest.mark.slow
 def test_on_a_terminal_the_reasoning_is_shown_dim_before_the_answer(node: Any, variable: str, dim: bool) -> None:
     node.thoughts = ["Let me ", "see\x1b[2J."]
     terminal, side = pty.openpty()
@@ -231,6 +233,7 @@ def test_ctrl_c_ends_a_question_and_the_work_on_the_node(node: Any) -> None:
     assert node.left.wait(10)
 
 
+@pytest.mark.slow
 def test_ctrl_c_cancels_an_answer_and_the_conversation_goes_on(node: Any) -> None:
     node.hold_after = 2
     terminal, side = pty.openpty()

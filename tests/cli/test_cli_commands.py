@@ -380,6 +380,7 @@ def test_watching_outlasts_a_node_that_goes_away_and_comes_back(
 # --- endings ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_early_causes_no_traceback(answering: Any) -> None:
     process = subprocess.Popen(
         [*IN_A_PROCESS, "status", "--url", answering.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -393,6 +394,7 @@ def test_a_reader_that_leaves_early_causes_no_traceback(answering: Any) -> None:
     assert err == ""
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_only_ascii_gets_an_answer(answering: Any) -> None:
     ran = subprocess.run(
         [*IN_A_PROCESS, "status", "--url", answering.url],

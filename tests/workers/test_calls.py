@@ -66,7 +66,7 @@ async def test_the_time_budget_ends_a_call_behind_what_came_in_time() -> None:
 @pytest.mark.parametrize("answers", [1, 3])
 async def test_a_slow_reader_gets_the_same_in_fewer_pieces(answers: int) -> None:
     call = Call(WORK, 60, answers)
-    count = 50 * BACKLOG_MOST
+    count = 16 * BACKLOG_MOST
     for n in range(count):
         for index in range(answers):
             logprob = TokenLogprob(token="é", token_id=n, logprob=-1.0, top=[("é", -1.0)])

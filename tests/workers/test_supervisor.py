@@ -287,6 +287,7 @@ async def test_a_step_is_broken_off_early_enough_for_a_second_try_whatever_the_o
     assert worker.restarts == 0
 
 
+@pytest.mark.slow
 async def test_a_node_that_does_not_read_bounds_the_workers_memory_and_loses_only_those_calls(make: Make) -> None:
     worker = await make(hang_seconds=30.0)
     assert worker.pid
@@ -333,6 +334,7 @@ async def test_counters_begin_anew_with_the_worker(make: Make) -> None:
     assert worker.counters.generated_tokens == 0
 
 
+@pytest.mark.slow
 async def test_a_running_answer_is_saved_and_goes_on_where_it_was_without_a_gap(make: Make, tmp_path: Path) -> None:
     worker = await make(saved_folder=tmp_path / "sequences")
     handle = CallHandle()
@@ -417,6 +419,7 @@ async def test_a_call_of_several_answers_takes_as_many_slots(make: Make) -> None
     await asyncio.wait(calls)
 
 
+@pytest.mark.slow
 async def test_a_long_busy_call_is_not_mistaken_for_a_hang(make: Make) -> None:
     worker = await make()
     with pytest.raises(DeadlineExceeded):
@@ -486,7 +489,8 @@ async def test_a_bad_file_fails_for_good_without_a_restart_loop(make: Make) -> N
         await collect(worker, CompleteParams(prompt="count 1"))
 
 
-@pytest.mark.parametrize("path", ["abort", pytest.param("raise", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("path", ["abort", "raise"])
+@pytest.mark.slow
 async def test_a_load_that_keeps_crashing_is_given_up_with_a_clear_message(make: Make, path: str) -> None:
     worker = await make(path, ready=False)
     with pytest.raises(ReplicaFailed, match="3 times in a row") as caught:
