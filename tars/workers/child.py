@@ -36,6 +36,9 @@ LINES_PER_SECOND = 50
 LINES_BURST = 500
 """Lines that may come at once before the average counts."""
 
+WRONG = re.compile(r"error|exception|failed|fatal|^Traceback ", re.IGNORECASE)
+"""Lines of a worker that say why something went wrong: people see these, everything else is for a collector (`log_format = json`)."""
+
 SECRET = re.compile(r"^TARS_|KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 """Names of environment variables that a worker never sees: it needs none of TARS's, and native code prints what it likes.
 `TOKENIZERS_PARALLELISM` is set after this sieve."""
@@ -197,7 +200,7 @@ class Child:
 
     async def _read_lines(self, stream: asyncio.StreamReader) -> None:
         """Native prints to the node's log: cut to `LINE_MOST` bytes, at most `LINES_PER_SECOND` on average."""
-        rest = b""
+        rest, wrong = b"", False
         allowance, at, dropped = float(LINES_BURST), time.monotonic(), 0
         while data := await stream.read(READ_SIZE):
             *lines, rest = (rest + data).split(b"\n")
@@ -217,6 +220,8 @@ class Child:
                         "%s: %d lines of the worker were dropped: it prints too much", self._spec.replica, dropped
                     )
                     dropped = 0
-                log.info("%s: %s", self._spec.replica, text)
+                # A traceback's lines are indented, up to the one that names the exception.
+                wrong = bool(WRONG.search(text)) or (wrong and text.startswith(" "))
+                log.log(logging.WARNING if wrong else logging.INFO, "%s: %s", self._spec.replica, text)
         if rest:
             self.last_lines.append(rest.decode("utf-8", "replace"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from tars.workers.child import Child, child_environment, end_of
@@ -60,3 +62,26 @@ async def test_a_fault_in_watching_a_worker_is_its_end_and_not_an_endless_wait(
     await child.wait()
     assert ends == ["the node lost sight of it"]
     assert "embedded null byte" in caplog.text
+
+
+async def test_people_see_the_lines_that_say_why_and_a_collector_all_of_them(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="tars.workers.child")
+    child = Child(spec(), "engine", {"BROKEN": "a\0b"}, lambda message: None, lambda cause: None)
+    await child.wait()
+    caplog.clear()
+    stream = asyncio.StreamReader()
+    stream.feed_data(
+        b"llama_context: the full capacity of the model will not be utilized\nllama_model_load: error loading model\n"
+        b'Traceback (most recent call last):\n  File "x.py", line 3, in run\n    boom()\nKeyError: 3\nloaded\n'
+    )
+    stream.feed_eof()
+    await child._read_lines(stream)
+    told = [record.getMessage().partition(": ")[2] for record in caplog.records if record.levelname == "WARNING"]
+    assert told == [
+        "llama_model_load: error loading model",
+        "Traceback (most recent call last):",
+        '  File "x.py", line 3, in run',
+        "    boom()",
+        "KeyError: 3",
+    ]
+    assert len(caplog.records) == 7
