@@ -65,7 +65,7 @@ async def test_a_fault_in_watching_a_worker_is_its_end_and_not_an_endless_wait(
 
 
 async def test_people_see_the_lines_that_say_why_and_a_collector_all_of_them(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", logger="tars.workers.child")
+    caplog.set_level("INFO", logger="tars.worker")
     child = Child(spec(), "engine", {"BROKEN": "a\0b"}, lambda message: None, lambda cause: None)
     await child.wait()
     caplog.clear()
