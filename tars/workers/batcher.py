@@ -43,6 +43,9 @@ TOGETHER_SECONDS = 4.0
 WORTH_WAITING = 64
 """Tokens of a prompt that are being computed for another one, for which it waits a step: fewer are computed again in the same pass."""
 
+WORTH_MOVING = 8
+"""Tokens that an answer may still have, from which it is moved beside the others: the copy costs about as much as two gaps."""
+
 SWAPPED_MOST = 2**30
 """Bytes of KV cells of preempted answers that are kept in RAM; beyond it they are computed again."""
 
@@ -189,6 +192,7 @@ class Batcher:
             if not rows:
                 return
         self._context.perform(actions)
+        self._close_up(rows)
         for group in self._groups(rows):
             # Where llama.cpp found no room for an earlier group, one of this may have been sent away.
             still = sorted((answer for answer in group if answer.stream is not None), key=_stream_of)
@@ -262,6 +266,23 @@ class Batcher:
                 rows[index].position = 0
             drafting.took(count - 1, accepted[index], ended=rows[index].stream is None)
         return True
+
+    def _close_up(self, rows: Sequence[Answer]) -> None:
+        """Move an answer into a gap between the others, where it has enough tokens before it to be worth the copy."""
+        streams = [_stream_of(answer) for answer in rows]
+        if len(rows) < 2 or max(streams) - min(streams) + 1 == len(rows) or self._context.copying:
+            return
+        ends = (min(streams), max(streams))
+        if any(answer.call.most - answer.generated < WORTH_MOVING for answer in rows if answer.stream in ends):
+            return
+        moved = self._cache.close_up()
+        if moved is None:
+            return
+        source, target, actions = moved
+        self._context.perform(actions)
+        for answer in self.running:
+            if answer.stream == source:
+                answer.stream = target
 
     def _groups(self, rows: list[Answer]) -> list[list[Answer]]:
         """Answers that may be computed together: those of one adapter. First the one that is in use, for a switch costs time."""

@@ -6,6 +6,10 @@ llama.cpp's memory in that order.
 A stream is one sequence id of llama.cpp. Streams of ended sequences keep their tokens until somebody needs the place (least recently used
 first), so that a prompt that begins like a recent or a running one computes only what is new. Cells are counted one by one, with their
 owners: in a cache that the streams share, a copied beginning costs no new cell.
+
+Where every stream has cells of its own, llama.cpp computes only neighbours together, and every gap between running ones costs a pass over
+the weights in each step, more than a copy of a stream costs once. So new sequences go beside the running ones, and `close_up` fills gaps;
+what lay there moves to where nothing or something older lies.
 """
 
 from __future__ import annotations
@@ -126,18 +130,19 @@ class KvCache:
             return None
         self._clock += 1
         source, kept = self._longest(prompt, adapter, free)
-        actions: tuple[Action, ...] = ()
-        if source is not None and source in free and self._continue_in_place(source, kept, free):
-            target = source
+        goes_on = source is not None and source in free and self._continue_in_place(source, kept, free)
+        target = min(free, key=lambda number: self._cost(number, source, goes_on))
+        if target == source:
+            actions = self._set_aside(target) if self._neighbours_count and not goes_on else ()
             if self.length(target) > kept:
-                actions = (Trim(target, kept),)
+                actions = (*actions, Trim(target, kept))
             self._cut(target, kept)
         else:
             if kept < WORTH_COPYING and not self._shared:
                 kept = 0
-            target = min(free, key=lambda number: self._cost(number, source))
+            actions = self._set_aside(target, source) if self._neighbours_count else ()
             if self._streams[target].tokens:
-                actions = (Trim(target, 0),)
+                actions = (*actions, Trim(target, 0))
             self._cut(target, 0)
             if kept and source is not None:
                 actions = (*actions, Copy(source, target, kept))
@@ -145,6 +150,25 @@ class KvCache:
         stream = self._streams[target]
         stream.taken, stream.adapter, stream.used_at = True, adapter, self._clock
         return Place(target, kept, actions)
+
+    def close_up(self) -> tuple[int, int, tuple[Action, ...]] | None:
+        """Let the running sequence at an end move into a gap between running ones: from where, to where, and what to do; None
+        where there is no gap, or it would not help.
+        """
+        taken = [number for number, stream in enumerate(self._streams) if stream.taken]
+        if not self._neighbours_count or len(taken) < 2 or taken[-1] - taken[0] + 1 == len(taken):
+            return None
+        gaps = [number for number in range(taken[0], taken[-1]) if not self._streams[number].taken]
+        # The end whose loss shortens the span more: a lone one far out before one of a block.
+        last = taken[-1] - taken[-2] >= taken[1] - taken[0]
+        mover, gap = (taken[-1], gaps[0]) if last else (taken[0], gaps[-1])
+        actions = self._set_aside(gap)
+        if self._streams[gap].tokens:
+            actions = (*actions, Trim(gap, 0))
+        self._cut(gap, 0)
+        actions = (*actions, Copy(mover, gap, self.length(mover)), Trim(mover, 0))
+        self._streams[gap], self._streams[mover] = self._streams[mover], self._streams[gap]
+        return mover, gap, actions
 
     def beginning(self, prompt: Sequence[int], adapter: str = "") -> int:
         """How many of a prompt's tokens `take` would find now."""
@@ -244,10 +268,49 @@ class KvCache:
         empty = any(not self._streams[number].tokens for number in free)
         return kept >= WORTH_COPYING and lost <= kept and not empty
 
-    def _cost(self, number: int, source: int | None) -> tuple[bool, bool, int]:
-        """What taking a free stream costs: the source of a copy last, empty ones first, then the least recently used."""
+    def _cost(self, number: int, source: int | None, goes_on: bool) -> tuple[int, bool, bool, bool, int]:
+        """What taking a free stream costs: gaps between running ones; then the found one is best where it `goes_on`, else, as the source
+        of a copy, worst; empty ones are better than used ones, and these the longer ago they were used.
+        """
         stream = self._streams[number]
-        return (number == source, bool(stream.tokens), stream.used_at)
+        blocks = 0
+        if self._neighbours_count:
+            taken = [each.taken or place == number for place, each in enumerate(self._streams)]
+            blocks = sum(here and not before for before, here in zip([False, *taken], taken, strict=False))
+        return (
+            blocks,
+            not (goes_on and number == source),
+            number == source,
+            bool(stream.tokens),
+            stream.used_at,
+        )
+
+    @property
+    def _neighbours_count(self) -> bool:
+        """Whether it matters where sequences lie, and they can be moved."""
+        return not self._shared and self._partial
+
+    def _set_aside(self, number: int, source: int | None = None) -> tuple[Action, ...]:
+        """Copy what lies in a free stream to where nothing lies, or something older; nothing where it is not worth that. `source` stays."""
+        one = self._streams[number]
+        if len(one.tokens) < WORTH_COPYING:
+            return ()
+        others = [
+            other
+            for other, stream in enumerate(self._streams)
+            if not stream.taken
+            and other not in (number, source)
+            and (not stream.tokens or stream.used_at < one.used_at)
+        ]
+        if not others:
+            return ()
+        place = min(others, key=lambda other: (bool(self._streams[other].tokens), self._streams[other].used_at))
+        actions: tuple[Action, ...] = (Trim(place, 0),) if self._streams[place].tokens else ()
+        self._cut(place, 0)
+        self._share(number, place, len(one.tokens))
+        aside = self._streams[place]
+        aside.adapter, aside.used_at = one.adapter, one.used_at
+        return (*actions, Copy(number, place, len(one.tokens)))
 
     def _share(self, source: int, target: int, length: int) -> None:
         taken_over, stream = self._streams[source], self._streams[target]

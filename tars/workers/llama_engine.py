@@ -547,6 +547,9 @@ class LlamaEngine:
             text = "There is no such running answer here, or it is one of several; nothing was saved."
             self._out.append((submission.sequence, InvalidParams(text)))
             return
+        if self._context.copying:
+            self._inbox.put(submission)  # its cells may still be on their way: after the next step
+            return
         answer = call.answers[0]
         try:
             cells = answer.saved

@@ -405,7 +405,8 @@ def test_numbers_that_are_none_end_their_call_in_the_middle_of_a_drafted_step(
         except ReplicaFailed:
             failed += 1
             assert drafted.tokens(number) == wanted[prompt][: len(drafted.tokens(number))]
-            assert len(drafted.tokens(number)) % 9 == 4, "the first token, whole steps of nine, and three of this one"
+            # The first token, whole steps of nine, and three of this one; the last may be held back until its text is certain.
+            assert len(drafted.tokens(number)) % 9 in (3, 4)
         else:
             assert drafted.tokens(number) == wanted[prompt]
     assert (poisoned.is_set(), failed) == (True, 1)

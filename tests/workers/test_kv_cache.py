@@ -173,18 +173,81 @@ def test_common_beginnings() -> None:
     assert common_beginning([1], [1], -1) == 0
 
 
+def test_a_new_sequence_goes_beside_the_running_ones_and_what_lay_there_is_kept() -> None:
+    cache, memory = split(streams=4)
+    prompts = [[100 * number + index for index in range(50)] for number in range(3)]
+    places = [begin(cache, memory, prompt) for prompt in prompts]
+    assert [place.stream for place in places] == [0, 1, 2]
+    cache.release(1)
+    cache.release(2)
+    new = begin(cache, memory, [7] * 40)
+    assert new.stream == 1, "stream 3 is empty, but a gap would cost every step a pass over the weights"
+    assert cache.beginning([*prompts[1], 1, 2]) == 50
+    assert memory.streams[3] == prompts[1]
+
+
+def test_what_nothing_older_gives_way_to_is_lost() -> None:
+    cache, memory = split(streams=3)
+    prompts = [[100 * number + index for index in range(50)] for number in range(3)]
+    for prompt in prompts:
+        begin(cache, memory, prompt)
+    cache.release(1)
+    cache.release(2)
+    assert begin(cache, memory, [7] * 40).stream == 1
+    assert cache.beginning([*prompts[1], 1, 2]) == 0, "it was the one used least recently"
+    assert cache.beginning([*prompts[2], 1, 2]) == 50
+
+
+def test_one_caller_goes_on_where_his_chat_lies_wherever_that_is() -> None:
+    cache, memory = split(streams=4)
+    for number in range(3):
+        begin(cache, memory, [100 * number + index for index in range(50)])
+    for number in range(3):
+        cache.release(number)
+    again = begin(cache, memory, [*range(200, 250), 1, 2, 3])
+    assert (again.stream, again.kept, again.actions) == (2, 50, ())
+
+
+def test_a_running_sequence_moves_into_the_gap_that_another_left() -> None:
+    cache, memory = split(streams=4)
+    prompts = [[100 * number + index for index in range(50)] for number in range(4)]
+    for prompt in prompts:
+        begin(cache, memory, prompt)
+    cache.release(1)
+    cache.release(2)
+    first = cache.close_up()
+    assert first is not None
+    source, target, actions = first
+    assert (source, target) == (3, 1)
+    memory.perform(actions)
+    assert memory.streams[1] == prompts[3]
+    assert memory.streams[3] == []
+    assert cache.close_up() is None
+    assert cache.beginning([*prompts[2], 1, 2]) == 50
+
+
+def test_where_sequences_share_cells_or_cannot_be_moved_nothing_is() -> None:
+    for cache in (KvCache(4, 400, shared=True), KvCache(4, 400, shared=False, partial=False)):
+        memory = Memory(4)
+        for number in range(3):
+            begin(cache, memory, [number] * 30)
+        cache.release(1)
+        assert cache.close_up() is None
+
+
 @settings(max_examples=3 * settings().max_examples // 2)
 @given(
     shared=st.booleans(),
     chunk=st.sampled_from([0, 4]),
     steps=st.lists(
-        st.tuples(st.sampled_from(["begin", "end", "drop", "grow"]), st.integers(0, 5), st.integers(0, 7)), max_size=60
+        st.tuples(st.sampled_from(["begin", "end", "drop", "grow", "close up"]), st.integers(0, 5), st.integers(0, 7)),
+        max_size=60,
     ),
 )
 def test_whatever_happens_the_bookkeeping_agrees_with_the_memory(
     shared: bool, chunk: int, steps: list[tuple[str, int, int]]
 ) -> None:
-    cache, memory = KvCache(3, 300, shared=shared, chunk=chunk), Memory(3)
+    cache, memory = KvCache(5, 500, shared=shared, chunk=chunk), Memory(5)
     running: list[int] = []
     for kind, choice, last in steps:
         if kind == "begin":
@@ -209,9 +272,23 @@ def test_whatever_happens_the_bookkeeping_agrees_with_the_memory(
                 memory.perform(room)
                 cache.append(stream, [last])
                 memory.streams[stream].append(last)
+        elif kind == "close up":
+            while (moved := cache.close_up()) is not None:
+                source, target, actions = moved
+                assert source in running
+                assert target not in running
+                tokens, span = list(memory.streams[source]), max(running) - min(running)
+                memory.perform(actions)
+                assert (memory.streams[target], memory.streams[source]) == (tokens, [])
+                running[running.index(source)] = target
+                assert max(running) - min(running) < span
+            assert shared or not running or max(running) - min(running) + 1 == len(running)
         elif running:
             stream = running.pop(choice % len(running))
             memory.perform(cache.release(stream, keep=kind == "end"))
-        assert [cache.length(number) for number in range(3)] == [len(tokens) for tokens in memory.streams]
+        assert [cache.length(number) for number in range(5)] == [len(tokens) for tokens in memory.streams]
+        if not chunk and not any(cache.length(number) == 0 for number in range(5)):
+            for number in set(range(5)) - set(running):
+                assert cache.beginning([*memory.streams[number], -1, -2]) >= cache.length(number)
         assert cache.free >= 0
-        assert cache.used + cache.cached + cache.free == 300
+        assert cache.used + cache.cached + cache.free == 500
