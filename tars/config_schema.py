@@ -387,11 +387,11 @@ class EnginesSection(Section):
     """[engines]: how the engines of this PC compute."""
 
     inter_token_ms: float = Field(
-        100.0,
+        50.0,
         gt=0,
         le=60_000,
-        description="How long a prompt that comes in may hold up the next token of running answers. More makes prompts wait less and "
-        "answers less smooth; with 50 a CPU that 16 callers kept busy made a fifth fewer tokens. Never less than 16 tokens are computed.",
+        description="How long a prompt that comes in may hold up the next token of running answers; where a step of these takes longer "
+        "itself, as long as that. More makes prompts wait less and answers less smooth. Never less than 16 tokens are computed.",
     )
     exact: bool = Field(
         False,

@@ -217,7 +217,7 @@ def test_a_deploy_table_that_contradicts_itself_is_refused(wrong: dict[str, int]
 def test_an_engines_table_has_bounds_and_known_back_ends(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         EnginesSection(**wrong)
-    assert EnginesSection(embedding_backend="openvino-bf16").inter_token_ms == 100.0
+    assert EnginesSection(embedding_backend="openvino-bf16").inter_token_ms == 50.0
 
 
 @pytest.mark.parametrize("name", ["a:b", "", "a/b", "-a", "a b"])

@@ -107,7 +107,7 @@ class LoadSpec(Message):
     mmap: bool = True
     precision: str = "fp32"
     batch_tokens: int = 4096
-    inter_token_ms: float = 100.0
+    inter_token_ms: float = 50.0
     """How long a prompt that comes in may hold up the next token of the running answers."""
     exact: bool = False
     """Compute every sequence in fixed shapes, so that its text does not depend on what else runs; slower."""

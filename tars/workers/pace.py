@@ -25,16 +25,17 @@ class Pace:
     def __init__(self, chunk: int, most: int, bound: float, *, least: int = LEAST) -> None:
         self._most = max(1, most)
         self._least = least
-        self._bound = bound
+        self.bound = bound
+        """May change: what counts is what it is when a chunk is reported."""
         self.chunk = max(1, min(chunk, self._most))
 
     def took(self, tokens: int, seconds: float) -> None:
         """A chunk of so many tokens took so long."""
-        if seconds > self._bound:
+        if seconds > self.bound:
             # What took too long is what was computed, however much would have been allowed.
-            share = min(SHRINK, max(SHRINK_MOST, self._bound / seconds))
+            share = min(SHRINK, max(SHRINK_MOST, self.bound / seconds))
             self.chunk = min(self.chunk, self._whole(min(self.chunk, max(tokens, self._least)) * share))
-        elif tokens >= self.chunk and seconds <= ROOM * self._bound:
+        elif tokens >= self.chunk and seconds <= ROOM * self.bound:
             self.chunk = self._whole(max(self.chunk * GROW, self.chunk + STEP))
 
     def broken_off(self, tokens: int) -> None:
