@@ -390,8 +390,8 @@ class EnginesSection(Section):
         50.0,
         gt=0,
         le=60_000,
-        description="How long a prompt that comes in may hold up the next token of running answers; where a step of these takes longer "
-        "itself, as long as that. More makes prompts wait less and answers less smooth. Never less than 16 tokens are computed.",
+        description="How long a prompt that comes in may hold up the next token of running answers; where a step of these takes long "
+        "itself, half as long again as that. More makes prompts wait less and answers less smooth. Never less than 16 tokens are computed.",
     )
     exact: bool = Field(
         False,

@@ -4,8 +4,8 @@ Law of this file: it owns the waiting and the running answers, the KV cache's bo
 nothing. Rows of logits go to `choose`, calls whose steps do not end go to `fail`.
 
 A step is one token for every running answer in one decode, then at most one chunk of the prompts that come in, in another: so a long prompt
-holds up the others by a chunk and no more, which takes about as long as the decode at most, or as `Shapes.bound` says. Prompts are computed
-in the order they came; where one begins like another that is in the cache by then, it takes that over.
+holds up the others by a chunk and no more, which may take as long as `Shapes.bound` says, or half as long again as the decode. Prompts are
+computed in the order they came; where one begins like another that is in the cache by then, it takes that over.
 
 Calls that come together while nothing runs are brought in first, one after the other, each with its first token as soon as its prompt is
 done: with decodes of the first few in between, all of them would end later.
@@ -46,6 +46,9 @@ WORTH_WAITING = 64
 DECODES_AVERAGED = 8
 """Over so many of the last ones, about, the seconds of a decode of all running answers are averaged."""
 
+CHUNK_TO_DECODE = 1.5
+"""How many times as long as a decode a chunk may take: with less, prompts of 200 tokens for answers of 100 never fill 16 streams."""
+
 WORTH_MOVING = 8
 """Tokens that an answer may still have, from which it is moved beside the others: the copy costs about as much as two gaps."""
 
@@ -64,7 +67,7 @@ class Shapes:
     most: int
     """Prompt tokens of one decode at most."""
     bound: float
-    """Seconds that a chunk may take while answers run; where a decode of all of them takes longer, as long as that."""
+    """Seconds that a chunk may take while answers run, if a decode of all of them is quick."""
     gap: int
     """Idle streams between two running ones that are computed along with them."""
     exact: bool
@@ -161,7 +164,7 @@ class Batcher:
             began = time.perf_counter()
             self._decode_rows(rows)
             self._decode_seconds += (time.perf_counter() - began - self._decode_seconds) / DECODES_AVERAGED
-            self._pace.bound = max(self._shapes.bound, self._decode_seconds)
+            self._pace.bound = max(self._shapes.bound, CHUNK_TO_DECODE * self._decode_seconds)
             if self.waiting or any(not self._is_row(answer) for answer in self.running):
                 between()  # what the rows brought must not wait for the chunk
         self._prefill_for(self._pace if rows else self._pace_alone)

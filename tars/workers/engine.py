@@ -7,8 +7,9 @@ Law of this file: no engine package is imported here, and an engine knows nothin
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from pydantic import Field
@@ -135,6 +136,8 @@ class Submission:
     work: Work
     deadline: float | None
     resume: Resume | None = None
+    received: float = field(default_factory=time.monotonic)
+    """On the same clock."""
 
 
 class Engine(Protocol):

@@ -349,7 +349,7 @@ class LlamaEngine:
             batcher.stopped_by_watchdog = False  # it came when its step had just ended
             now = time.monotonic()
             for submission in taken.submissions:
-                self._admit(submission, now)
+                self._admit(submission)
             for prepared in taken.handed_back:
                 if self._preparation.done(prepared):
                     self._begin(prepared)
@@ -374,12 +374,12 @@ class LlamaEngine:
 
     # --- calls come and go ---
 
-    def _admit(self, submission: Submission, now: float) -> None:
+    def _admit(self, submission: Submission) -> None:
         work = submission.work
         if isinstance(work, SaveParams):
             self._save(submission, work)
         elif isinstance(work, ChatParams | CompleteParams | TokenizeParams):
-            prepared = self._preparation.prepare(submission, now)
+            prepared = self._preparation.prepare(submission, submission.received)
             if prepared is not None:
                 self._begin(prepared)
         else:
