@@ -53,6 +53,11 @@ def test_waiting_threads_sleep_unless_the_operator_says_otherwise() -> None:
     assert child_environment(spec(), {"GOMP_SPINCOUNT": "7"}, {})["GOMP_SPINCOUNT"] == "7"
 
 
+def test_memory_that_threads_free_is_everybodys_unless_the_operator_says_otherwise() -> None:
+    assert child_environment(spec(), {}, {})["MALLOC_ARENA_MAX"] == "1"
+    assert child_environment(spec(), {"MALLOC_ARENA_MAX": "4"}, {})["MALLOC_ARENA_MAX"] == "4"
+
+
 async def test_a_fault_in_watching_a_worker_is_its_end_and_not_an_endless_wait(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
