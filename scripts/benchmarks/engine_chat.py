@@ -378,12 +378,14 @@ def describe_reuse(before: Mapping[str, Any] | None, after: Mapping[str, Any] | 
 
 
 def ending_tokens(path: Path) -> tuple[int, ...]:
-    """Ids of the tokens with which an answer ends, read from the file's header."""
+    """Ids of the tokens with which an answer may end, from the file's header: llama.cpp takes control tokens for such by their names too."""
     import gguf
 
     fields = gguf.GGUFReader(str(path)).fields
     names = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-    return tuple(dict.fromkeys(int(fields[name].contents()) for name in names if name in fields))
+    types = fields["tokenizer.ggml.token_type"].contents() if "tokenizer.ggml.token_type" in fields else []
+    control = [token for token, kind in enumerate(types) if kind == gguf.TokenType.CONTROL]
+    return tuple(dict.fromkeys([*(int(fields[name].contents()) for name in names if name in fields), *control]))
 
 
 def llama_bench_decode(programs: LlamaPrograms, model: Path, *, threads: int, tokens: int = 64) -> float:
