@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -244,9 +245,9 @@ def measure_chat(
         peers = _start_llama_servers(stack, programs, model, settings, SLOTS, CONTEXT)
         tars = Peer("tars", node.url, TarsManner(name, never))
         work = plain_work(model, callers, 1 if quick else 2)
-        before = replicas(node.url)[0].get("counters")
+        before = counters(node.url)
         mine, theirs = compare(tars, peers, work, rounds, say)
-        section.lines += [describe_python_share(before, replicas(node.url)[0].get("counters"))]
+        section.lines += [describe_python_share(before, counters(node.url))]
         _fill(section, mine, theirs)
         section.aims = chat_aims(mine, theirs, name)
         if server_python is not None and 8 in callers:
@@ -284,9 +285,9 @@ def measure_prefix(
         settings = [setting for setting in settings if setting.cache_prompt]
         peers = _start_llama_servers(stack, programs, model, settings, SLOTS, CONTEXT)
         tars = Peer("tars", node.url, TarsManner(name))
-        before = replicas(node.url)[0].get("counters")
+        before = counters(node.url)
         mine, theirs = compare(tars, peers, shared_work(model, callers, 1 if quick else 2), rounds, say)
-        section.lines.append(describe_reuse(before, replicas(node.url)[0].get("counters")))
+        section.lines.append(describe_reuse(before, counters(node.url)))
     _fill(section, mine, theirs)
     section.aims = prefix_aims(mine, theirs)
     return section
@@ -355,6 +356,12 @@ def beside(running: Sequence[Answer], long: Answer) -> dict[str, float]:
     }
 
 
+def counters(url: str) -> dict[str, Any] | None:
+    """The engine's counters as of now: the node hears of them with every other second's ping."""
+    time.sleep(2.5)
+    return replicas(url)[0].get("counters")
+
+
 def describe_python_share(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> str:
     """Python's part of the engine's steps, from the engine's own counters."""
     if not before or not after or not after.get("steps", 0) > before.get("steps", 0):
@@ -378,7 +385,7 @@ def describe_reuse(before: Mapping[str, Any] | None, after: Mapping[str, Any] | 
 
 
 def ending_tokens(path: Path) -> tuple[int, ...]:
-    """Ids of the tokens with which an answer may end, from the file's header: llama.cpp takes control tokens for such by their names too."""
+    """Ids of the tokens with which an answer may end, from the file's header: llama.cpp takes control tokens for such by name too."""
     import gguf
 
     fields = gguf.GGUFReader(str(path)).fields

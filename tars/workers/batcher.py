@@ -37,6 +37,9 @@ ALONE_SECONDS = 0.5
 ALONE_LEAST = 32
 """Prompt tokens of a chunk at least while nothing runs, however slow: fewer read the weights for too little."""
 
+JOIN_SECONDS = 0.1
+"""Prompts are computed together up to about so long: the first token of each comes when all of them are done."""
+
 TOGETHER_SECONDS = 4.0
 """Answers that came together begin together: so long may the second token of the first wait for the prompts of the others."""
 
@@ -64,6 +67,8 @@ class Shapes:
     """Prompt tokens between two decodes; where it begins, and in exact mode stays."""
     alone: int
     """The same while nothing runs."""
+    joined: int
+    """Prompt tokens of a decode from which no further prompt joins it."""
     most: int
     """Prompt tokens of one decode at most."""
     bound: float
@@ -306,6 +311,8 @@ class Batcher:
         parts: list[tuple[Answer, int]] = []
         budget = pace.chunk
         while budget > 0:
+            if sum(count for _, count in parts) >= self._shapes.joined:
+                break
             if not prefilling and self._waits_for_a_beginning(parts):
                 break
             answer = prefilling.pop(0) if prefilling else self._start_next()

@@ -87,7 +87,7 @@ class LlamaEngine:
         try:
             from tars.workers import llama_library
             from tars.workers.adapters import Adapters
-            from tars.workers.batcher import ALONE_SECONDS, Batcher, Shapes
+            from tars.workers.batcher import ALONE_SECONDS, JOIN_SECONDS, Batcher, Shapes
             from tars.workers.drafting import Drafting
             from tars.workers.llama_context import shares_cells
             from tars.workers.llama_model import Model
@@ -147,6 +147,7 @@ class LlamaEngine:
         shapes = Shapes(
             chunk=chunk,
             alone=chunk_for(tuned.speeds, ALONE_SECONDS * 1000, most),
+            joined=chunk_for(tuned.speeds, JOIN_SECONDS * 1000, most),
             most=most,
             bound=spec.inter_token_ms / 1000,
             # An idle stream that is computed along must be able to forget that token again.
