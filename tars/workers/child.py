@@ -50,10 +50,10 @@ def child_environment(spec: LoadSpec, base: Mapping[str, str], extra: Mapping[st
     search = [package_root, *filter(None, [extra.get("PYTHONPATH"), base.get("PYTHONPATH")])]
     threads = str(max(1, spec.threads))
     return {
-        # How often an OpenMP thread that waits for the others looks before it sleeps. libgomp's own 300,000 times (milliseconds) made 3 to
-        # 14 tokens/s of 1,000 beside two other busy programs; sleeping at once (OMP_WAIT_POLICY=passive) costs half the speed of an idle
-        # machine. 3,000 is within noise of the best there and no disaster here (2 cores, 125M parameters).
-        "GOMP_SPINCOUNT": "3000",
+        # How often an OpenMP thread that waits for the others looks before it sleeps. Measured with 125M parameters on 2 cores, 8 callers:
+        # sleeping at once (OMP_WAIT_POLICY=passive) costs half the speed of an idle machine, 3,000 a tenth, 10,000 nothing against
+        # libgomp's own 300,000; beside two busy programs 3,000 and 10,000 do equally well, 30,000 makes a fifth of their tokens.
+        "GOMP_SPINCOUNT": "10000",
         # glibc's arenas of threads are heaps of 64 MiB, in whose rests large activations do not fit: an embedding worker grew from 690 to
         # 1,150 MiB in 20 minutes. In the one of the whole process it stays within a few per cent.
         "MALLOC_ARENA_MAX": "1",

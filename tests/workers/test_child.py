@@ -49,7 +49,7 @@ def test_an_end_is_told_in_words(code: int, text: str) -> None:
 
 
 def test_waiting_threads_sleep_unless_the_operator_says_otherwise() -> None:
-    assert child_environment(spec(), {}, {})["GOMP_SPINCOUNT"] == "3000"
+    assert child_environment(spec(), {}, {})["GOMP_SPINCOUNT"] == "10000"
     assert child_environment(spec(), {"GOMP_SPINCOUNT": "7"}, {})["GOMP_SPINCOUNT"] == "7"
 
 
