@@ -54,8 +54,7 @@ def child_environment(spec: LoadSpec, base: Mapping[str, str], extra: Mapping[st
         # sleeping at once (OMP_WAIT_POLICY=passive) costs half the speed of an idle machine, 3,000 a tenth, 10,000 nothing against
         # libgomp's own 300,000; beside two busy programs 3,000 and 10,000 do equally well, 30,000 makes a fifth of their tokens.
         "GOMP_SPINCOUNT": "10000",
-        # glibc's arenas of threads are heaps of 64 MiB, in whose rests large activations do not fit: an embedding worker grew from 690 to
-        # 1,150 MiB in 20 minutes. In the one of the whole process it stays within a few per cent.
+        # glibc's arenas of threads are heaps of 64 MiB, in whose rests large activations do not fit.
         "MALLOC_ARENA_MAX": "1",
         **{name: value for name, value in base.items() if not SECRET.search(name)},
         **extra,

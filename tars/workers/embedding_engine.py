@@ -30,6 +30,9 @@ from tars.workers.embedding_vectors import encoded
 from tars.workers.engine import Emit, Event, LoadSpec, Progress, Submission
 from tars.workers.inbox import Inbox
 
+GIVE_BACK_SECONDS = 20.0
+"""How often holes in the memory go back to the system: some milliseconds of page faults each time."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """From malloc.h."""
 
@@ -40,6 +43,14 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(M_MMAP_THRESHOLD, 2**30)
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def give_back_memory() -> None:
+    """Give the system the pages that nothing lies in. Batches of ever other shapes leave holes that fit no later one: without it a worker
+    grew from 690 to 1,150 MiB in 20 minutes.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class EmbeddingEngine:
@@ -180,10 +191,16 @@ class EmbeddingEngine:
         """See the protocol."""
         assert self._intake is not None
         thread = self._intake.start()
+        give_back_memory()  # what loading and measuring left
+        given_back = time.monotonic()
         while self._pool.wait():
             started = time.monotonic()
             self.step(started)
-            self._busy_seconds += time.monotonic() - started
+            now = time.monotonic()
+            self._busy_seconds += now - started
+            if now > given_back + GIVE_BACK_SECONDS:
+                give_back_memory()
+                given_back = now
         thread.join()
         del self._backend
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import base64
 import shutil
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -374,3 +377,38 @@ def test_a_damaged_folder_is_a_clear_error_without_its_path(tmp_path: Path, file
     with pytest.raises(BadModelFile) as caught:
         Running(folder)
     assert str(tmp_path) not in caught.value.message
+
+
+HOLES = """
+import ctypes, psutil
+from tars.workers.embedding_engine import give_back_memory, keep_freed_memory
+keep_freed_memory()
+c = ctypes.CDLL(None)
+c.malloc.restype, c.free.argtypes = ctypes.c_void_p, [ctypes.c_void_p]
+large = []
+for _ in range(100):
+    large.append(c.malloc(2**20)); ctypes.memset(large[-1], 1, 2**20)
+    c.malloc(4096)
+for block in large:
+    c.free(block)
+before = psutil.Process().memory_info().rss
+give_back_memory()
+print((before - psutil.Process().memory_info().rss) // 2**20)
+"""
+
+
+def test_holes_between_what_is_used_go_back_to_the_system() -> None:
+    done = subprocess.run([sys.executable, "-c", HOLES], capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) > 80
+
+
+def test_memory_is_given_back_now_and_then(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[float] = []
+    monkeypatch.setattr("tars.workers.embedding_engine.give_back_memory", lambda: given.append(time.monotonic()))
+    monkeypatch.setattr("tars.workers.embedding_engine.GIVE_BACK_SECONDS", 1e9)
+    running.embed(["a text"])
+    assert given == []
+    monkeypatch.setattr("tars.workers.embedding_engine.GIVE_BACK_SECONDS", 0.0)
+    running.embed(["a text"])
+    running.embed(["another"])
+    assert given
