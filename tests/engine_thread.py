@@ -6,6 +6,7 @@ import queue
 import threading
 import time
 
+from tars.messages.inference import Delta, Generated
 from tars.messages.node import LoadedInfo
 from tars.workers.engine import Engine, Event, LoadSpec, Submission, Work
 
@@ -51,3 +52,44 @@ class EngineThread:
         self.engine.unload()
         self.thread.join(20)
         assert not self.thread.is_alive()
+
+
+class EventLog:
+    """What came of each call of an engine in a thread, and that nothing came after its end."""
+
+    thread: EngineThread
+
+    def __init__(self) -> None:
+        self.deltas: dict[int, list[Delta]] = {}
+        self.ends: dict[int, Event | Exception] = {}
+
+    def take(self) -> int:
+        """Wait for one event; whose it was."""
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                number, event = self.thread.events.get(timeout=0.5)
+                break
+            except queue.Empty:
+                assert self.thread.thread.is_alive(), "the engine thread died"
+                assert time.monotonic() < deadline
+        assert number not in self.ends, "something came after the end"
+        if isinstance(event, Delta):
+            self.deltas.setdefault(number, []).append(event)
+        else:
+            self.ends[number] = event
+        return number
+
+    def event(self, number: int) -> Event | Exception:
+        """How a call ended."""
+        while number not in self.ends:
+            self.take()
+        return self.ends[number]
+
+    def end(self, number: int) -> Generated:
+        """The answer; a call's error is raised."""
+        event = self.event(number)
+        if isinstance(event, Exception):
+            raise event
+        assert isinstance(event, Generated)
+        return event

@@ -33,6 +33,13 @@ OWN_BLOCK = CallBlock("<tool_call>", "</tool_call>", tagged_calls, begins=("<fun
 OWN_SYNTAX = CallSyntax('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n")
 
 _DEEPSEEK_MARKS = ("<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>")
+_DEEPSEEK_BLOCK = CallBlock(
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    deepseek_calls,
+    _DEEPSEEK_MARKS,
+    begins=_DEEPSEEK_MARKS[:1],
+)
 _KIMI_MARKS = ("<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>")
 
 _THINKING = (
@@ -105,15 +112,7 @@ _NOTATIONS = (
     _Notation(
         "deepseek-r1",
         ("<｜tool▁calls▁begin｜>", "```json"),
-        (
-            CallBlock(
-                "<｜tool▁calls▁begin｜>",
-                "<｜tool▁calls▁end｜>",
-                deepseek_calls,
-                _DEEPSEEK_MARKS,
-                begins=_DEEPSEEK_MARKS[:1],
-            ),
-        ),
+        (_DEEPSEEK_BLOCK,),
         CallSyntax(
             "<｜tool▁call▁begin｜>function<｜tool▁sep｜>",
             "\n```json\n",
@@ -126,15 +125,7 @@ _NOTATIONS = (
     _Notation(
         "deepseek-v3.1",
         ("<｜tool▁calls▁begin｜>",),
-        (
-            CallBlock(
-                "<｜tool▁calls▁begin｜>",
-                "<｜tool▁calls▁end｜>",
-                deepseek_calls,
-                _DEEPSEEK_MARKS,
-                begins=_DEEPSEEK_MARKS[:1],
-            ),
-        ),
+        (_DEEPSEEK_BLOCK,),
         CallSyntax(
             "<｜tool▁call▁begin｜>",
             "<｜tool▁sep｜>",

@@ -32,7 +32,7 @@ from tars.workers.llama_context import Aborted, Context, NoRoom, Rows
 from tars.workers.pace import Pace
 
 ALONE_SECONDS = 0.5
-"""The same while nothing runs: so long may a call that comes meanwhile, or a cancellation, have to wait for the chunk."""
+"""What a chunk of prompts may take while nothing runs: so long may a call that comes meanwhile have to wait for it."""
 
 ALONE_LEAST = 32
 """Prompt tokens of a chunk at least while nothing runs, however slow: fewer read the weights for too little."""

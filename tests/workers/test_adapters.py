@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine_thread import EngineThread
+from engine_thread import EngineThread, EventLog
 from tiny_gguf import write_tiny_adapter, write_tiny_gguf
 
 from tars.errors import BadModelFile, Draining, TarsError, UnknownModel
-from tars.messages.inference import CompleteParams, Delta, Generated
+from tars.messages.inference import CompleteParams, Generated
 from tars.workers.adapters import adapter_of
 from tars.workers.engine import LoadSpec, Resume, Saved, SaveParams, Submission
 from tars.workers.llama_engine import LlamaEngine
@@ -19,7 +19,7 @@ from tars.workers.llama_engine import LlamaEngine
 HELLO = "hello world, the user and the assistant say hello to the world. " * 3
 
 
-class Adapted:
+class Adapted(EventLog):
     """An engine whose model has adapters, and what came for each call."""
 
     def __init__(self, path: Path, adapters: dict[str, Path], scale: float = 1.0, **changes: object) -> None:
@@ -38,8 +38,7 @@ class Adapted:
         }
         self.engine = LlamaEngine()
         self.thread = EngineThread(self.engine, LoadSpec.model_validate(spec))
-        self.deltas: dict[int, list[Delta]] = {}
-        self.ends: dict[int, object] = {}
+        super().__init__()
 
     def submit(self, model: str | None, prompt: str = HELLO, resume: Resume | None = None, **params: object) -> int:
         settings = {"max_tokens": 24, "temperature": 0.0, "logit_bias": {"4": -100.0, "2": -100.0}}
@@ -47,22 +46,6 @@ class Adapted:
         number = next(self.thread.numbers)
         self.engine.submit(Submission(number, work, None, resume))
         return number
-
-    def take(self) -> None:
-        number, event = self.thread.events.get(timeout=60)
-        if isinstance(event, Delta):
-            self.deltas.setdefault(number, []).append(event)
-        else:
-            self.ends[number] = event
-
-    def end(self, number: int) -> Generated:
-        while number not in self.ends:
-            self.take()
-        event = self.ends[number]
-        if isinstance(event, Exception):
-            raise event
-        assert isinstance(event, Generated)
-        return event
 
     def ask(self, model: str | None, prompt: str = HELLO, **params: object) -> Generated:
         return self.end(self.submit(model, prompt, **params))

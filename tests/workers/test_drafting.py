@@ -5,7 +5,6 @@ What the load measures of models this small is noise, so the tests say what it m
 
 from __future__ import annotations
 
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny_gguf as tiny
-from engine_thread import EngineThread
+from engine_thread import EngineThread, EventLog
 from tiny_gguf import write_tiny_adapter, write_tiny_gguf
 
 from tars.core.memory import DRAFT_BATCH, DRAFTED_MOST
 from tars.errors import BadModelFile, Cancelled, DoesNotFit, ReplicaFailed, TarsError
-from tars.messages.inference import CompleteParams, Delta, Generated
+from tars.messages.inference import CompleteParams, Generated
 from tars.messages.node import TunedSettings
 from tars.workers import drafting as module
 from tars.workers.draft_worth import LENGTHS, Costs
-from tars.workers.engine import Event, LoadSpec, Saved, SaveParams
+from tars.workers.engine import LoadSpec, Saved, SaveParams
 from tars.workers.llama_engine import LlamaEngine
 
 pytestmark = pytest.mark.model
@@ -50,7 +49,7 @@ MEASURE = module.measure
 HOPELESS = Costs(draft={1: 1.0}, plain={1: 1.0}, checked={(1, 2): 1.0})
 
 
-class Calls:
+class Calls(EventLog):
     """An engine, and everything that came of each call."""
 
     def __init__(self, path: Path, draft: Path | None, **changes: object) -> None:
@@ -60,8 +59,7 @@ class Calls:
         spec["tuned"] = TunedSettings(flash_attention=False, chunk=128)
         self.engine = LlamaEngine()
         self.thread = EngineThread(self.engine, LoadSpec.model_validate({**spec, **changes}))
-        self.deltas: dict[int, list[Delta]] = {}
-        self.ends: dict[int, Event | Exception] = {}
+        super().__init__()
 
     @property
     def drafting(self) -> module.Drafting:
@@ -73,22 +71,6 @@ class Calls:
             CompleteParams.model_validate({"prompt": prompt, "max_tokens": 40, "temperature": 0.0, **ON, **params})
         )
 
-    def take(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                number, event = self.thread.events.get(timeout=0.5)
-                break
-            except queue.Empty:
-                assert self.thread.thread.is_alive(), "the engine thread died"
-                assert time.monotonic() < deadline
-        if isinstance(event, Delta):
-            assert number not in self.ends, "a delta after the end"
-            self.deltas.setdefault(number, []).append(event)
-        else:
-            assert number not in self.ends, "a call ended twice"
-            self.ends[number] = event
-
     def until(self, number: int, tokens: int) -> None:
         while len(self.tokens(number)) < tokens:
             assert number not in self.ends, self.ends
@@ -97,15 +79,6 @@ class Calls:
     def tokens(self, number: int, index: int = 0) -> list[int]:
         """Token ids that came of an answer so far."""
         return [token for delta in self.deltas.get(number, []) if delta.index == index for token in delta.token_ids]
-
-    def end(self, number: int) -> Generated:
-        while number not in self.ends:
-            self.take()
-        event = self.ends[number]
-        if isinstance(event, Exception):
-            raise event
-        assert isinstance(event, Generated)
-        return event
 
     def ask(self, prompt: str = HELLO, **params: Any) -> tuple[list[int], Generated]:
         number = self.submit(prompt, **params)
