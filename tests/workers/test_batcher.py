@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from engine_thread import EngineThread
+from engine_thread import EngineThread, EventLog
 
 from tars.errors import (
     BadGrammar,
@@ -19,9 +19,9 @@ from tars.errors import (
     TarsError,
     WorkerCrashed,
 )
-from tars.messages.inference import CompleteParams, Delta, Generated
+from tars.messages.inference import CompleteParams, Generated
 from tars.messages.node import MeasuredSpeeds, TunedSettings
-from tars.workers.engine import Event, LoadSpec, Resume, Saved, SaveParams, Submission
+from tars.workers.engine import LoadSpec, Resume, Saved, SaveParams, Submission
 from tars.workers.kv_cache import LEFT
 from tars.workers.llama_engine import LlamaEngine
 
@@ -46,7 +46,7 @@ ENDLESS = {"max_tokens": 4000, "logit_bias": {"4": -100.0}}
 """Token 4 is the tiny model's end."""
 
 
-class Collected:
+class Collected(EventLog):
     """What came for each call, from all of them at once."""
 
     def __init__(self, engine: LlamaEngine, path: Path, **changes: object) -> None:
@@ -60,10 +60,9 @@ class Collected:
             "tuned": TUNED,
             **changes,
         }
+        super().__init__()
         self.thread = EngineThread(engine, LoadSpec.model_validate(spec))
         self.engine = engine
-        self.deltas: dict[int, list[Delta]] = {}
-        self.ends: dict[int, Event | Exception] = {}
 
     def submit(
         self, prompt: str, *, resume: Resume | None = None, seconds: float | None = None, **params: object
@@ -75,15 +74,6 @@ class Collected:
         self.engine.submit(Submission(number, work, None, resume))
         return number
 
-    def take(self) -> int:
-        """Wait for one event; whose it was."""
-        number, event = self.thread.events.get(timeout=60)
-        if isinstance(event, Delta):
-            self.deltas.setdefault(number, []).append(event)
-        else:
-            self.ends[number] = event
-        return number
-
     def until_tokens(self, number: int, count: int) -> list[int]:
         while sum(len(delta.token_ids) for delta in self.deltas.get(number, [])) < count:
             assert number not in self.ends, self.ends[number]
@@ -91,12 +81,7 @@ class Collected:
         return [token for delta in self.deltas[number] for token in delta.token_ids]
 
     def end(self, number: int) -> Generated:
-        while number not in self.ends:
-            self.take()
-        event = self.ends[number]
-        if isinstance(event, Exception):
-            raise event
-        assert isinstance(event, Generated)
+        event = super().end(number)
         told = [delta for delta in self.deltas.get(number, []) if delta.index == 0]
         if told and not event.further and number not in self.resumed:
             assert "".join(delta.text for delta in told) == event.text

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from engine_thread import EngineThread
+from engine_thread import EngineThread, EventLog
 
 from tars.errors import Cancelled, InternalError, InvalidParams, PromptTooLong, ReplicaFailed, TarsError
-from tars.messages.inference import CompleteParams, Delta, Generated, Tokenized, TokenizeParams
-from tars.workers.engine import Event, LoadSpec, Resume, Saved, SaveParams, Submission
+from tars.messages.inference import CompleteParams, Generated, Tokenized, TokenizeParams
+from tars.workers.engine import LoadSpec, Resume, Saved, SaveParams, Submission
 from tars.workers.llama_engine import LlamaEngine
 from tars.workers.sequence_state import read_state, write_state
 
@@ -27,15 +26,14 @@ ON: dict[str, Any] = {"logit_bias": {"4": -100.0, "2": -100.0}}
 SYSTEM = "the user and the assistant say hello to the world and to each other, in a system that is the same for all. "
 
 
-class Calls:
+class Calls(EventLog):
     """An engine, and everything that came of each call."""
 
     def __init__(self, path: Path, **changes: object) -> None:
         spec = {"replica": "r", "model": "m", "engine": "llama", "path": str(path), "context": 512, "slots": 4}
         self.engine = LlamaEngine()
         self.thread = EngineThread(self.engine, LoadSpec.model_validate({**spec, **changes}))
-        self.deltas: dict[int, list[Delta]] = {}
-        self.ends: dict[int, list[Event | Exception]] = {}
+        super().__init__()
 
     def submit(self, prompt: str = SYSTEM, *, resume: Resume | None = None, **params: Any) -> int:
         work = CompleteParams.model_validate({"prompt": prompt, "max_tokens": 30, "temperature": 0.0, **ON, **params})
@@ -43,37 +41,10 @@ class Calls:
         self.engine.submit(Submission(number, work, None, resume))
         return number
 
-    def take(self) -> None:
-        deadline = time.monotonic() + 60
-        while True:
-            try:
-                number, event = self.thread.events.get(timeout=0.5)
-                break
-            except queue.Empty:
-                assert self.thread.thread.is_alive(), "the engine thread died"
-                assert time.monotonic() < deadline
-        if isinstance(event, Delta):
-            assert number not in self.ends, "a delta after the end"
-            self.deltas.setdefault(number, []).append(event)
-        else:
-            self.ends.setdefault(number, []).append(event)
-
     def until(self, number: int, tokens: int) -> None:
         while sum(len(delta.token_ids) for delta in self.deltas.get(number, [])) < tokens:
             assert number not in self.ends, self.ends
             self.take()
-
-    def event(self, number: int) -> Event | Exception:
-        while number not in self.ends:
-            self.take()
-        return self.ends[number][0]
-
-    def end(self, number: int) -> Generated:
-        event = self.event(number)
-        if isinstance(event, Exception):
-            raise event
-        assert isinstance(event, Generated)
-        return event
 
     def ask(self, prompt: str = SYSTEM, **params: Any) -> Generated:
         return self.end(self.submit(prompt, **params))
@@ -87,8 +58,7 @@ class Calls:
         assert batcher._swapped == 0
         self.thread.close()
         while not self.thread.events.empty():
-            self.take()
-        assert {len(ends) for ends in self.ends.values()} <= {1}
+            self.take()  # fails where a call ended twice
 
 
 @pytest.fixture
