@@ -398,7 +398,7 @@ class Batcher:
             spare = len(self.running)  # a token for each of the others, so that it is not sent away again at once
             if self._cache.free + self._cache.cached < needed + spare:
                 return None
-        place = self._cache.take(prompt, answer.call.adapter)
+        place = self._cache.take(prompt, answer.call.adapter, aside=answer.saved is None)
         assert place is not None
         self.waiting.popleft()
         answer.stream, answer.position = place.stream, place.kept

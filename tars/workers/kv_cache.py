@@ -120,27 +120,29 @@ class KvCache:
 
     # --- the life of a sequence ---
 
-    def take(self, prompt: Sequence[int], adapter: str = "") -> Place | None:
+    def take(self, prompt: Sequence[int], adapter: str = "", *, aside: bool = True) -> Place | None:
         """A stream for a new sequence, with the longest beginning of its prompt that lies anywhere; None while every stream is taken.
 
-        The prompt's last tokens are never taken over: their logits are what generation starts from.
+        The prompt's last tokens are never taken over: their logits are what generation starts from. `aside`: what lies in the stream may be
+        copied elsewhere; not where saved cells are written into it at once, for llama.cpp copies with its next decode.
         """
         free = [number for number, stream in enumerate(self._streams) if not stream.taken]
         if not free:
             return None
         self._clock += 1
         source, kept = self._longest(prompt, adapter, free)
+        aside = aside and self._neighbours_count
         goes_on = source is not None and source in free and self._continue_in_place(source, kept, free)
         target = min(free, key=lambda number: self._cost(number, source, goes_on))
         if target == source:
-            actions = self._set_aside(target) if self._neighbours_count and not goes_on else ()
+            actions = self._set_aside(target) if aside and not goes_on else ()
             if self.length(target) > kept:
                 actions = (*actions, Trim(target, kept))
             self._cut(target, kept)
         else:
             if kept < WORTH_COPYING and not self._shared:
                 kept = 0
-            actions = self._set_aside(target, source) if self._neighbours_count else ()
+            actions = self._set_aside(target, source) if aside else ()
             if self._streams[target].tokens:
                 actions = (*actions, Trim(target, 0))
             self._cut(target, 0)

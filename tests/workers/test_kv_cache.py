@@ -186,6 +186,16 @@ def test_a_new_sequence_goes_beside_the_running_ones_and_what_lay_there_is_kept(
     assert memory.streams[3] == prompts[1]
 
 
+def test_where_saved_cells_come_at_once_nothing_is_copied_out_of_their_way() -> None:
+    cache, memory = split(streams=4)
+    for number in range(3):
+        begin(cache, memory, [100 * number + index for index in range(50)])
+    cache.release(1)
+    place = cache.take((), aside=False)
+    assert place is not None
+    assert (place.stream, place.actions) == (1, (Trim(1, 0),))
+
+
 def test_what_nothing_older_gives_way_to_is_lost() -> None:
     cache, memory = split(streams=3)
     prompts = [[100 * number + index for index in range(50)] for number in range(3)]
