@@ -28,8 +28,10 @@ from tars.config_schema import (
     DevicesSection,
     EnginesSection,
     ExpectedDevice,
+    FilesSection,
     LimitsSection,
     ListenAddress,
+    MeshSection,
     ModelSource,
     NodeSection,
     Section,
@@ -52,8 +54,10 @@ __all__ = [
     "DevicesSection",
     "EnginesSection",
     "ExpectedDevice",
+    "FilesSection",
     "LimitsSection",
     "ListenAddress",
+    "MeshSection",
     "ModelSource",
     "NodeSection",
     "Section",
@@ -118,7 +122,7 @@ def _default_state_dir(environment: Mapping[str, str]) -> Path:
 
 def _paths_beside(values: dict[str, Any], folder: Path) -> None:
     """Make the file's relative paths relative to the file: a configuration must not depend on where it is started."""
-    holders = [(values.get("node"), "state_dir")]
+    holders = [(values.get("node"), "state_dir"), (values.get("files"), "folder")]
     if isinstance(models := values.get("model"), list):
         holders += [(model, key) for model in models for key in ("path", "draft")]
         holders += [

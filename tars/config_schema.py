@@ -534,6 +534,66 @@ class DeploySection(Section):
         )
 
 
+class MeshSection(Section):
+    """[mesh]: how this node and its peers find each other."""
+
+    listen: str | None = Field(
+        None,
+        description="host:port for peers (mutual TLS). Default: node.listen's host and the port after it, unless that is loopback.",
+    )
+    advertise: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="host:port under which peers reach this node, best first, where it cannot know them itself (WSL2, a router).",
+    )
+    seeds: tuple[str, ...] = Field(
+        (),
+        strict=False,
+        description="host:port of peers to try always: other subnets, tailnets and WSL2 carry no multicast.",
+    )
+    mdns: bool = Field(True, description="Announce this node on the LAN and look for others (multicast DNS).")
+    probe_seconds: float = Field(
+        0.5,
+        gt=0,
+        le=60,
+        description="How often a peer is asked whether it lives; a dead one is known within ten of them.",
+    )
+
+    @field_validator("listen")
+    @classmethod
+    def _host_and_port(cls, value: str | None) -> str | None:
+        if value is not None:
+            ListenAddress.parse(value)
+        return value
+
+    @field_validator("advertise", "seeds")
+    @classmethod
+    def _hosts_and_ports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for address in value:
+            if ListenAddress.parse(address).port == 0:
+                raise ValueError(f'"{address}": a peer cannot be reached at port 0')
+        return value
+
+
+class FilesSection(Section):
+    """[files]: where model files are kept, and how they travel."""
+
+    folder: Path | None = Field(
+        None,
+        strict=False,
+        description="Where model files that are fetched are kept. Default: models in the state folder.",
+    )
+    most_mib_per_second: float | None = Field(
+        None, gt=0, description="Bandwidth cap of copying model files, each way; default: none."
+    )
+    hub: bool = Field(True, description="Ask Hugging Face for a model's file where no peer has it.")
+
+    @field_validator("folder")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return None if value is None else value.expanduser()
+
+
 class DemoSection(Section):
     """[demo]: the two small models that come with TARS."""
 
@@ -547,6 +607,8 @@ class Config(Section):
     limits: LimitsSection = Field(default_factory=LimitsSection)
     security: SecuritySection = Field(default_factory=SecuritySection)
     devices: DevicesSection = Field(default_factory=DevicesSection)
+    mesh: MeshSection = Field(default_factory=MeshSection)
+    files: FilesSection = Field(default_factory=FilesSection)
     worker: WorkerSection = Field(default_factory=WorkerSection)
     engines: EnginesSection = Field(default_factory=EnginesSection)
     demo: DemoSection = Field(default_factory=DemoSection)
@@ -592,6 +654,7 @@ class Config(Section):
         drafted = [model for model in plain["model"] if model["draft"] is not None]
         for place, path in [
             (plain["node"], "state_dir"),
+            *([(plain["files"], "folder")] if plain["files"]["folder"] is not None else []),
             *((each, "path") for each in (*plain["model"], *adapters)),
             *((model, "draft") for model in drafted),
         ]:
