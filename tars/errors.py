@@ -105,6 +105,22 @@ class Forbidden(CallerError):
     http_status = 403
 
 
+class NotAMember(CallerError):
+    """A node that is no member of this mesh: never admitted, removed, or with another key than it was admitted with."""
+
+    code = -32021
+    kind = "not_a_member"
+    http_status = 403
+
+
+class JoinRefused(CallerError):
+    """A join that was not granted; `details["reason"]`: `malformed`, `unknown`, `used`, `expired`, `revoked`, `other_mesh`, `clock`..."""
+
+    code = -32022
+    kind = "join_refused"
+    http_status = 403
+
+
 class UnsupportedMediaType(CallerError):
     """A body that is not declared as JSON, which a web page could send without asking, or a compressed one."""
 
@@ -155,6 +171,13 @@ class BadPeerAnswer(ServerStateError):
     kind = "bad_peer_answer"
     http_status = 502
     retryable = False
+
+
+class StaleRoute(ServerStateError):
+    """A peer sent a call for a model of which this node has no ready replica any more. The peer tries another node."""
+
+    code = -32021
+    kind = "stale_route"
 
 
 class Draining(ServerStateError):
@@ -276,6 +299,15 @@ class ModelFileMissing(ModelError):
     code = 1011
     kind = "model_file_missing"
     http_status = 409
+
+
+class TransferFailed(ModelError):
+    """A model's file could not be brought here now: peers or the hub did not answer, or gave wrong bytes; `details["tried"]` lists each."""
+
+    code = 1012
+    kind = "transfer_failed"
+    http_status = 502
+    retryable = True
 
 
 # --- the operator's, before a node serves ---------------------------------------------------------------------------
