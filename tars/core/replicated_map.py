@@ -18,7 +18,7 @@ from hashlib import blake2b
 from tars.core.hybrid_clock import HybridClock
 from tars.core.mesh_messages import Record, Stamp
 from tars.core.records import ClientKey, MeasuredLoad, Member, NodeAdvert, Orders, Value, Wish
-from tars.core.types import NodeId
+from tars.core.types import Assignment, DeviceSnapshot, NodeId
 
 NODE, MEMBER, DEPLOYMENT, ORDERS, MEASURED, KEY = "node/", "member/", "deployment/", "orders/", "measured/", "key/"
 KINDS: Mapping[str, type[Value]] = {
@@ -58,7 +58,8 @@ def range_of(key: str) -> int:
 @lru_cache(maxsize=65_536)
 def _hash_of(key: str, stamp: Stamp) -> int:
     text = f"{key}\0{stamp.wall_ms}\0{stamp.counter}\0{stamp.node}"
-    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest())
+    # 60 bits, so that it stays in the bounds of every other number of a record.
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()) >> 4
 
 
 class Refused(ValueError):
@@ -84,7 +85,7 @@ class ReplicatedMap:
 
     @property
     def root(self) -> int:
-        """64 bits over every key and stamp; equal roots are equal maps. Costs nothing: every change brings it up to date."""
+        """60 bits over every key and stamp; equal roots are equal maps. Costs nothing: every change brings it up to date."""
         return self._root
 
     def __len__(self) -> int:
@@ -255,9 +256,17 @@ class ReplicatedMap:
             return f"{key} holds a {type(value).__name__}, and should hold a {KINDS[prefix].__name__}"
         if (own := _name_of(value)) is not None and own != name:
             return f"{key} holds the record of {own!r}"
+        if isinstance(value, NodeAdvert) and any(part.node != name for part in _parts(value)):
+            return f"{key} tells of devices or replicas of another node"
         if isinstance(value, Orders) and value.coordinator != record.stamp.node:
             return f"{key} was written by node {record.stamp.node} in the name of {value.coordinator}"
         return None
+
+
+def _parts(advert: NodeAdvert) -> Iterator[DeviceSnapshot | Assignment]:
+    yield from advert.node.devices
+    for report in advert.replicas:
+        yield report.assignment
 
 
 def _name_of(value: Value) -> str | None:
