@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, model_validator
 
+from tars.core.addresses import parse as parse_address
 from tars.core.tuning import SLOTS
 from tars.core.types import Bytes, Deployment, DeviceKind, KvType, ModelKind
 from tars.errors import ConfigError
@@ -569,10 +570,7 @@ class MeshSection(Section):
     @field_validator("advertise", "seeds")
     @classmethod
     def _hosts_and_ports(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for address in value:
-            if ListenAddress.parse(address).port == 0:
-                raise ValueError(f'"{address}": a peer cannot be reached at port 0')
-        return value
+        return tuple(str(parse_address(address)) for address in value)
 
 
 class FilesSection(Section):

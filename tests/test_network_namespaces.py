@@ -52,6 +52,7 @@ def test_pcs_on_a_subnet_hear_each_other_and_multicast_and_a_router_passes_only_
         assert home.run("hostname") == subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cut", "heal"), [("unplug", "plug"), ("silence", "speak")])
 def test_a_cut_link_passes_nothing_until_it_is_healed(cut, heal):
     with network(2) as lan, sockets(*lan.hosts) as (a, b):
