@@ -49,6 +49,8 @@ class Update:
     incarnation: int
     state: MemberState
     addresses: tuple[str, ...] = ()
+    accuser: NodeId | None = None
+    """Of SUSPECT and DEAD: whose own probe it failed. Several accusers make a suspicion shorter."""
 
 
 @dataclass(frozen=True, slots=True)
