@@ -1,7 +1,7 @@
 """Which model files this node has, with their sha256: what it tells its peers, and what it gives to them.
 
-Law of this file: a file is known by its hash only while it is as it was when it was hashed (size and time of change). Hashing happens in the
-background, in a thread of the lowest priority, one file after another; calls and loads never wait for it.
+Law of this file: a file is known by its hash only while it is as it was when it was hashed (size and time of change). Hashing happens
+in the background, in a thread of the lowest priority, one file after another; calls and loads never wait for it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -103,7 +104,7 @@ class HeldFiles:
         self._publish(rows)
         for index, (place, shared) in enumerate(rows):
             if shared is None:
-                rows[index] = (place, await in_quiet_thread(lambda place=place: self._share(place)))
+                rows[index] = (place, await in_quiet_thread(partial(self._share, place)))
                 self._publish(rows)
         self.scans += 1
 
@@ -218,9 +219,9 @@ async def in_quiet_thread(work: Callable[[], Result]) -> Result:
         try:
             result = work()
         except BaseException as error:  # noqa: BLE001  # the waiter gets it, whatever it is
-            tell(lambda error=error: answer.set_exception(error))  # type: ignore[misc]  # a default binds it now
+            tell(partial(answer.set_exception, error))
         else:
-            tell(lambda: answer.set_result(result))
+            tell(partial(answer.set_result, result))
 
     threading.Thread(target=run, name="hash model files", daemon=True).start()
     return await answer
