@@ -1,0 +1,255 @@
+"""What must hold: at every step, and once everything is healed and quiet. A `Breach` says what does not.
+
+Law of this file: it looks, and changes nothing. What the operators did is kept here too (`OperatorsWrites`), so that what the mesh believes
+in the end can be compared with it: of the writes that some disk still has, the last one by its stamp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from breach import Breach
+from virtual_node import VirtualNode
+
+from tars.core.coordination import CoordinationView, Decision
+from tars.core.mesh_messages import MemberState, Record
+from tars.core.placement import plan
+from tars.core.placement_cost import cost_on, wanted_variants
+from tars.core.replicated_map import DEPLOYMENT, NODE, adverts, wishes
+from tars.core.types import (
+    Assignment,
+    Bytes,
+    Deployment,
+    DeviceId,
+    DeviceSnapshot,
+    NodeId,
+    ReplicaState,
+    RuntimeSettings,
+)
+
+# --- what the operators did ---------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Write:
+    """One deploy or remove. `lost` once the last disk that had it, or something later for its key, is gone: it may come back, or not."""
+
+    record: Record
+    lost: bool = False
+
+
+class OperatorsWrites:
+    """Every write of a deployment, by key."""
+
+    def __init__(self) -> None:
+        self._writes: dict[str, list[Write]] = {}
+
+    def note(self, record: Record) -> None:
+        self._writes.setdefault(record.key, []).append(Write(record))
+
+    def disk_lost(self, lost: VirtualNode, others: Iterable[VirtualNode]) -> None:
+        """What only `lost` knew is gone with it."""
+        others = list(others)
+        for key, writes in self._writes.items():
+            for write in writes:
+                if not any(_knows(node, key, write.record) for node in others):
+                    write.lost = True
+
+    def check(self, node: VirtualNode) -> None:
+        """The node believes what was written last."""
+        for key, writes in self._writes.items():
+            certain = max((write.record.stamp for write in writes if not write.lost), default=None)
+            record = node.map.record(key)
+            if record is None:
+                if certain is not None:
+                    raise Breach(f"{node.name} lost {key}")
+                continue
+            if certain is not None and record.stamp < certain:
+                raise Breach(f"{node.name} believes of {key} what was overwritten: {record.stamp} instead of {certain}")
+            if not any(write.record == record for write in writes):
+                raise Breach(f"{node.name} believes of {key} what nobody wrote: {record}")
+        for key, _ in node.map.items(DEPLOYMENT):
+            if key not in self._writes:
+                raise Breach(f"{node.name} believes in {key}, which nobody deployed")
+
+
+def _knows(node: VirtualNode, key: str, record: Record) -> bool:
+    known = [node.disk.records.get(key)]
+    if node.runs:
+        known.append(node.map.record(key))
+    return any(each is not None and each.stamp >= record.stamp for each in known)
+
+
+# --- every decision -----------------------------------------------------------------------------------------------------
+
+
+def check_decision(view: CoordinationView, before: Decision | None, decision: Decision) -> None:
+    """Orders stay within what devices can hold, begin one load a device at most, and move nothing healthy without a reason."""
+    devices = {device.id: device for advert in view.adverts for device in advert.node.devices}
+    draining = {advert.node.id for advert in view.adverts if advert.node.draining}
+    ready = {
+        report.assignment.replica: report.assignment
+        for advert in view.adverts
+        for report in advert.replicas
+        if report.state is ReplicaState.READY
+    }
+    reported = {report.assignment.replica: report for advert in view.adverts for report in advert.replicas}
+    ordered = {each.replica: each for assignments in decision.orders.values() for each in assignments}
+    _check_devices(devices, decision)
+    for device in devices:
+        begun = [
+            each.replica
+            for each in ordered.values()
+            if each.device == device
+            and (
+                each.replica not in reported
+                or reported[each.replica].state in (ReplicaState.STARTING, ReplicaState.LOADING)
+            )
+        ]
+        if len(begun) > 1:
+            raise Breach(f"orders begin {len(begun)} loads at once on {device}: {', '.join(begun)}")
+    wanted = {wish.deployment.model: wish.deployment for wish in view.wishes}
+    moved = {move.replica: move for move in decision.moves}
+    if before is not None:
+        moved = {**{move.replica: move for move in before.moves}, **moved}
+    for replica, assignment in ready.items():
+        if replica in ordered or assignment.node not in decision.orders or assignment.node in draining:
+            continue
+        deployment = wanted.get(assignment.model)
+        if deployment is None:
+            continue
+        elsewhere = [each for each in ordered.values() if each.model == assignment.model]
+        if len(elsewhere) >= deployment.replicas:
+            # Enough of them are ordered without it: it was one too many, or it was moved.
+            healthy = [each for each in elsewhere if each.replica in ready]
+            if len(healthy) >= deployment.replicas:
+                continue
+        move = moved.get(replica)
+        if move is not None:
+            if not move.gain.strip():
+                raise Breach(f"{replica} moves to {move.target} without a stated gain")
+        elif _still_good(view, devices[assignment.device], assignment, deployment):
+            raise Breach(f"{replica} is healthy and wanted, and ordered away without a stated gain")
+
+
+def _still_good(view: CoordinationView, device: DeviceSnapshot, assignment: Assignment, deployment: Deployment) -> bool:
+    """Whether the deployment still asks for this very replica, and its device can hold all that is on it."""
+    entry = view.models[assignment.model]
+    variant = next((each for each in wanted_variants(entry, deployment) if each.name == assignment.variant), None)
+    if variant is None or (deployment.device is not None and not device.is_called(deployment.device)):
+        return False
+    cost = cost_on(device, entry, variant, deployment, view.measured)
+    if _asked_for(cost.settings) != _asked_for(assignment.settings):
+        return False
+    here = [
+        report.assignment.memory.total if report.taken is None else report.taken
+        for advert in view.adverts
+        for report in advert.replicas
+        if report.assignment.device == device.id and report.state is ReplicaState.READY
+    ]
+    return sum(here) <= device.capacity
+
+
+def _asked_for(settings: RuntimeSettings) -> tuple[object, ...]:
+    return (settings.context, settings.slots, settings.kv_tokens, settings.kv_type, settings.gpu_layers)
+
+
+def _check_devices(devices: dict[DeviceId, DeviceSnapshot], decision: Decision) -> None:
+    taken: dict[DeviceId, int] = {}
+    for assignments in decision.orders.values():
+        for each in assignments:
+            taken[each.device] = taken.get(each.device, 0) + each.memory.total
+    for device, total in taken.items():
+        known = devices.get(device)
+        if known is None:
+            raise Breach(f"orders for {device}, which nobody alive has")
+        if total > known.memory_total - known.reserve:
+            raise Breach(f"orders over-commit {device}: {Bytes(total)} of {known.memory_total}")
+
+
+# --- in the end ---------------------------------------------------------------------------------------------------------
+
+
+def why_not_settled(nodes: Sequence[VirtualNode]) -> str | None:
+    """Why the nodes do not agree yet, or do not hold what they could, as a sentence; None where they do."""
+    up = [node for node in nodes if node.up and not node.removed]
+    if not up:
+        return None
+    expected = {node.id: _expected(node) for node in nodes}
+    for node in up:
+        if (why := _why_view_differs(node, up, nodes, expected)) is not None:
+            return why
+    first = up[0]
+    for node in up[1:]:
+        if node.map.root != first.map.root:
+            keys = sorted(
+                key
+                for key in {record.key for each in (first, node) for record in each.map.records()}
+                if first.map.record(key) != node.map.record(key)
+            )
+            return f"{first.name} and {node.name} know different things: {', '.join(keys[:4])}"
+    return why_not_placed(up)
+
+
+def _expected(node: VirtualNode) -> MemberState | None:
+    if node.removed:
+        return None
+    if node.up:
+        return MemberState.DRAINING if node.draining else MemberState.ALIVE
+    return MemberState.LEFT if node.left else MemberState.DEAD
+
+
+def _why_view_differs(
+    node: VirtualNode,
+    up: Sequence[VirtualNode],
+    nodes: Sequence[VirtualNode],
+    expected: dict[NodeId, MemberState | None],
+) -> str | None:
+    view = node.machine.view()
+    members = node.world.ever
+    for other, seen in view.members.items():
+        if other not in members:
+            return f"{node.name} sees a ghost: {other}"
+        wanted = expected.get(other, MemberState.DEAD)
+        if wanted is MemberState.LEFT and seen.state is MemberState.DEAD:
+            continue  # its good-bye was lost: to be dead is as good
+        if seen.state is not wanted:
+            return f"{node.name} sees {node.world.name_of(other)} as {seen.state}, and it is {wanted}"
+    missing = [other.name for other in up if other is not node and other.id not in view.members]
+    if missing:
+        return f"{node.name} does not see {missing[0]}"
+    best = min(up, key=lambda each: (-each.pc.priority, each.id))
+    if view.coordinator != best.id:
+        return f"{node.name} takes {node.world.name_of(view.coordinator)} for the coordinator, and it is {best.name}"
+    if view.isolated and len(up) > 1:
+        return f"{node.name} takes itself for cut off"
+    return None
+
+
+def why_not_placed(up: Sequence[VirtualNode]) -> str | None:
+    """Why what runs is not what the planner would have, as a sentence; None where it is."""
+    moving = [each for node in up for each in node.executor.all() if each.state is not ReplicaState.READY]
+    if moving:
+        return f"{moving[0].assignment.replica} is {moving[0].state}"
+    running = [each.assignment for node in up for each in node.executor.all()]
+    coordinator = next(node for node in up if node.coordinator == node.id)
+    # What the devices hold now, not what was told of them.
+    told = [node.advert() for node in up]
+    wanted = [wish.deployment for wish in wishes(coordinator.map).values()]
+    view = coordinator.coordination_view()
+    better = plan([advert.node for advert in told], coordinator.world.models, wanted, running, view.measured, orders=40)
+    planned, held = {each.replica for each in better.assignments}, {each.replica for each in running}
+    if planned != held:
+        return (
+            f"the planner would add {', '.join(sorted(planned - held)) or 'nothing'} and end "
+            f"{', '.join(sorted(held - planned)) or 'nothing'}"
+        )
+    for node in up:
+        stray = set(adverts(node.map)) - node.world.ever
+        if stray:
+            return f"{node.name} has the advert of a ghost: {min(stray)}"
+        mine = node.map.get(NODE + node.id)
+        if mine is None:
+            return f"{node.name} has not said what it has"
+    return None
