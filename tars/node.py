@@ -28,6 +28,7 @@ from tars.errors import TarsError
 from tars.mesh.coordinator import Coordinator
 from tars.mesh.deployments import Deployments
 from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.replicated_store import ReplicatedStore
 from tars.mesh.tuned_settings import TunedSettingsStore
 from tars.node_report import NodeReport, set_up_logging
 from tars.rpc.access import Access, access_middleware
@@ -128,6 +129,8 @@ class Node:
         self._inventory: Inventory | None = None
         self._listener: Listener | None = None
         self._rounds: asyncio.Task[None] | None = None
+        self._store: ReplicatedStore | None = None
+        self._saving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Take the state folder, find the devices, open the port, begin to load; returns before the models are loaded."""
@@ -138,13 +141,14 @@ class Node:
             asyncio.to_thread(Inventory, node_id, config.devices), asyncio.to_thread(probe_engines)
         )
         self._inventory = inventory
+        self._store = store = ReplicatedStore(self._folder, node_id)
         options = worker_options(config)
         self.coordinator = Coordinator(
             NodeSnapshot(node_id, config.node.name, priority=config.node.priority),
             probe=lambda held: engines.annotate(inventory.snapshot(held, engines.cpu_share)),
             catalogue=self._prepared.catalogue,
-            deployments=Deployments(self._folder, self._prepared.declared),
-            measured=MeasuredMemory(self._folder),
+            deployments=Deployments(store, self._prepared.declared, self._folder),
+            measured=MeasuredMemory(store),
             tuned=TunedSettingsStore(self._folder),
             engines=config.engines,
             make_worker=lambda spec, on_change: ReplicaWorker(spec, options, on_change),
@@ -165,6 +169,7 @@ class Node:
             await self.coordinator.snapshot(),
             [*inventory.warnings, *filter(None, [inventory.no_gpu_reason])],
         )
+        self._saving = asyncio.create_task(store.run(), name="saving the replicated map")
         self._rounds = asyncio.create_task(self.coordinator.run(), name="placement rounds")
 
     @property
@@ -213,6 +218,11 @@ class Node:
             await self.coordinator.stop(max(0.0, ends_at - loop.time()))
         if self._listener is not None:
             await self._listener.close()
+        if self._saving is not None:
+            self._saving.cancel()
+            await asyncio.wait({self._saving})
+        if self._store is not None:
+            self._store.close()
         if self._inventory is not None:
             self._inventory.close()
         self._folder.close()

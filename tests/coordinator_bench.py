@@ -11,6 +11,7 @@ from tars.core.types import Bytes, DeviceId, DeviceKind, DeviceSnapshot, NodeId,
 from tars.mesh.coordinator import Coordinator
 from tars.mesh.deployments import Deployments
 from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.replicated_store import ReplicatedStore
 from tars.mesh.tuned_settings import TunedSettingsStore
 from tars.messages.node import LoadedInfo
 from tars.state_folder import StateFolder
@@ -79,8 +80,9 @@ class Bench:
         self.catalogue = Catalogue.load(builtin=True)
         self.model = self.catalogue.add_file(files[0], name="tiny").name
         self.second = self.catalogue.add_file(files[1], name="second").name
-        self.deployments = Deployments(folder, [])
-        self.measured = MeasuredMemory(folder)
+        self.store = ReplicatedStore(folder, NODE.id)
+        self.deployments = Deployments(self.store, [], folder)
+        self.measured = MeasuredMemory(self.store)
         self.coordinator = Coordinator(
             NODE,
             probe=self.probe,

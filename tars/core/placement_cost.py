@@ -6,16 +6,16 @@ a measurement once a load was measured.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from tars.core.memory import estimate_replica
+from tars.core.records import MeasuredLoad
 from tars.core.tuning import sequences_for, settings_for
 from tars.core.types import (
     Assignment,
     Bytes,
     Deployment,
-    DeviceId,
     DeviceKind,
     DeviceSnapshot,
     KvType,
@@ -34,13 +34,13 @@ CPU_CHAT_MOST = Bytes.gib(5)
 
 @dataclass(frozen=True, slots=True)
 class MeasuredKey:
-    """What a measured load is kept under (design, Placement).
+    """What a measured load is kept under (design, Placement): a card of the same name and memory takes the same, in whichever PC it is.
 
     `file` is `<model>:<variant>:<bytes of weights>`: a replaced file is told by its tensors' bytes, which is what memory depends on, and
     no 40 GB have to be hashed before the first plan.
     """
 
-    device: DeviceId
+    card: str
     file: str
     context: int
     slots: int
@@ -67,14 +67,49 @@ class Cost:
         return self.memory.total
 
 
+def measured_by_key(loads: Iterable[MeasuredLoad]) -> dict[MeasuredKey, Bytes]:
+    """What the nodes of a mesh measured and share, as the planner looks it up."""
+    return {
+        MeasuredKey(
+            card=load.card,
+            file=load.file,
+            context=load.context,
+            slots=load.slots,
+            kv_tokens=load.kv_tokens,
+            kv_type=load.kv_type,
+            gpu_layers=load.gpu_layers,
+        ): load.taken
+        for load in loads
+    }
+
+
+def alike(device: DeviceSnapshot) -> tuple[object, ...]:
+    """All that `cost_on` reads of a device: those that are alike in it cost the same."""
+    return (
+        device.kind,
+        device.name,
+        device.memory_total,
+        device.compute_capability,
+        device.precision,
+        device.simulated,
+        device.unified_memory,
+        device.cpu_threads,
+    )
+
+
 def measured_key(assignment: Assignment, device: DeviceSnapshot) -> MeasuredKey:
     """The key under which what `assignment` really took on `device` is kept."""
-    return _key(device.id, assignment.model, assignment.variant, assignment.memory, assignment.settings)
+    return _key(card_of(device), assignment.model, assignment.variant, assignment.memory, assignment.settings)
 
 
-def _key(device: DeviceId, model: str, variant: str, memory: MemoryEstimate, settings: RuntimeSettings) -> MeasuredKey:
+def card_of(device: DeviceSnapshot) -> str:
+    """The kind of card: its name and total memory. Devices that are alike in both take the same memory for the same load."""
+    return f"{device.name} {int(device.memory_total)}"
+
+
+def _key(card: str, model: str, variant: str, memory: MemoryEstimate, settings: RuntimeSettings) -> MeasuredKey:
     return MeasuredKey(
-        device=device,
+        card=card,
         file=f"{model}:{variant}:{int(memory.weights)}",
         context=settings.context,
         slots=settings.slots,
@@ -107,8 +142,8 @@ def cost_on(
         adapters=entry.adapters,
         draft=entry.draft,
     )
-    taken = measured.get(_key(device.id, entry.name, variant.name, memory, settings))
-    if taken is not None:
+    taken = measured.get(_key(card_of(device), entry.name, variant.name, memory, settings))
+    if taken is not None and not device.simulated:
         memory = replace(memory, measured=taken)
     return Cost(variant=variant, memory=memory, settings=settings)
 

@@ -212,8 +212,8 @@ def _in_packets(items: Sequence[_Item]) -> Iterator[tuple[_Item, ...]]:
 
 # --- sizes --------------------------------------------------------------------------------------------------------------
 
-STAMP_BYTES = 72
-"""A stamp as JSON: 13 digits, a counter, a UUID, and what stands between."""
+STAMP_BYTES = 96
+"""A stamp as JSON: 13 digits, a counter, a UUID, and the names of the three."""
 
 
 class _ByStamp:

@@ -1,59 +1,59 @@
-"""What loads really took: kept across restarts, and used instead of the estimate from then on.
+"""What loads really took: shared with all nodes, kept across restarts, and used instead of the estimate from then on.
 
-Law of this file: a measurement counts only for the very same load (`MeasuredKey`); the newest one stands.
+Law of this file: a measurement counts only for the very same load on the same kind of card (`MeasuredKey`), wherever in the mesh it was
+made; the newest one stands.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict
-from typing import Any
 
-from tars.core.placement import MeasuredKey, measured_key
-from tars.core.types import Assignment, Bytes, DeviceId, DeviceSnapshot, KvType
+from tars.core.placement_cost import MeasuredKey, measured_by_key, measured_key
+from tars.core.records import MeasuredLoad
+from tars.core.replicated_map import measured
+from tars.core.replicated_map import measured_key as record_key
+from tars.core.types import Assignment, Bytes, DeviceSnapshot
 from tars.errors import TarsError
-from tars.state_folder import StateFolder
+from tars.mesh.replicated_store import Records
 
 log = logging.getLogger(__name__)
 
-FILE = "measured_memory.json"
+SAME = 0.02
+"""Loads of one model differ by so little: a lower figure within it changes nothing, so that two PCs do not take turns in correcting each
+other. A higher one always counts, since the planner must not promise what a load took before."""
 
 
 class MeasuredMemory:
-    """This node's measurements; a full disk loses at most their persistence."""
+    """The mesh's measurements; a full disk loses at most their persistence."""
 
-    def __init__(self, folder: StateFolder):
-        self._folder = folder
-        self._bytes: dict[MeasuredKey, Bytes] = {}
-        stored = folder.read_json(FILE)
-        for record in stored.get("measured", []) if isinstance(stored, dict) else []:
-            try:
-                self._bytes[_key(record["key"])] = Bytes(record["bytes"])
-            except (KeyError, TypeError, ValueError):
-                continue  # written by another version: measured again at the next load
+    def __init__(self, records: Records):
+        self._records = records
 
     def by_key(self) -> dict[MeasuredKey, Bytes]:
         """For the planner."""
-        return self._bytes
+        return measured_by_key(measured(self._records.map))
 
     def learn(self, assignment: Assignment, device: DeviceSnapshot, taken: Bytes) -> None:
         """Keep what this load took. A simulated device's bytes are declared, not measured, so they teach nothing."""
         if device.simulated or taken <= 0:
             return
         key = measured_key(assignment, device)
-        if self._bytes.get(key) == taken:
+        load = MeasuredLoad(
+            card=key.card,
+            file=key.file,
+            context=key.context,
+            slots=key.slots,
+            kv_tokens=key.kv_tokens,
+            kv_type=key.kv_type,
+            gpu_layers=key.gpu_layers,
+            taken=taken,
+        )
+        name = record_key(load)
+        known = self._records.map.get(name)
+        if isinstance(known, MeasuredLoad) and known.taken * (1 - SAME) <= taken <= known.taken:
             return
-        self._bytes[key] = taken
-        records: list[dict[str, Any]] = [{"key": _plain(key), "bytes": int(size)} for key, size in self._bytes.items()]
         try:
-            self._folder.write_json(FILE, {"version": 1, "measured": records})
+            self._records.put(name, load)
         except (TarsError, OSError) as error:
             log.warning("measured memory was not saved: %s", error)
-
-
-def _plain(key: MeasuredKey) -> dict[str, Any]:
-    return {**asdict(key), "kv_type": key.kv_type.value}
-
-
-def _key(plain: dict[str, Any]) -> MeasuredKey:
-    return MeasuredKey(**{**plain, "device": DeviceId(plain["device"]), "kv_type": KvType(plain["kv_type"])})
+            self._records.put(name, load, saved=False)

@@ -7,9 +7,9 @@ from dataclasses import replace
 from fleets import MODELS, cpu, gpu, node
 
 from tars.core.memory import estimate_replica, kv_cache_bytes
-from tars.core.placement_cost import MeasuredKey, barred, cost_on, too_slow, wanted_variants
+from tars.core.placement_cost import MeasuredKey, barred, card_of, cost_on, too_slow, wanted_variants
 from tars.core.tuning import settings_for
-from tars.core.types import Adapter, Bytes, Deployment, DeviceId, KvType, ModelKind
+from tars.core.types import Adapter, Bytes, Deployment, KvType, ModelKind
 
 PHI3 = MODELS["phi-3-mini"]
 
@@ -35,9 +35,7 @@ def test_a_measurement_counts_only_for_the_same_load() -> None:
     deployment = Deployment("phi-3-mini", context=2048, variant="Q4_K_M")
     variant = wanted_variants(PHI3, deployment)[0]
     cost = cost_on(gpu("a"), PHI3, variant, deployment, {})
-    key = MeasuredKey(
-        DeviceId("a/gpu-0"), f"phi-3-mini:Q4_K_M:{int(cost.memory.weights)}", 2048, 4, 2048, KvType.F16, -1
-    )
+    key = MeasuredKey(card_of(gpu("a")), f"phi-3-mini:Q4_K_M:{int(cost.memory.weights)}", 2048, 4, 2048, KvType.F16, -1)
     measured = {key: Bytes.gib(2)}
     assert cost_on(gpu("a"), PHI3, variant, deployment, measured).need == Bytes.gib(2)
     for other in (
@@ -47,7 +45,15 @@ def test_a_measurement_counts_only_for_the_same_load() -> None:
         replace(deployment, gpu_layers=32),
     ):
         assert cost_on(gpu("a"), PHI3, variant, other, measured).memory.measured is None
-    assert cost_on(gpu("b"), PHI3, variant, deployment, measured).memory.measured is None
+    assert cost_on(gpu("b", "GTX 1660 SUPER"), PHI3, variant, deployment, measured).memory.measured is None
+
+
+def test_a_measurement_counts_for_the_same_card_in_every_pc() -> None:
+    deployment = Deployment("phi-3-mini", context=2048, variant="Q4_K_M")
+    variant = wanted_variants(PHI3, deployment)[0]
+    memory = cost_on(gpu("a"), PHI3, variant, deployment, {}).memory
+    key = MeasuredKey(card_of(gpu("a")), f"phi-3-mini:Q4_K_M:{int(memory.weights)}", 2048, 4, 2048, KvType.F16, -1)
+    assert cost_on(gpu("b"), PHI3, variant, deployment, {key: Bytes.gib(2)}).need == Bytes.gib(2)
 
 
 def test_adapters_and_a_draft_model_cost_memory_too() -> None:

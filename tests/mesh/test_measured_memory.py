@@ -18,7 +18,8 @@ from tars.core.types import (
     ReplicaId,
     RuntimeSettings,
 )
-from tars.mesh.measured_memory import FILE, MeasuredMemory
+from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.replicated_store import MemoryStore, ReplicatedStore, wall_ms
 from tars.state_folder import StateFolder
 
 DEVICE = DeviceSnapshot(DeviceId("n/gpu-1"), NodeId("n"), DeviceKind.CUDA, "RTX 3060", Bytes.gib(12), Bytes.gib(12))
@@ -35,27 +36,31 @@ ASSIGNMENT = Assignment(
 KEY = measured_key(ASSIGNMENT, DEVICE)
 
 
+def memory_in(folder):
+    return MeasuredMemory(ReplicatedStore(StateFolder(folder), NodeId("n")))
+
+
 def test_a_measurement_outlives_a_restart(tmp_path):
-    MeasuredMemory(StateFolder(tmp_path)).learn(ASSIGNMENT, DEVICE, Bytes(5_000_000_000))
-    assert MeasuredMemory(StateFolder(tmp_path)).by_key() == {KEY: 5_000_000_000}
+    memory_in(tmp_path).learn(ASSIGNMENT, DEVICE, Bytes(5_000_000_000))
+    assert memory_in(tmp_path).by_key() == {KEY: 5_000_000_000}
 
 
 def test_another_context_is_another_load(tmp_path):
-    measured = MeasuredMemory(StateFolder(tmp_path))
+    measured = memory_in(tmp_path)
     measured.learn(ASSIGNMENT, DEVICE, Bytes(5_000_000_000))
     longer = replace(ASSIGNMENT, settings=replace(ASSIGNMENT.settings, context=8192))
     assert measured_key(longer, DEVICE) not in measured.by_key()
 
 
 def test_a_simulated_device_teaches_nothing(tmp_path):
-    measured = MeasuredMemory(StateFolder(tmp_path))
+    measured = memory_in(tmp_path)
     measured.learn(ASSIGNMENT, replace(DEVICE, simulated=True), Bytes(5_000_000_000))
     measured.learn(ASSIGNMENT, DEVICE, Bytes(0))
     assert measured.by_key() == {}
 
 
 def test_a_full_disk_keeps_the_measurement_in_memory(tmp_path, monkeypatch, caplog):
-    measured = MeasuredMemory(StateFolder(tmp_path))
+    measured = memory_in(tmp_path)
 
     def full(descriptor):
         raise OSError(errno.ENOSPC, "full")
@@ -66,7 +71,26 @@ def test_a_full_disk_keeps_the_measurement_in_memory(tmp_path, monkeypatch, capl
     assert "not saved" in caplog.text
 
 
-@pytest.mark.parametrize("content", [b"[]", b'{"measured": [{"key": {"nope": 1}, "bytes": 2}]}', b"{"])
-def test_a_damaged_file_is_measured_anew(tmp_path, content):
-    (tmp_path / FILE).write_bytes(content)
-    assert MeasuredMemory(StateFolder(tmp_path)).by_key() == {}
+def test_a_peer_with_the_same_card_need_not_measure_again():
+    here, there = MemoryStore(NodeId("n")), MemoryStore(NodeId("m"))
+    MeasuredMemory(here).learn(ASSIGNMENT, DEVICE, Bytes(5_000_000_000))
+    there.map.merge(here.map.records(), wall_ms())
+    theirs = replace(DEVICE, id=DeviceId("m/gpu-7"), node=NodeId("m"))
+    assert MeasuredMemory(there).by_key() == {measured_key(ASSIGNMENT, theirs): 5_000_000_000}
+    other = replace(theirs, memory_total=Bytes.gib(8))
+    assert measured_key(ASSIGNMENT, other) not in MeasuredMemory(there).by_key()
+
+
+@pytest.mark.parametrize(
+    ("again", "known"),
+    [(990_000_000, 1_000_000_000), (1_001_000_000, 1_001_000_000), (970_000_000, 970_000_000)],
+    ids=["hardly less", "more", "clearly less"],
+)
+def test_the_newest_measurement_stands_unless_it_says_the_same(again, known):
+    store = MemoryStore(NodeId("n"))
+    measured = MeasuredMemory(store)
+    measured.learn(ASSIGNMENT, DEVICE, Bytes(1_000_000_000))
+    before = store.map.root
+    measured.learn(ASSIGNMENT, DEVICE, Bytes(again))
+    assert measured.by_key() == {KEY: known}
+    assert (store.map.root == before) == (known == 1_000_000_000)
