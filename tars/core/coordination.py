@@ -50,7 +50,7 @@ class CoordinationView:
     models: Mapping[str, ModelEntry] = field(default_factory=dict)
     """The catalogue that comes with TARS. Entries of adverts and wishes go before it."""
     measured: Measured = field(default_factory=dict)
-    """By device of this node and by card, see `placement_cost.measured_on_cards`."""
+    """By kind of card, see `placement_cost.measured_by_key`."""
     hub: bool = False
     """Whether a node can fetch a variant with `repo` and `file` that no node has."""
     versions: Mapping[str, Hashable] = field(default_factory=dict)

@@ -9,42 +9,29 @@ device the bytes of all assignments stay within `DeviceSnapshot.capacity`, save 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 
-from tars.core.placement_cost import (
-    Cost,
-    Measured,
-    MeasuredKey,
-    barred,
-    contradiction,
-    cost_on,
-    measured_key,
-    too_slow,
-    wanted_variants,
-)
-from tars.core.placement_reasons import Standing, reason_for, refusal_of, verdict_on
+from tars.core.placement_cost import Cost, Measured, MeasuredKey, barred, cost_on, measured_key, wanted_variants
 from tars.core.placement_search import Ground, Option, Wish, hash_fraction, search
-from tars.core.tuning import SLOTS
+from tars.core.placement_verdicts import Scene, with_reasons
+from tars.core.placement_wants import Circumstances, Place, Want, places_of, resolve, want_of
 from tars.core.types import (
     Assignment,
-    Bytes,
     Deployment,
     DeviceId,
     DeviceKind,
     DeviceSnapshot,
-    DeviceVerdict,
     ModelEntry,
     ModelKind,
     NodeId,
     NodeSnapshot,
     Plan,
-    Refusal,
     ReplicaId,
     RuntimeSettings,
 )
 
-__all__ = ["MeasuredKey", "measured_key", "plan"]
+__all__ = ["Circumstances", "MeasuredKey", "fits", "measured_key", "plan", "still_asked_for"]
 
 ORDERS = 200
 """Orders of replicas that are tried. On random fleets at 80 % fill 200 place as much as CP-SAT's optimum (field notes, Placement)."""
@@ -56,24 +43,6 @@ RESIDENT = 0.8
 """A device that holds this share of what its replicas were promised has loaded them: estimates err by a few percent, buffers come late."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Place:
-    node: NodeSnapshot
-    device: DeviceSnapshot
-
-
-@dataclass(frozen=True, slots=True)
-class _Want:
-    """One deployment with its catalogue entry and, per device, the costs that it allows there, smallest first."""
-
-    deployment: Deployment
-    entry: ModelEntry
-    costs: tuple[tuple[Cost, ...], ...]
-    """What may go there and fits the empty device."""
-    smallest: tuple[Cost, ...]
-    """The least that it would take there, whether allowed or not."""
-
-
 def plan(
     nodes: Sequence[NodeSnapshot],
     models: Mapping[str, ModelEntry],
@@ -81,6 +50,7 @@ def plan(
     current: Sequence[Assignment] = (),
     measured: Measured | None = None,
     *,
+    circumstances: Circumstances | None = None,
     orders: int = ORDERS,
 ) -> Plan:
     """Place `deployments` on `nodes`.
@@ -90,106 +60,72 @@ def plan(
     model the larger counts. A deployment of a model that `models` lacks, by name and alias, is refused.
     """
     measured = {} if measured is None else measured
-    places = [
-        _Place(node, device)
-        for node in sorted(nodes, key=lambda node: node.id)
-        for device in sorted(node.devices, key=lambda device: device.id)
-    ]
-    by_model, unknown = _resolve(deployments, models)
-    wants = [_want(deployment, entry, places, measured) for deployment, entry in by_model]
-    kept = _keep(wants, places, current, measured)
-    assignments = [*kept, *_search(wants, places, kept, orders)]
-    return _with_reasons(wants, places, kept, assignments, unknown)
-
-
-# --- what is wanted -------------------------------------------------------------------------------------------------
-
-
-def _resolve(
-    deployments: Sequence[Deployment], models: Mapping[str, ModelEntry]
-) -> tuple[list[tuple[Deployment, ModelEntry]], list[Refusal]]:
-    """Deployments by canonical model name, one each, in the order of names; refusals for those that nobody knows."""
-    names = {alias.casefold(): entry for entry in models.values() for alias in (*entry.aliases, entry.name)}
-    found: dict[str, tuple[Deployment, ModelEntry]] = {}
-    unknown: dict[str, Refusal] = {}
-    for deployment in sorted(deployments, key=_size):
-        entry = models.get(deployment.model) or names.get(deployment.model.casefold())
-        if deployment.replicas < 1:
-            continue
-        if entry is not None and (wrong := contradiction(entry, deployment)) is not None:
-            unknown[entry.name] = Refusal(entry.name, deployment.replicas, (), wrong)
-        elif entry is not None and entry.variants:
-            found[entry.name] = (deployment, entry)
-        elif entry is not None:
-            remedy = "Nothing is known of its size: name its file in a [[model]] table (name, path)."
-            unknown[entry.name] = Refusal(entry.name, deployment.replicas, (), remedy)
-        else:
-            remedy = "The catalogue has no such model; add it with a [[model]] table or choose one from `tars models`."
-            unknown[deployment.model] = Refusal(deployment.model, deployment.replicas, (), remedy)
-    return [found[name] for name in sorted(found)], [unknown[name] for name in sorted(unknown)]
-
-
-def _size(deployment: Deployment) -> tuple[int, int, int, int, str]:
-    slots = SLOTS if deployment.slots is None else deployment.slots
-    return (deployment.replicas, slots, deployment.kv_tokens or 0, deployment.context or 0, repr(deployment))
-
-
-def _want(deployment: Deployment, entry: ModelEntry, places: list[_Place], measured: Measured) -> _Want:
-    variants = wanted_variants(entry, deployment) or entry.variants
-    allowed = wanted_variants(entry, deployment)
-    fitting: list[tuple[Cost, ...]] = []
-    smallest: list[Cost] = []
-    for place in places:
-        costs = [cost_on(place.device, entry, variant, deployment, measured) for variant in variants]
-        costs.sort(key=lambda cost: (cost.need, -cost.variant.quality))
-        smallest.append(costs[0])
-        fitting.append(
-            tuple(
-                cost
-                for cost in costs
-                if allowed
-                and cost.need <= place.device.capacity
-                and barred(place.node, place.device, entry, deployment) is None
-                and not too_slow(place.device, entry, cost.variant, deployment)
-            )
-        )
-    return _Want(deployment, entry, tuple(fitting), tuple(smallest))
+    known = Circumstances() if circumstances is None else circumstances
+    places = places_of(nodes)
+    by_model, unknown = resolve(deployments, models)
+    wants = [want_of(deployment, entry, places, measured, known.bars) for deployment, entry in by_model]
+    kept = _keep(wants, places, current, measured, known)
+    assignments = [*kept, *_search(wants, places, kept, known, orders)]
+    fresh: Mapping[str, int] = {}
+    if kept and len(assignments) < sum(want.deployment.replicas for want in wants):
+        again = Counter(each.model for each in _search(wants, places, [], known, REPLAN_ORDERS))
+        fresh = again if again.total() > len(assignments) else {}
+    scene = Scene(wants, places, _ground(places, assignments).free, assignments, known)
+    return with_reasons(scene, assignments, {each.replica for each in kept}, unknown, fresh)
 
 
 # --- what stays -----------------------------------------------------------------------------------------------------
 
 
 def _keep(
-    wants: list[_Want], places: list[_Place], current: Sequence[Assignment], measured: Measured
+    wants: list[Want], places: list[Place], current: Sequence[Assignment], measured: Measured, known: Circumstances
 ) -> list[Assignment]:
     """The current assignments that are still valid, with their bytes brought up to date."""
     indices = {place.device.id: index for index, place in enumerate(places)}
+    by_model: dict[str, list[Assignment]] = {}
+    for assignment in {each.replica: each for each in current}.values():
+        by_model.setdefault(assignment.model, []).append(assignment)
     kept: list[Assignment] = []
     for want in wants:
         valid = [
             updated
-            for assignment in {each.replica: each for each in current}.values()
-            if assignment.model == want.entry.name
-            and (index := indices.get(assignment.device)) is not None
+            for assignment in by_model.get(want.entry.name, [])
+            if (index := indices.get(assignment.device)) is not None
             and (updated := _still_valid(want, places[index], assignment, measured)) is not None
         ]
-        kept += _most_useful(valid, want.deployment.replicas, places, indices)
+        kept += _most_useful(valid, want.deployment.replicas, places, indices, known.worth)
     priority = {want.entry.name: want.deployment.priority for want in wants}
-    for place in places:
-        kept = _within(kept, place.device, priority)
-    return sorted(kept, key=lambda assignment: assignment.replica)
+    by_device: dict[DeviceId, list[Assignment]] = {}
+    for assignment in kept:
+        by_device.setdefault(assignment.device, []).append(assignment)
+    staying = [
+        assignment
+        for device, here in by_device.items()
+        for assignment in _within(here, places[indices[device]].device, priority, known.forgiven)
+    ]
+    return sorted(staying, key=lambda assignment: assignment.replica)
 
 
-def _still_valid(want: _Want, place: _Place, assignment: Assignment, measured: Measured) -> Assignment | None:
+def _still_valid(want: Want, place: Place, assignment: Assignment, measured: Measured) -> Assignment | None:
     """The assignment with current bytes, or None where the deployment or the node no longer allows it."""
     deployment = want.deployment
-    variant = next((each for each in wanted_variants(want.entry, deployment) if each.name == assignment.variant), None)
-    if variant is None or barred(place.node, place.device, want.entry, deployment) is not None:
+    if barred(place.node, place.device, want.entry, deployment) is not None:
         return None
-    cost = cost_on(place.device, want.entry, variant, deployment, measured)
+    updated = still_asked_for(assignment, deployment, want.entry, place.device, measured)
+    return None if updated is None else replace(updated, node=place.node.id)
+
+
+def still_asked_for(
+    assignment: Assignment, deployment: Deployment, entry: ModelEntry, device: DeviceSnapshot, measured: Measured
+) -> Assignment | None:
+    """The assignment with current bytes where it is, but for its place, as the deployment wants it; None where it is not."""
+    variant = next((each for each in wanted_variants(entry, deployment) if each.name == assignment.variant), None)
+    if variant is None:
+        return None
+    cost = cost_on(device, entry, variant, deployment, measured)
     if _asked_for(cost.settings) != _asked_for(assignment.settings):
         return None
-    return replace(assignment, memory=cost.memory, node=place.node.id)
+    return replace(assignment, memory=cost.memory)
 
 
 def _asked_for(settings: RuntimeSettings) -> tuple[object, ...]:
@@ -198,17 +134,25 @@ def _asked_for(settings: RuntimeSettings) -> tuple[object, ...]:
 
 
 def _most_useful(
-    valid: list[Assignment], most: int, places: list[_Place], indices: Mapping[DeviceId, int]
+    valid: list[Assignment],
+    most: int,
+    places: list[Place],
+    indices: Mapping[DeviceId, int],
+    worth: Mapping[ReplicaId, float],
 ) -> list[Assignment]:
-    """At most `most` of a model's replicas: first one per node and GPUs before CPUs, then by id."""
+    """At most `most` of a model's replicas: those of most worth, then one per node and GPUs before CPUs, then by id."""
     left = sorted(valid, key=lambda assignment: assignment.replica)
+    if len(left) <= most:
+        return left
     chosen: list[Assignment] = []
     while left and len(chosen) < most:
         beside = Counter(assignment.node for assignment in chosen)
 
-        def key(assignment: Assignment, beside: Counter[NodeId] = beside) -> tuple[int, bool]:
+        def key(assignment: Assignment, beside: Counter[NodeId] = beside) -> tuple[int, int, bool, float]:
             kind = places[indices[assignment.device]].device.kind
-            return (beside[assignment.node], kind is DeviceKind.CPU)
+            value = worth.get(assignment.replica, 0.0)
+            # Whole parts before the spread over nodes, fractions after it.
+            return (-int(value), beside[assignment.node], kind is DeviceKind.CPU, -value)
 
         best = min(left, key=key)
         left.remove(best)
@@ -216,19 +160,19 @@ def _most_useful(
     return chosen
 
 
-def _within(kept: list[Assignment], device: DeviceSnapshot, priority: Mapping[str, int]) -> list[Assignment]:
-    """Drop replicas (lowest priority first, then the last by id) until what is left fits the device."""
-    here = sorted(
-        (assignment for assignment in kept if assignment.device == device.id),
-        key=lambda assignment: (-priority[assignment.model], assignment.replica),
-    )
-    while here and not _fits(sum(assignment.memory.total for assignment in here), device):
-        here.pop()
-    stays = {assignment.replica for assignment in here}
-    return [assignment for assignment in kept if assignment.device != device.id or assignment.replica in stays]
+def _within(
+    here: list[Assignment], device: DeviceSnapshot, priority: Mapping[str, int], forgiven: Collection[ReplicaId]
+) -> list[Assignment]:
+    """Drop replicas (lowest priority first, then the last by id) until what is left fits the device; but none that is forgiven."""
+    staying = sorted(here, key=lambda each: (each.replica not in forgiven, -priority[each.model], each.replica))
+    while staying and staying[-1].replica not in forgiven:
+        if fits(sum(assignment.memory.total for assignment in staying), device):
+            break
+        staying.pop()
+    return staying
 
 
-def _fits(promised: int, device: DeviceSnapshot) -> bool:
+def fits(promised: int, device: DeviceSnapshot) -> bool:
     """Within capacity; or resident already, and then only the reserve and the operator's cap can drive it out."""
     hard = min(device.memory_total - device.reserve, device.memory_total if device.cap is None else device.cap)
     resident = device.memory_held >= RESIDENT * promised
@@ -238,8 +182,14 @@ def _fits(promised: int, device: DeviceSnapshot) -> bool:
 # --- what is new ----------------------------------------------------------------------------------------------------
 
 
-def _search(wants: list[_Want], places: list[_Place], kept: list[Assignment], orders: int) -> list[Assignment]:
-    placed = search(_ground(places, kept), wishes := _wishes(wants, places, kept), orders=orders)
+def _search(
+    wants: list[Want], places: list[Place], kept: list[Assignment], known: Circumstances, orders: int
+) -> list[Assignment]:
+    counts = Counter(assignment.model for assignment in kept)
+    wants = [want for want in wants if counts[want.entry.name] < want.deployment.replicas]
+    if not wants:
+        return []
+    placed = search(_ground(places, kept), wishes := _wishes(wants, places, kept, known), orders=orders)
     names = {assignment.replica for assignment in kept}
     made: list[Assignment] = []
     for one in sorted(placed, key=lambda one: (wishes[one.wish].name, wishes[one.wish].rank[one.device])):
@@ -262,7 +212,7 @@ def _search(wants: list[_Want], places: list[_Place], kept: list[Assignment], or
     return made
 
 
-def _ground(places: list[_Place], kept: list[Assignment]) -> Ground:
+def _ground(places: list[Place], kept: list[Assignment]) -> Ground:
     index = {place.device.id: number for number, place in enumerate(places)}
     node_index = {node: number for number, node in enumerate(sorted({place.node.id for place in places}))}
     load = [0] * len(places)
@@ -282,11 +232,15 @@ def _strength(device: DeviceSnapshot) -> int:
     return max(1, device.memory_total // (CPU_STRENGTH if device.kind is DeviceKind.CPU else 1))
 
 
-def _wishes(wants: list[_Want], places: list[_Place], kept: list[Assignment]) -> list[Wish]:
+def _wishes(wants: list[Want], places: list[Place], kept: list[Assignment], known: Circumstances) -> list[Wish]:
     node_ids = sorted({place.node.id for place in places})
+    by_model: dict[str, list[Assignment]] = {}
+    for assignment in kept:
+        by_model.setdefault(assignment.model, []).append(assignment)
+    options: dict[int, tuple[Option, ...]] = {}
     wishes = []
     for want in wants:
-        own = [assignment for assignment in kept if assignment.model == want.entry.name]
+        own = by_model.get(want.entry.name, [])
         beside = Counter(assignment.node for assignment in own)
         wishes.append(
             Wish(
@@ -294,25 +248,49 @@ def _wishes(wants: list[_Want], places: list[_Place], kept: list[Assignment]) ->
                 chat=want.entry.kind is ModelKind.CHAT,
                 priority=want.deployment.priority,
                 missing=want.deployment.replicas - len(own),
-                options=tuple(
-                    tuple(Option(cost.need, cost.variant.quality, number) for number, cost in enumerate(costs))
-                    for costs in want.costs
-                ),
-                rank=_rendezvous(want.entry.name, [place.device.id for place in places]),
+                options=tuple(_options(costs, options) for costs in want.costs),
+                rank=_Ties(want.entry.name, places, known.holders.get(want.entry.name, ())),
                 beside=tuple(beside[node] for node in node_ids),
             )
         )
     return wishes
 
 
-def _rendezvous(model: str, devices: list[DeviceId]) -> tuple[int, ...]:
-    """Each device's place in this model's order: highest-random-weight hashing, so that losing one device moves no other tie."""
-    order = sorted(devices, key=lambda device: hash_fraction(model, device), reverse=True)
-    ranks = {device: rank for rank, device in enumerate(order)}
-    return tuple(ranks[device] for device in devices)
+def _options(costs: tuple[Cost, ...], known: dict[int, tuple[Option, ...]]) -> tuple[Option, ...]:
+    """Devices of a kind share their costs, and so their options: `known` is by the identity of what `want_of` made once a kind."""
+    found = known.get(id(costs))
+    if found is None:
+        found = tuple(Option(cost.need, cost.variant.quality, number) for number, cost in enumerate(costs))
+        known[id(costs)] = found
+    return found
 
 
-def _replica_id(model: str, place: _Place, taken: Iterable[str]) -> ReplicaId:
+class _Ties(Sequence[int]):
+    """Each device's number in this model's order, smaller first: nodes that have its file, then highest-random-weight hashing, so that
+    losing one device moves no other tie. Made when asked for: ties are few, and a large fleet would need 300,000 hashes.
+    """
+
+    def __init__(self, model: str, places: list[Place], holders: Collection[NodeId]):
+        self._model = model
+        self._places = places
+        self._holders = holders
+        self._known: dict[int, int] = {}
+
+    def __getitem__(self, index: int) -> int:  # type: ignore[override]  # nobody slices it
+        number = self._known.get(index)
+        if number is None:
+            place = self._places[index]
+            number = -hash_fraction(self._model, place.device.id)
+            if place.node.id in self._holders:
+                number -= 2**64
+            self._known[index] = number
+        return number
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+
+def _replica_id(model: str, place: Place, taken: Iterable[str]) -> ReplicaId:
     """`<model>@<node>-<device>#<n>`: the node's first 8 characters keep `cpu` of two nodes apart in the mesh, 8 of a GPU's uuid cards."""
     device = place.device.id.rpartition("/")[2]
     suffix = f"{place.node.id[:8]}-{device if len(device) <= 16 else device[:12]}"
@@ -320,68 +298,3 @@ def _replica_id(model: str, place: _Place, taken: Iterable[str]) -> ReplicaId:
     while (replica := ReplicaId(f"{model}@{suffix}#{number}")) in taken:
         number += 1
     return replica
-
-
-# --- why ------------------------------------------------------------------------------------------------------------
-
-
-def _with_reasons(
-    wants: list[_Want],
-    places: list[_Place],
-    kept: list[Assignment],
-    assignments: list[Assignment],
-    unknown: list[Refusal],
-) -> Plan:
-    stays = {assignment.replica for assignment in kept}
-    free = _ground(places, assignments)
-    verdicts: dict[str, tuple[DeviceVerdict, ...]] = {}
-    reasons: dict[ReplicaId, str] = {}
-    refusals = list(unknown)
-    missing_any = any(
-        sum(each.model == want.entry.name for each in assignments) < want.deployment.replicas for want in wants
-    )
-    fresh = (
-        Counter(each.model for each in _search(wants, places, [], REPLAN_ORDERS)) if missing_any and kept else Counter()
-    )
-    for want in wants:
-        own = [assignment for assignment in assignments if assignment.model == want.entry.name]
-        standings = []
-        for number, place in enumerate(places):
-            here = tuple(each for each in own if each.device == place.device.id)
-            standings.append(
-                Standing(
-                    node=place.node,
-                    device=place.device,
-                    here=here,
-                    left=Bytes(max(0, free.free[number])),
-                    costs=want.costs[number],
-                    smallest=want.smallest[number],
-                    others=tuple(
-                        sorted(
-                            {e.model for e in assignments if e.device == place.device.id and e.model != want.entry.name}
-                        )
-                    ),
-                )
-            )
-        verdicts[want.entry.name] = tuple(
-            verdict_on(standing, standings, want.entry, want.deployment) for standing in standings
-        )
-        for assignment in own:
-            standing = next(each for each in standings if each.device.id == assignment.device)
-            reasons[assignment.replica] = reason_for(
-                assignment, standing, standings, want.entry, want.deployment, stays=assignment.replica in stays
-            )
-        missing = want.deployment.replicas - len(own)
-        if missing > 0:
-            gain = fresh[want.entry.name] > len(own) and sum(fresh.values()) > len(assignments)
-            refusals.append(
-                refusal_of(
-                    missing, standings, verdicts[want.entry.name], want.entry, want.deployment, would_fit_fresh=gain
-                )
-            )
-    explained = [replace(each, reason=reasons[each.replica]) for each in assignments]
-    return Plan(
-        assignments=tuple(sorted(explained, key=lambda each: each.replica)),
-        refusals=tuple(sorted(refusals, key=lambda refusal: refusal.model)),
-        verdicts=verdicts,
-    )

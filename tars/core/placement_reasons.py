@@ -6,10 +6,11 @@ planner counts: a remedy that is named fits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
-from tars.core.placement_cost import CPU_CHAT_MOST, Cost, barred, cost_on, too_slow, wanted_variants
+from tars.core.placement_cost import CPU_CHAT_MOST, Cost, alike, barred, cost_on, too_slow, wanted_variants
 from tars.core.tuning import SLOTS_MOST, all_gpu_layers
 from tars.core.types import (
     Assignment,
@@ -33,9 +34,8 @@ CONTEXT_LEAST = 512
 """A shorter context holds hardly a question and its answer; it is not worth proposing."""
 
 
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """One device as one model sees it, after everything is placed."""
+class Standing(NamedTuple):
+    """One device as one model sees it, after everything is placed. A tuple, because a large fleet makes 300,000 of them."""
 
     node: NodeSnapshot
     device: DeviceSnapshot
@@ -49,6 +49,8 @@ class Standing:
     """The least it would take there, allowed or not."""
     others: tuple[str, ...]
     """Other models there."""
+    bars: Mapping[str, str] = {}
+    """Variants that may not be loaded there for a while, each with the reason: a load failed."""
 
     @property
     def taken(self) -> Bytes:
@@ -64,10 +66,15 @@ class Standing:
 # --- verdicts -------------------------------------------------------------------------------------------------------
 
 
-def verdict_on(
-    standing: Standing, standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment
+def verdicts_on(standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment) -> tuple[DeviceVerdict, ...]:
+    """The verdict of each device. `needed` is of one replica of the variant named, or of all that are there; `free` without them."""
+    winners = [each for each in standings if each.here]
+    return tuple(_verdict_on(standing, winners, entry, deployment) for standing in standings)
+
+
+def _verdict_on(
+    standing: Standing, winners: Sequence[Standing], entry: ModelEntry, deployment: Deployment
 ) -> DeviceVerdict:
-    """The verdict of one device. `needed` is of one replica of the variant named, or of all that are there; `free` without them."""
     if standing.here:
         count = "" if len(standing.here) == 1 else f"{len(standing.here)} replicas "
         reason = f"{count}placed here".strip()
@@ -75,7 +82,7 @@ def verdict_on(
     fitting = [cost for cost in standing.costs if cost.need <= standing.left]
     if fitting:
         best = max(fitting, key=lambda cost: (cost.variant.quality, -cost.need))
-        return _verdict(standing, best.variant.name, False, best.need, _outdone(standing, standings, entry, deployment))
+        return _verdict(standing, best.variant.name, False, best.need, _outdone(standing, winners, entry, deployment))
     cost = standing.costs[0] if standing.costs else standing.smallest
     return _verdict(standing, cost.variant.name, False, cost.need, _no_room(standing, cost, entry, deployment))
 
@@ -102,6 +109,8 @@ def _no_room(standing: Standing, cost: Cost, entry: ModelEntry, deployment: Depl
     if cost.need > capacity:
         needed, there = _apart(cost.need, capacity)
         return f"too large: needs {needed}, {there} can be had here{_what_holds_back(standing.device, cost.need)}"
+    if cost.variant.name in standing.bars:
+        return standing.bars[cost.variant.name]
     if too_slow(standing.device, entry, cost.variant, deployment):
         return (
             f"too slow: a CPU reads {cost.variant.shape.tensor_bytes} of weights for every token; "
@@ -139,9 +148,8 @@ def _foreign(device: DeviceSnapshot) -> Bytes:
     return Bytes(max(0, device.memory_total - device.memory_free - device.memory_held))
 
 
-def _outdone(standing: Standing, standings: Sequence[Standing], entry: ModelEntry, deployment: Deployment) -> str:
+def _outdone(standing: Standing, winners: Sequence[Standing], entry: ModelEntry, deployment: Deployment) -> str:
     """Why a device that has room was not taken."""
-    winners = [each for each in standings if each.here]
     if not winners:
         return "would fit"
     names = ", ".join(each.place for each in winners)
@@ -275,6 +283,10 @@ def _remedy(standings: Sequence[Standing], entry: ModelEntry, deployment: Deploy
         if engines:
             return f"{engines[0][:1].upper()}{engines[0][1:]}."
         return "Every device it may use is on a node that drains: resume one (node.resume) or add a PC."
+    failed = [each for each in usable if each.smallest.variant.name in each.bars and each.smallest.need <= each.left]
+    if failed:
+        reason = failed[0].bars[failed[0].smallest.variant.name]
+        return f"On {failed[0].place} {reason}. `tars deploy {entry.name}` tries again at once."
     found = list(_smaller_wishes(usable, entry, deployment))[:REMEDIES_MOST]
     if len(found) < REMEDIES_MOST:
         found += _partly_on_a_card(usable, standings, entry, deployment)
@@ -413,10 +425,16 @@ def _fits_where(
 ) -> tuple[Standing, Cost, Bytes] | None:
     """The device with the most room left where the changed deployment fits, its cost there, and what is free."""
     spots = []
+    variants = wanted_variants(entry, changed)
+    known: dict[tuple[object, ...], list[Cost]] = {}
     for standing in usable:
         free = Bytes(standing.left + (standing.taken if replaces_all else 0))
-        for variant in wanted_variants(entry, changed):
-            cost = cost_on(standing.device, entry, variant, changed, {})
+        kind = alike(standing.device)
+        if kind not in known:
+            known[kind] = [cost_on(standing.device, entry, variant, changed, {}) for variant in variants]
+        for variant, cost in zip(variants, known[kind], strict=True):
+            if variant.name in standing.bars:
+                continue
             if cost.need <= free and not too_slow(standing.device, entry, variant, changed):
                 spots.append((standing, cost, free))
                 break

@@ -5,7 +5,7 @@ Law of this file: frozen values only. Nothing here reads a clock, a file or a de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, NewType
@@ -323,7 +323,7 @@ class Plan:
 
     assignments: tuple[Assignment, ...] = ()
     refusals: tuple[Refusal, ...] = ()
-    verdicts: dict[str, tuple[DeviceVerdict, ...]] = field(default_factory=dict)
+    verdicts: Mapping[str, tuple[DeviceVerdict, ...]] = field(default_factory=dict)
     """By model: the verdict of every device for that model."""
 
 
