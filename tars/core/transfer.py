@@ -6,6 +6,7 @@ a name; one that is asked for several pieces at once joins under several names (
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -23,15 +24,16 @@ PATIENCE = 600.0
 STEAL_GAIN = 0.7
 """An idle source takes over another's piece if it expects to be done in this share of the time that one still needs: below 1, because
 rates are guesses and the bytes that already came are thrown away."""
-SILENT_RATE = 1.0
-"""Bytes a second assumed of a source that has given nothing yet, once others have shown what is usual."""
+SILENT_SECONDS = 2.0
+"""A source that has sent nothing for so long is doubted, where nothing else tells what is usual: a request takes milliseconds."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joined:
-    """A source is there, idle."""
+    """A source is there, idle. `of`: whose lane it is, where one is asked for several pieces at once."""
 
     source: str
+    of: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,7 @@ Effect = Fetch | Abandon | Finished | Starved
 
 @dataclass(slots=True)
 class _Source:
+    of: str
     piece: int | None = None
     since: float = 0.0
     got: int = 0
@@ -158,8 +161,8 @@ class PieceScheduler:
             return []
         effects: list[Effect] = []
         match event:
-            case Joined(name):
-                self._sources.setdefault(name, _Source())
+            case Joined(name, of):
+                self._sources.setdefault(name, _Source(of or name))
             case Arrived(name, piece, count):
                 if (source := self._sources.get(name)) is not None and source.piece == piece:
                     source.got += count
@@ -246,7 +249,9 @@ class PieceScheduler:
         return effects
 
     def _worth_taking(self, mine: _Source, now: float) -> int | None:
-        """The piece of another whose end is furthest away, if this source would bring it clearly sooner; never a third copy."""
+        """The piece whose end is furthest away of those that this source would bring clearly sooner. A second copy of a piece at most, or
+        a further one where all that have it are silent.
+        """
         held: dict[int, list[_Source]] = {}
         for source in self._sources.values():
             if source.piece is not None:
@@ -254,23 +259,33 @@ class PieceScheduler:
         rates = [source.rate for source in self._sources.values() if source.rate is not None]
         # A newcomer is taken for as quick as the quickest, so that it gets its chance.
         my_rate = mine.rate if mine.rate is not None else max(rates, default=None)
-        if my_rate is None:
-            return None
         best: tuple[float, int] | None = None
         for piece, holders in held.items():
-            if len(holders) > 1:
+            if any(holder.of == mine.of for holder in holders):
+                continue  # its own other lane: the same line, the same disk
+            size = self.span(piece)[1] - self.span(piece)[0]
+            if all(not holder.got and now - holder.since >= SILENT_SECONDS for holder in holders):
+                left = math.inf
+            elif len(holders) > 1 or my_rate is None:
                 continue
-            start, stop = self.span(piece)
-            holder = holders[0]
-            elapsed = now - holder.since
-            # What it did on this piece counts, not what it did before: it may have died since.
-            rate = holder.got / elapsed if elapsed > 0 and holder.got else SILENT_RATE
-            if elapsed < 1.0 and holder.rate is not None:
-                rate = max(rate, holder.rate)
-            left = (stop - start - holder.got) / rate
-            if (stop - start) / my_rate < STEAL_GAIN * left and (best is None or left > best[0]):
+            else:
+                left = _seconds_left(holders[0], size, now)
+                if size / my_rate >= STEAL_GAIN * left:
+                    continue
+            if best is None or left > best[0]:
                 best = (left, piece)
         return None if best is None else best[1]
+
+
+def _seconds_left(holder: _Source, size: int, now: float) -> float:
+    """How long a source will still need for its piece: what it does on this one counts, and at first what it did before."""
+    elapsed = now - holder.since
+    rate = holder.got / elapsed if holder.got and elapsed > 0 else 0.0
+    if elapsed < SILENT_SECONDS:
+        rate = max(rate, holder.rate or 0.0)
+        if not rate:
+            return 0.0  # it has only begun
+    return (size - holder.got) / rate if rate else math.inf
 
 
 @dataclass(slots=True)

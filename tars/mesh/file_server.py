@@ -1,7 +1,8 @@
 """Gives this node's model files to its peers: by hash only, a range at a time, so many at once and so fast.
 
-Law of this file: no path from the wire is ever opened. A hash finds what this node holds; within a folder a path is one of its manifest's, and
-no part of it may be a symbolic link. A file that is not as it was when it was hashed is not given. HTTP is `rpc.file_routes`' business.
+Law of this file: no path from the wire is ever opened. A hash finds what this node holds; within a folder a path is one of its
+manifest's, and no part of it may be a symbolic link. A file that is not as it was when it was hashed is not given. HTTP is
+`rpc.file_routes`' business.
 """
 
 from __future__ import annotations

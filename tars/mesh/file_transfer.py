@@ -245,7 +245,12 @@ class FileTransfer:
             for name, source in sources.items():
                 if len(lanes) < max(MOST_LANES, len(sources)):
                     lanes[f"{name}#{number}"] = source
+        waiting = list(lanes)
         busy = 0
+
+        def joined() -> core.Joined:
+            lane = waiting.pop(0)
+            return core.Joined(lane, lanes[lane].name)
 
         def ended_lane(task: asyncio.Task[None]) -> None:
             every.discard(task)
@@ -272,12 +277,11 @@ class FileTransfer:
 
         try:
             ended = perform(scheduler.handle(core.Tick(), loop.time())) if not lanes else False
-            waiting = list(lanes)
             while waiting and not ended:
                 # At most MOST_LANES at once; the others wait as spares.
                 if busy >= MOST_LANES:
                     break
-                ended = perform(scheduler.handle(core.Joined(waiting.pop(0)), loop.time()))
+                ended = perform(scheduler.handle(joined(), loop.time()))
                 busy += 1
             told = 0.0
             while not ended:
@@ -289,7 +293,7 @@ class FileTransfer:
                 if isinstance(event, Exception):
                     raise event
                 if waiting and isinstance(event, core.Broke):
-                    perform(scheduler.handle(core.Joined(waiting.pop(0)), loop.time()))
+                    perform(scheduler.handle(joined(), loop.time()))
                 ended = perform(scheduler.handle(event, loop.time()))
                 if loop.time() - told >= TICK_SECONDS or ended:
                     told = loop.time()
