@@ -47,6 +47,8 @@ class ReplicaReport:
     file_sha256: str | None = None
     speed: float | None = None
     """Tokens (texts) a second of one call alone, as it measured itself after its load."""
+    prefill_speed: float | None = None
+    """Prompt tokens a second, likewise: what a prefix that is there already saves."""
     stage: str | None = None
     percent: float | None = None
     """How far the load is: `fetch` while the file is copied, then `messages.node.LoadProgress`'s stages."""

@@ -1,85 +1,202 @@
 """Which replica answers a call, and why the others did not.
 
-Law of this file: `rank` is pure; what it ranks by is in its arguments, what it decided is in its result.
+Law of this file: `rank` and `choose` are pure; what they decide by is in their arguments, what they decided is in their result. What a node
+learns of its replicas while calls run (who is busy, how fast, who failed lately) is `replica_ledger`'s.
+
+The prediction for a new call on a replica, in seconds:
+
+    (units ahead of it / slots + its own units) / speed  +  prompt tokens not in the replica's cache / prefill speed  +  the way there
+
+Units are tokens of an answer, or texts of a request. Replicas that go first by it are equal within rounding are told apart by a hash of
+the call, so that nobody prefers the first one of a list.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tars.core.types import ModelKind, ReplicaId, ReplicaState
+from tars.core.mesh_messages import MemberState
+from tars.core.types import ModelKind, NodeId, ReplicaId, ReplicaState
 
 UNITS_PER_CALL = 128.0
-"""Tokens of an answer (texts of a request) that a replica is taken to make for a call before any call was measured."""
+"""Tokens of an answer (texts of a request) that a call is taken to ask for before any call was measured."""
+HOP_SECONDS = 0.0015
+"""What a call costs more at a peer: one more pass through HTTP and JSON-RPC. Measured: a `node.ping` over keep-alive takes 0.2 ms of
+processor at each end and a LAN's round trip 0.3 to 0.5 ms (field notes: 4,650 pings/s at one connection, i.e. 0.2 ms); a stream's first
+and last event pass both."""
+COLD_PART = 0.05
+"""Of its own time that a replica which nobody used lately is taken to need more: clocks and caches have come down. Small on purpose: it
+decides between equals."""
+PREFILL_PART = 10.0
+"""Prompt tokens a second for each answer token a second, where nobody measured them. Field notes: 1,400 to 110 on two cores; cards do
+more."""
+SECONDS_PER_UNIT = 1.0 / UNITS_PER_CALL
+"""Where no replica's speed is known at all: a second a call, so that queues still decide."""
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One replica as the router sees it. `seconds_per_call` is a mean of what was measured, None before the first call; `speed` is what
-    it measured of itself when it was loaded, in tokens (texts) a second, None where it did not.
-    """
+    """One replica as the router sees it: the first part is what its node says of it, the second what this node learned itself."""
 
     replica: ReplicaId
     model: str
     kind: ModelKind
     state: ReplicaState
+    node: NodeId = NodeId("")
+    local: bool = True
+    standing: MemberState = MemberState.ALIVE
+    """How this node sees that node; only ALIVE, SUSPECT and DRAINING ones are offered."""
     active: int = 0
     queued: int = 0
     slots: int = 1
-    seconds_per_call: float | None = None
     speed: float | None = None
+    """Tokens (texts) a second of one call alone, as it measured itself after its load."""
+    prefill_speed: float | None = None
+    """Prompt tokens a second, likewise."""
+    cache_tokens: int = 0
+    """Tokens that its KV cache holds: how much of earlier prompts can still be there."""
+
+    # --- learned here; see `replica_ledger` ---
+    ahead: float | None = None
+    """Units that it was given and has not answered; None: `active` and `queued` calls of the usual size."""
+    measured: float | None = None
+    """Units a second of one call alone, from the calls that this node sent there."""
+    measured_prefill: float | None = None
+    usual_units: float | None = None
+    """What a call to it asked for, as a mean."""
+    cold: bool = False
+    """Nobody used it lately."""
+    avoided: float = 0.0
+    """Seconds for which others are asked first, because a call failed there a moment ago."""
+    shared_tokens: float = 0.0
+    """Tokens of this call's prompt that it computed lately."""
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What a call asks for. `units` None is "as calls to this model usually do", at most `most_units`."""
+
+    units: float | None = None
+    most_units: float = math.inf
+    prompt_tokens: float = 0.0
+
+
+USUAL = Demand()
 
 
 @dataclass(frozen=True, slots=True)
 class Ranked:
-    """`order`: ready replicas, best first. `reasons`: one line for each candidate, chosen or not."""
+    """`order`: replicas that can take the call, best first. `reasons`: one line for each candidate, chosen or not."""
 
     order: tuple[ReplicaId, ...]
     reasons: dict[ReplicaId, str]
+    units: float = UNITS_PER_CALL
+    """What the call was taken to ask for."""
 
 
-def predicted_seconds(candidate: Candidate, units_per_call: float = UNITS_PER_CALL) -> float:
-    """Time until a new call would be done: calls ahead of it over slots, plus its own turn, times the measured mean.
-
-    A replica that answered no call yet is taken at its own speed for `units_per_call`; without even that it counts one second a call, so
-    that queues still decide.
+def units_of(candidates: Sequence[Candidate], demand: Demand = USUAL) -> float:
+    """What the call asks for, in tokens (texts): what it says itself, else the mean over the replicas that answered some, so that a cold
+    replica is compared with a warm one in the same measure.
     """
-    own = candidate.seconds_per_call
-    if own is None:
-        own = units_per_call / candidate.speed if candidate.speed else 1.0
-    ahead = candidate.active + candidate.queued
-    return (ahead / max(1, candidate.slots) + 1) * own
+    if demand.units is not None:
+        return demand.units
+    known = [each.usual_units for each in candidates if each.usual_units is not None]
+    return min(demand.most_units, sum(known) / len(known) if known else UNITS_PER_CALL)
 
 
-def units_per_call(candidates: Sequence[Candidate]) -> float:
-    """What a call to this model asks for, in tokens (texts): the mean over the replicas that answered some, so that a cold replica is
-    compared with a warm one in the same measure. `UNITS_PER_CALL` before the first.
+def usual_speed(candidates: Sequence[Candidate]) -> float:
+    """Units a second of a replica of which nothing is known: the mean of the known ones, so that it is neither shunned nor preferred."""
+    known = [speed for each in candidates if (speed := each.measured or each.speed)]
+    return sum(known) / len(known) if known else 1 / SECONDS_PER_UNIT
+
+
+def predicted_seconds(
+    candidate: Candidate, units: float, prompt_tokens: float = 0.0, otherwise: float = 128.0
+) -> float:
+    """Time until a new call of `units` would be done; see the module's law. `otherwise`: the speed to take where none is known."""
+    speed = candidate.measured or candidate.speed or otherwise
+    ahead = candidate.ahead
+    if ahead is None:
+        ahead = (candidate.active + candidate.queued) * (candidate.usual_units or UNITS_PER_CALL)
+    own = units / speed * (1 + COLD_PART * candidate.cold)
+    waiting = ahead / max(1, candidate.slots) / speed
+    prefill = candidate.measured_prefill or candidate.prefill_speed or speed * PREFILL_PART
+    computed = max(0.0, prompt_tokens - candidate.shared_tokens)
+    return waiting + own + computed / prefill + (0.0 if candidate.local else HOP_SECONDS)
+
+
+def standing_of(candidate: Candidate) -> int:
+    """0 for a replica in good standing; then those that failed a moment ago, on suspected nodes, on nodes that are being drained."""
+    match candidate.standing:
+        case MemberState.ALIVE:
+            return 1 if candidate.avoided > 0 else 0
+        case MemberState.SUSPECT:
+            return 2
+        case MemberState.DRAINING:
+            return 3
+        case _:
+            return 4
+
+
+def rank(candidates: Sequence[Candidate], call_key: str, demand: Demand = USUAL) -> Ranked:
+    """Order the ready candidates: by standing, then by predicted completion; ties are spread over calls by rendezvous hash of `call_key`.
+
+    Nodes that are being drained are asked only where there is no other; dead ones and those that left never.
     """
-    known = [each.seconds_per_call * each.speed for each in candidates if each.seconds_per_call and each.speed]
-    return sum(known) / len(known) if known else UNITS_PER_CALL
+    units = units_of(candidates, demand)
+    otherwise = usual_speed(candidates)
+    able = [each for each in candidates if each.state is ReplicaState.READY and standing_of(each) <= 3]
+    kept = [each for each in able if standing_of(each) < 3] or able
+    seconds = {each.replica: predicted_seconds(each, units, demand.prompt_tokens, otherwise) for each in kept}
+
+    def place(each: Candidate) -> tuple[int, float, bytes]:
+        # Rounded to a nanosecond: sums of the same terms in another order are no difference.
+        return standing_of(each), round(seconds[each.replica], 9), _hash(call_key, each.replica)
+
+    order = tuple(each.replica for each in sorted(kept, key=place))
+    places = {replica: index for index, replica in enumerate(order, 1)}
+    reasons = {
+        each.replica: _chosen(each, places[each.replica], seconds[each.replica])
+        if each.replica in places
+        else _left_out(each)
+        for each in candidates
+    }
+    return Ranked(order, reasons, units)
 
 
-def rank(candidates: Sequence[Candidate], call_key: str) -> Ranked:
-    """Order the ready candidates by predicted completion; ties are spread over calls by rendezvous hash of `call_key`."""
-    ready = [each for each in candidates if each.state is ReplicaState.READY]
-    units = units_per_call(candidates)
+def choose(candidates: Sequence[Candidate], call_key: str, demand: Demand = USUAL) -> ReplicaId | None:
+    """The first of `rank`'s order; None where nobody can take the call."""
+    order = rank(candidates, call_key, demand).order
+    return order[0] if order else None
 
-    def place(each: Candidate) -> tuple[float, bytes]:
-        return predicted_seconds(each, units), hashlib.blake2b(
-            f"{call_key}|{each.replica}".encode(), digest_size=8
-        ).digest()
 
-    order = tuple(each.replica for each in sorted(ready, key=place))
-    reasons: dict[ReplicaId, str] = {}
-    for each in candidates:
-        if each.state is not ReplicaState.READY:
-            reasons[each.replica] = f"not ready: {each.state.value}"
-        else:
-            position = order.index(each.replica) + 1
-            reasons[each.replica] = (
-                f"rank {position}: predicted {predicted_seconds(each, units):.3f} s "
-                f"({each.active} active, {each.queued} queued, {each.slots} slots)"
-            )
-    return Ranked(order, reasons)
+def _hash(call_key: str, replica: ReplicaId) -> bytes:
+    return hashlib.blake2b(f"{call_key}|{replica}".encode(), digest_size=8).digest()
+
+
+def _chosen(each: Candidate, place: int, seconds: float) -> str:
+    said = [f"{each.active} active, {each.queued} queued, {each.slots} slots"]
+    if (speed := each.measured or each.speed) is not None:
+        said.append(f"{speed:.4g} a second " + ("measured here" if each.measured else "by its own word"))
+    if each.shared_tokens:
+        said.append(f"about {each.shared_tokens:.0f} tokens of the prompt are there")
+    if each.cold:
+        said.append("not used lately")
+    if not each.local:
+        said.append("one hop away")
+    if each.standing is not MemberState.ALIVE:
+        said.append(f"its node is {each.standing.value}")
+    elif each.avoided > 0:
+        said.append(f"failed a moment ago, asked last for {each.avoided:.1f} s more")
+    return f"rank {place}: predicted {seconds:.3f} s ({'; '.join(said)})"
+
+
+def _left_out(each: Candidate) -> str:
+    if each.state is not ReplicaState.READY:
+        return f"not ready: {each.state.value}"
+    if each.standing is MemberState.DRAINING:
+        return "its node is being drained, and another one can take the call"
+    return f"its node is {each.standing.value}"

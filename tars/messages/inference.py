@@ -210,6 +210,16 @@ class ServedBy(Message):
     device: str
     simulated: bool = False
     attempts: list[Attempt] = Field(default_factory=list)
+    calls_left: int | None = Field(
+        None, description="Between nodes: calls that the replica still had when this one was done."
+    )
+
+    def wire(self) -> dict[str, Any]:
+        """Clients never see what only nodes tell each other."""
+        said = dict(self.__dict__)
+        if self.calls_left is None:
+            del said["calls_left"]
+        return said
 
 
 class Choice(Message):

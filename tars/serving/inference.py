@@ -12,7 +12,7 @@ from contextlib import aclosing
 from typing import Any, TypeVar, cast
 
 from tars.core.types import ModelKind
-from tars.errors import DeadlineExceeded, Draining, InternalError, WrongModelKind
+from tars.errors import DeadlineExceeded, InternalError, StaleRoute, TarsError, WrongModelKind
 from tars.messages.base import CallContext, Message
 from tars.messages.inference import (
     ChatMessage,
@@ -38,7 +38,7 @@ from tars.messages.inference import (
     Usage,
 )
 from tars.serving.idempotency import Claim, IdempotentAnswers
-from tars.serving.router import Router, ServedModel
+from tars.serving.router import Router, ServedModel, draining_error
 from tars.serving.vectors import written
 
 BYTES_A_SCORE = 512
@@ -57,7 +57,15 @@ class Inference:
         self._router = router
         self._now = now
         self._answers = IdempotentAnswers(now)
-        self.draining = False
+
+    @property
+    def draining(self) -> bool:
+        """While it is set, new calls run at peers or not at all; running ones go on."""
+        return self._router.draining
+
+    @draining.setter
+    def draining(self, on: bool) -> None:
+        self._router.draining = on
 
     def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | ChatResult]:
         """Deltas of all `n` answers as they come, then the result. A call joined or repeated under its idempotency key gets one delta
@@ -89,7 +97,7 @@ class Inference:
         call: CallContext,
         result: Callable[[str, Generated, ServedBy], Result],
     ) -> AsyncGenerator[Delta | Result]:
-        model = self._admit(params.model, ModelKind.CHAT)
+        model = self._admit(params.model, ModelKind.CHAT, call)
         name = _full_name(model, params.model)
         claim = await self._claim(call, params)
         if not isinstance(claim, Claim):
@@ -116,7 +124,7 @@ class Inference:
         """Vectors in the order of the input. Those that are not asked for as base64 are JSON text already (`vectors.written`): the
         result is for writing, not for reading.
         """
-        model = self._admit(params.model, ModelKind.EMBEDDING)
+        model = self._admit(params.model, ModelKind.EMBEDDING, call)
         claim = await self._claim(call, params)
         if isinstance(claim, EmbedResult):
             return claim
@@ -146,7 +154,7 @@ class Inference:
 
     async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
         """Documents by their relevance to the query, best first; equal ones in the order of the input."""
-        model = self._admit(params.model, ModelKind.RERANK)
+        model = self._admit(params.model, ModelKind.RERANK, call)
         claim = await self._claim(call, params)
         if isinstance(claim, RerankResult):
             return claim
@@ -180,7 +188,7 @@ class Inference:
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """Token ids of a text by a model of any kind; without a name, the only chat model's."""
-        model = self._admit_any(params.model)
+        model = self._admit_any(params.model, call)
         tokenized, _ = await self._answer(Tokenized, model, params, call)
         return TokenizeResult(
             model=_full_name(model, params.model), tokens=tokenized.tokens, count=len(tokenized.tokens)
@@ -194,31 +202,40 @@ class Inference:
         call: CallContext,
     ) -> tuple[Answer, ServedBy]:
         """The one event that a call without deltas ends with."""
-        async with aclosing(self._router.run(model, params, call)) as events:
+        # By its full name, as a generation: a peer may know another alias, or serve several models of the kind.
+        name = _full_name(model, params.model)
+        work = params if params.model == name else params.model_copy(update={"model": name})
+        async with aclosing(self._router.run(model, work, call)) as events:
             async for event, served_by in events:
                 if isinstance(event, kind):
                     return event, served_by
         raise InternalError("the worker ended without an answer")
 
-    def _admit(self, name: str | None, kind: ModelKind) -> ServedModel:
-        if self.draining:
-            raise Draining(
-                "this node is being drained and takes no new calls; send the call to another node, "
-                "or resume this one with `node.resume`",
-                retry_after_ms=5000,
-            )
-        model = self._router.resolve(name, kind)
-        if model.unavailable is not None:
-            raise model.unavailable
+    def _admit(self, name: str | None, kind: ModelKind, call: CallContext) -> ServedModel:
+        try:
+            model = self._router.resolve(name, kind)
+            if model.unavailable is not None:
+                raise model.unavailable
+        except WrongModelKind:
+            raise
+        except TarsError as error:
+            if not call.hops:
+                raise
+            # The peer that sent it knew better a moment ago, and what it says to its caller is its own view.
+            raise StaleRoute(
+                f"this node cannot take the call ({error.message}); another one may", details={"cause": error.kind}
+            ) from None
+        if not self._router.can_take(model, call):
+            raise draining_error()
         return model
 
-    def _admit_any(self, name: str | None) -> ServedModel:
+    def _admit_any(self, name: str | None, call: CallContext) -> ServedModel:
         for kind in (ModelKind.CHAT, ModelKind.EMBEDDING):
             try:
-                return self._admit(name, kind)
+                return self._admit(name, kind, call)
             except WrongModelKind:
                 continue
-        return self._admit(name, ModelKind.RERANK)
+        return self._admit(name, ModelKind.RERANK, call)
 
     async def _claim(self, call: CallContext, params: Message) -> Claim | Message:
         if call.idempotency_key is None:

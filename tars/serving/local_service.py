@@ -14,9 +14,8 @@ from typing import Any
 from tars import __version__
 from tars.core.explanation import explain
 from tars.core.placement_cost import contradiction
-from tars.core.routing import Candidate
-from tars.core.types import Deployment, KvType, ModelKind, NodeSnapshot, ReplicaId, ReplicaState
-from tars.errors import InvalidParams, StillLoading, TarsError
+from tars.core.types import Deployment, KvType, NodeSnapshot, ReplicaState
+from tars.errors import InvalidParams, TarsError
 from tars.mesh.coordinator import Coordinator, LiveReplica, refusal_error
 from tars.mesh.plan_report import describe_assignment, describe_device, describe_verdict, plan_result
 from tars.messages.base import CallContext
@@ -50,78 +49,11 @@ from tars.messages.node import (
 )
 from tars.serving.call_log import CallLog
 from tars.serving.inference import Inference
-from tars.serving.local_target import LocalTarget
-from tars.serving.router import Router, ServedModel, no_replica_error
+from tars.serving.local_fleet import LocalFleet
+from tars.serving.router import Router
 
 SNAPSHOT_SECONDS = 1.0
 """Devices are read at most so often for `node.describe`: watchers of the status page share one reading."""
-
-
-class LocalFleet:
-    """This node's replicas as the router sees them; see `router.Fleet`."""
-
-    def __init__(self, coordinator: Coordinator):
-        self._coordinator = coordinator
-
-    def models(self) -> list[ServedModel]:
-        """Every deployed model that the catalogue knows."""
-        served = []
-        for deployment in self._coordinator.deployments.wanted():
-            entry = self._coordinator.catalogue.find(deployment.model)
-            if entry is None:
-                continue
-            problem = self._coordinator.problems.get(deployment.model)
-            has_replica = any(each.assignment.model == entry.name for each in self._coordinator.replicas.values())
-            adapters = tuple(adapter.name for adapter in entry.adapters)
-            served.append(
-                ServedModel(entry.name, entry.kind, entry.aliases, None if has_replica else problem, adapters)
-            )
-        return served
-
-    def candidates(self, model: str) -> Sequence[Candidate]:
-        """The model's replicas on this node."""
-        return [
-            Candidate(
-                replica=replica,
-                model=model,
-                kind=live.kind,
-                state=live.worker.state,
-                active=live.worker.active_calls,
-                queued=live.worker.queued_calls,
-                # What the worker really serves at once, which may be less than the slots that were planned.
-                slots=live.worker.info.slots if live.worker.info is not None else live.assignment.settings.slots,
-                speed=_speed(live),
-            )
-            for replica, live in self._coordinator.replicas.items()
-            if live.assignment.model == model
-        ]
-
-    def target(self, replica: ReplicaId) -> LocalTarget:
-        """The worker behind a replica."""
-        live = self._coordinator.replicas[replica]
-        return LocalTarget(live.assignment, live.device.name, live.device.simulated, live.worker)
-
-    def not_ready(self, model: str) -> TarsError:
-        """Still loading, with stage and percent; failed, with the load's own error; or no replica."""
-        live = [each for each in self._coordinator.replicas.values() if each.assignment.model == model]
-        for each in live:
-            if each.worker.state is ReplicaState.FAILED and each.worker.last_error is not None:
-                return each.worker.last_error
-        error = no_replica_error([each.worker.state for each in live] or [ReplicaState.STARTING], model)
-        progress = next((each.worker.progress for each in live if each.worker.progress is not None), None)
-        if isinstance(error, StillLoading):
-            error.details.update(
-                stage=progress.stage if progress else "planned", percent=progress.percent if progress else 0.0
-            )
-        return error
-
-
-def _speed(live: LiveReplica) -> float | None:
-    """Tokens (texts) a second of one call alone, as the replica measured itself."""
-    if live.worker.info is None:
-        return None
-    speeds = live.worker.info.speeds
-    return speeds.decode_tokens_per_second if live.kind is ModelKind.CHAT else speeds.texts_per_second
 
 
 class LocalNodeService:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 
-from tars.core.types import Assignment, Deadline
+from tars.core.types import Assignment
+from tars.messages.base import CallContext
 from tars.messages.inference import ServedBy
 from tars.workers.engine import Event, Work
 from tars.workers.supervisor import ReplicaWorker
@@ -24,6 +25,6 @@ class LocalTarget:
         """This node, the replica and its device."""
         return self._served_by
 
-    def run(self, work: Work, deadline: Deadline) -> AsyncIterator[Event]:
+    def run(self, work: Work, call: CallContext) -> AsyncIterator[Event]:
         """The worker's events; closing the iterator cancels the work."""
-        return self._worker.run(work, deadline)
+        return self._worker.run(work, call.deadline)

@@ -1,8 +1,13 @@
 """From a model's name to an answer: which replica, and which one next when that one cannot.
 
 Law of this file: it knows candidates and targets, never workers, sockets or devices, so its tests need two fakes and no network.
-Before the first event a retryable failure moves the call to the next-ranked replica; after it the failure is the caller's to see
-(continuation of broken streams is a later issue).
+
+Before the first event a retryable failure moves the call to the next-ranked replica. What may have run already (its worker crashed, its
+peer was lost in the middle) is tried once more and not on every replica of the mesh, so that a call which kills whoever takes it ends.
+Work without deltas (embed, rerank, tokenize) has its answer for a first event, so for it this covers everything; a stream that broke
+after its first delta is the caller's to see (continuation of broken streams is a later issue).
+
+A call that came from a peer (`hops`) is run here or not at all, so there are no loops.
 """
 
 from __future__ import annotations
@@ -10,33 +15,47 @@ from __future__ import annotations
 import difflib
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol, cast
 
-from tars.core.routing import Candidate, rank
-from tars.core.types import ModelKind, ReplicaId, ReplicaState
+from tars.core.prefix_affinity import Block, blocks_of
+from tars.core.replica_ledger import ReplicaLedger, Reservation
+from tars.core.routing import HOP_SECONDS, Candidate, rank
+from tars.core.types import ModelKind, NodeId, ReplicaId, ReplicaState
 from tars.errors import (
     DeadlineExceeded,
+    Draining,
     InvalidParams,
     Overloaded,
+    PeerUnreachable,
     ReplicaFailed,
     ServerStateError,
+    StaleRoute,
     StillLoading,
     TarsError,
     UnknownModel,
+    WorkerCrashed,
     WrongModelKind,
 )
 from tars.messages.base import CallContext
-from tars.messages.inference import Attempt, ServedBy
+from tars.messages.inference import Attempt, Delta, ServedBy
+from tars.serving.demand import demand_of, observed, prompt_text
 from tars.serving.targets import Target
-from tars.workers.engine import Event, Work
+from tars.workers.engine import Event, Finished, Work
 
 log = logging.getLogger(__name__)
 
-MEAN_WEIGHT = 0.2
-"""Weight of the newest call in the moving mean of seconds per call: about the last ten calls count (EWMA, as in TCP's RTT)."""
+AVOID_UNREACHABLE_SECONDS = 5.0
+"""A peer that was not reached is asked last for so long: membership knows by then whether it is dead."""
+AVOID_FAILED_SECONDS = 2.0
+"""A replica that could not take a call: loading, crashed, gone. Adverts say so within a second or two."""
+AVOID_OVERLOADED_SECONDS = 1.0
+"""At most: a full queue moves on within one short answer."""
+MOST_TRIES = 8
+"""Replicas that one call asks: beyond it the mesh is in trouble, and the caller had better hear of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +91,16 @@ class Fleet(Protocol):
 
 
 class Router:
-    """See the module's law. `now` is the monotonic clock."""
+    """See the module's law. `now` is the monotonic clock. `ledger` is what this node learned of the replicas."""
 
-    def __init__(self, fleet: Fleet, now: Callable[[], float] = time.monotonic):
+    def __init__(self, fleet: Fleet, now: Callable[[], float] = time.monotonic, ledger: ReplicaLedger | None = None):
         self._fleet = fleet
         self._now = now
-        self._seconds: dict[ReplicaId, float] = {}
+        self._ledger = ReplicaLedger() if ledger is None else ledger
+        self._at_peers: Counter[tuple[NodeId, str]] = Counter()
+        self._from_peers = 0
+        self.draining = False
+        """This node's own replicas take no new calls; those of its peers do."""
 
     def resolve(self, name: str | None, kind: ModelKind) -> ServedModel:
         """The deployed model that `name` (or an alias) means; None means the only one of its kind that can answer.
@@ -120,50 +143,169 @@ class Router:
             details={"known": known},
         )
 
+    def can_take(self, model: ServedModel, call: CallContext) -> bool:
+        """False where only replicas that are being drained are left for the call."""
+        return not self.draining or any(each.state is ReplicaState.READY for each in self._candidates(model.name, call))
+
     async def run(self, model: ServedModel, work: Work, call: CallContext) -> AsyncGenerator[tuple[Event, ServedBy]]:
         """Events of the first replica that can, each with who served it (tried replicas included). Close it to cancel."""
-        ranked = rank(
-            [replace(c, seconds_per_call=self._seconds.get(c.replica)) for c in self._fleet.candidates(model.name)],
-            call.trace_id,
-        )
-        log.debug("call %s: %s", call.trace_id, ranked.reasons)
-        if not ranked.order:
-            raise self._fleet.not_ready(model.name)
+        self._from_peers += call.hops > 0
         attempts: list[Attempt] = []
+        tried: set[ReplicaId] = set()
+        blocks: tuple[Block, ...] | None = None
+        demand = demand_of(work)
         last: TarsError | None = None
-        for replica in ranked.order:
+        may_have_run = 0
+        while len(tried) < MOST_TRIES and may_have_run < 2:
             if call.deadline.passed(self._now()):
                 raise DeadlineExceeded("the call's time budget ran out before a replica could take it; allow more time")
-            try:
-                target = self._fleet.target(replica)
-            except KeyError:
-                continue
+            # From here to the reservation there is no await: of calls that come together each sees those before it.
+            candidates = self._candidates(model.name, call)
+            if blocks is None:
+                blocks = blocks_of(prompt_text(work)) if len(candidates) > 1 else ()
+            choice = self._ledger.choose(candidates, call.trace_id, self._now(), demand, blocks, tried)
+            log.debug("call %s: %s", call.trace_id, choice.ranked.reasons)
+            reservation = choice.reservation
+            if reservation is None:
+                break
+            replica, local = reservation.replica, reservation.local
+            tried.add(replica)
             began = False
             started = self._now()
+            target: Target | None = None
             try:
-                async with aclosing(cast("AsyncGenerator[Event]", target.run(work, call.deadline))) as events:
+                target = self._fleet.target(replica)
+                served_by = target.served_by
+                async with aclosing(cast("AsyncGenerator[Event]", target.run(work, call))) as events:
                     async for event in events:
                         if not began:
                             began = True
-                            attempts.append(Attempt(replica=replica, node=target.served_by.node, outcome="answered"))
-                            served_by = target.served_by.model_copy(update={"attempts": attempts})
+                            attempts.append(Attempt(replica=replica, node=served_by.node, outcome="answered"))
+                            served_by = served_by.model_copy(update={"attempts": attempts})
+                        if not isinstance(event, Delta):
+                            served_by = self._answered(reservation, event, target, attempts, call, local, started)
                         yield event, served_by
-                self._learn(replica, self._now() - started)
                 return
-            except (ServerStateError, StillLoading) as error:
-                if began or not error.retryable or isinstance(error, DeadlineExceeded):
+            except KeyError:
+                if target is not None:
                     raise
-                attempts.append(Attempt(replica=replica, node=target.served_by.node, outcome=error.kind))
+                continue  # it went away between two looks
+            except (ServerStateError, StillLoading) as error:
+                self._count(reservation.node, local, error.kind)
+                if not error.retryable or isinstance(error, DeadlineExceeded):
+                    raise
+                self._avoid(reservation, error)
+                if began:
+                    raise
+                attempts.append(Attempt(replica=replica, node=reservation.node, outcome=error.kind))
+                may_have_run += _may_have_run(error)
                 last = error
-        raise last or self._fleet.not_ready(model.name)
+            finally:
+                self._ledger.release(reservation, self._now())
+        raise self._failure(model, call, last, attempts)
 
-    def seconds_per_call(self) -> Mapping[ReplicaId, float]:
-        """The learned means."""
-        return self._seconds
+    # --- what was learned --------------------------------------------------------------------------------------------
 
-    def _learn(self, replica: ReplicaId, seconds: float) -> None:
-        before = self._seconds.get(replica)
-        self._seconds[replica] = seconds if before is None else before + MEAN_WEIGHT * (seconds - before)
+    def load_told(self, loads: Iterable[tuple[str, int, int]]) -> None:
+        """A peer's own word on its replicas, as it rides on its probes' answers: (replica, active calls, queued calls)."""
+        self._ledger.told(loads, self._now())
+
+    def forget(self, replica: ReplicaId) -> None:
+        """It was unloaded, or its worker started anew: nothing of its cache is left."""
+        self._ledger.forget(replica)
+
+    def ranked(self, model: str) -> Mapping[ReplicaId, str]:
+        """For people: how each replica of a model stands for a usual call now, and why."""
+        now = self._now()
+        candidates = [self._ledger.annotated(each, now) for each in self._fleet.candidates(model)]
+        return rank(candidates, "").reasons
+
+    def calls_at_peers(self) -> Mapping[tuple[NodeId, str], int]:
+        """Calls that were sent to peers since the start, by node and outcome (`answered`, or an error's kind)."""
+        return self._at_peers
+
+    @property
+    def calls_from_peers(self) -> int:
+        """Calls that peers sent here."""
+        return self._from_peers
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _candidates(self, model: str, call: CallContext) -> Sequence[Candidate]:
+        candidates = self._fleet.candidates(model)
+        if not self.draining and not call.hops:
+            return candidates
+        return [each for each in candidates if (not self.draining if each.local else not call.hops)]
+
+    def _answered(
+        self,
+        reservation: Reservation,
+        event: Finished,
+        target: Target,
+        attempts: list[Attempt],
+        call: CallContext,
+        local: bool,
+        started: float,
+    ) -> ServedBy:
+        """Learn from an answer; who served it, by its own word."""
+        now = self._now()
+        self._count(reservation.node, local, "answered")
+        seen = observed(event, now - started)
+        if seen is not None:
+            self._ledger.learn(reservation, seen, now, 0.0 if local else HOP_SECONDS)
+        self._ledger.release(reservation, now)
+        served_by = target.served_by
+        if served_by.calls_left is not None:
+            self._ledger.told([(served_by.replica, served_by.calls_left, 0)], now)
+        # The peer that asked routes by it; nobody else needs it.
+        left = self._ledger.in_flight(reservation.replica) if call.hops and local else None
+        return served_by.model_copy(update={"attempts": attempts, "calls_left": left})
+
+    def _avoid(self, reservation: Reservation, error: TarsError) -> None:
+        """What a failure teaches: ask others first for a while."""
+        now = self._now()
+        if isinstance(error, PeerUnreachable):
+            self._ledger.failed(reservation.node, AVOID_UNREACHABLE_SECONDS, now)
+        elif isinstance(error, Overloaded):
+            wait = (error.retry_after_ms or 0) / 1000
+            self._ledger.failed(reservation.replica, min(AVOID_OVERLOADED_SECONDS, max(0.1, wait)), now)
+        else:
+            self._ledger.failed(reservation.replica, AVOID_FAILED_SECONDS, now)
+
+    def _count(self, node: NodeId, local: bool, outcome: str) -> None:
+        if not local:
+            self._at_peers[node, outcome] += 1
+
+    def _failure(
+        self, model: ServedModel, call: CallContext, last: TarsError | None, attempts: Sequence[Attempt]
+    ) -> TarsError:
+        """Nobody could: the last one's own error, or why there is nobody at all."""
+        if last is not None and not isinstance(last, StaleRoute):
+            last.details.setdefault("attempts", [each.model_dump() for each in attempts])
+            return last
+        if self.draining:
+            return draining_error()
+        why = self._fleet.not_ready(model.name)
+        if call.hops:
+            return StaleRoute(
+                f"this node has no ready replica of {model.name} now ({why.message}); another one may",
+                details={"cause": why.kind},
+            )
+        return why
+
+
+def draining_error() -> Draining:
+    """What a call gets that only a node which is being drained could take."""
+    return Draining(
+        "this node is being drained and takes no new calls; send the call to another node, "
+        "or resume this one with `node.resume`",
+        retry_after_ms=5000,
+    )
+
+
+def _may_have_run(error: TarsError) -> bool:
+    """True where the call may have been under way when it failed. A peer that was never reached says so."""
+    return isinstance(error, WorkerCrashed) or (isinstance(error, PeerUnreachable) and error.details.get("sent", True))
 
 
 def _called(name: str, models: Sequence[ServedModel]) -> ServedModel | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Protocol
 
-from tars.core.types import Deadline
+from tars.messages.base import CallContext
 from tars.messages.inference import ServedBy
 from tars.workers.engine import Event, Work
 
@@ -15,9 +15,9 @@ class Target(Protocol):
 
     @property
     def served_by(self) -> ServedBy:
-        """Who it is, for the answer's metadata."""
+        """Who it is, for the answer's metadata. A target that learns more from the answer says it once the answer came."""
         ...
 
-    def run(self, work: Work, deadline: Deadline) -> AsyncIterator[Event]:
+    def run(self, work: Work, call: CallContext) -> AsyncIterator[Event]:
         """Any number of `Delta`, then one finished event, or a `TarsError`. Closing the iterator cancels the work (GPU too)."""
         ...

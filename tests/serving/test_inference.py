@@ -6,7 +6,8 @@ import struct
 import orjson
 import pytest
 
-from tars.core.types import Deadline, ModelKind
+from tars.core.routing import Candidate
+from tars.core.types import Deadline, ModelKind, ReplicaId, ReplicaState
 from tars.errors import DeadlineExceeded, DoesNotFit, Draining, InternalError, WorkerCrashed, WrongModelKind
 from tars.messages.base import CallContext
 from tars.messages.inference import (
@@ -53,6 +54,9 @@ class FakeFleet:
 
     def models(self):
         return self.served
+
+    def candidates(self, model):
+        return [Candidate(ReplicaId("r"), model, ModelKind.CHAT, ReplicaState.READY)]
 
 
 class FakeRouter(Router):
@@ -173,7 +177,8 @@ async def test_the_params_reach_the_worker_as_the_caller_gave_them():
     router = FakeRouter(Embedded(vectors=[vector], dimensions=1, prompt_tokens=3, timings=Timings()))
     params = EmbedParams(input="x", dimensions=1, overflow="mean", input_type="query")
     await Inference(router).embed(params, call())
-    assert router.works == [params]
+    # But for the model's name: a peer may serve several of the kind.
+    assert router.works == [params.model_copy(update={"model": "e"})]
 
 
 async def test_several_answers_with_reasoning_and_tool_calls_reach_the_result():

@@ -23,7 +23,8 @@ from tars.errors import (
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams, Generated, Reranked, RerankParams, Timings, Usage
 from tars.messages.node import DeployParams, EngineCounters, LoadProgress, MeasuredSpeeds
-from tars.serving.local_service import LocalFleet, LocalNodeService
+from tars.serving.local_fleet import LocalFleet
+from tars.serving.local_service import LocalNodeService
 
 CHAT = ChatParams(messages=[ChatMessage(role="user", content="hi")], model="tiny")
 DONE = Generated(

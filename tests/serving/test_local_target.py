@@ -1,6 +1,7 @@
 """The target that is this node's own worker."""
 
 from tars.core.types import Assignment, Bytes, Deadline, DeviceId, MemoryEstimate, NodeId, ReplicaId, RuntimeSettings
+from tars.messages.base import CallContext
 from tars.messages.inference import TokenizeParams
 from tars.serving.local_target import LocalTarget
 
@@ -27,7 +28,9 @@ class FakeWorker:
 
 async def test_runs_the_work_on_the_worker_within_the_deadline():
     worker, work, deadline = FakeWorker(), TokenizeParams(text="x"), Deadline(5.0)
-    events = [event async for event in LocalTarget(ASSIGNMENT, "Card", False, worker).run(work, deadline)]
+    events = [
+        event async for event in LocalTarget(ASSIGNMENT, "Card", False, worker).run(work, CallContext(deadline, "t"))
+    ]
     assert events == ["event"]
     assert worker.ran == [(work, deadline)]
 

@@ -43,7 +43,7 @@ class FakeTarget:
         self.closed = False
         self.runs = 0
 
-    async def run(self, work, deadline):
+    async def run(self, work, call):
         self.runs += 1
         try:
             for step in self.script:
@@ -163,13 +163,14 @@ async def test_learns_how_long_a_replica_takes():
     clock = Clock()
 
     class Slow(FakeTarget):
-        async def run(self, work, deadline):
+        async def run(self, work, call):
             clock.now += 2.0
             yield DONE
 
     router = Router(FakeFleet(Slow("a")), clock)
     await collect(router)
-    assert router.seconds_per_call() == {"a": 2.0}
+    # One token in two seconds: the next call of the usual size is predicted to take as long.
+    assert "predicted 2.000 s" in router.ranked("chat-model")["a"]
 
 
 @pytest.mark.parametrize(

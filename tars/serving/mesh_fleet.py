@@ -1,0 +1,262 @@
+"""Every replica of the mesh as this node's router sees it: its own, and those that peers advertise.
+
+Law of this file: it reads what is known here and asks nobody; a call costs no round trip before it starts. What a peer advertises is its
+own word, and whether it lives is membership's: a node that is dead or has left has no replicas, however fresh its advert looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from tars.core.mesh_messages import MemberState
+from tars.core.records import NodeAdvert, ReplicaReport, Wish
+from tars.core.replicated_map import ReplicatedMap, adverts, wishes
+from tars.core.routing import Candidate
+from tars.core.types import DeviceSnapshot, ModelEntry, NodeId, ReplicaId, ReplicaState
+from tars.errors import PeerUnreachable, ReplicaFailed, StillLoading, TarsError
+from tars.messages.inference import ServedBy
+from tars.serving.peer_target import PeerConnection, PeerTarget
+from tars.serving.router import Fleet, ServedModel
+from tars.serving.targets import Target
+
+ASKED = frozenset({MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING})
+"""Peers in these states may get calls; the router asks them in this order."""
+
+
+class Peers(Protocol):
+    """What this node knows of the others."""
+
+    @property
+    def version(self) -> int:
+        """Another number whenever adverts or wishes changed (`ReplicatedMap.root`)."""
+        ...
+
+    def adverts(self) -> Mapping[NodeId, NodeAdvert]:
+        """By node; this node's own may be among them."""
+        ...
+
+    def wishes(self) -> Mapping[str, Wish]:
+        """What is wanted in the mesh, by model."""
+        ...
+
+    def state(self, node: NodeId) -> MemberState | None:
+        """How this node sees a peer; None where it is no member."""
+        ...
+
+    def connection(self, node: NodeId) -> PeerConnection:
+        """The way to a peer. Raises `PeerUnreachable` where no address of it is known."""
+        ...
+
+
+class MappedPeers:
+    """`Peers` from the replicated map; `state` is membership's, `connection` the mTLS connections'."""
+
+    def __init__(
+        self,
+        records: ReplicatedMap,
+        state: Callable[[NodeId], MemberState | None],
+        connection: Callable[[NodeId], PeerConnection],
+    ):
+        self._records = records
+        self.state = state
+        self.connection = connection
+
+    @property
+    def version(self) -> int:
+        """The map's hash."""
+        return self._records.root
+
+    def adverts(self) -> Mapping[NodeId, NodeAdvert]:
+        """Those in the map."""
+        return adverts(self._records)
+
+    def wishes(self) -> Mapping[str, Wish]:
+        """Those in the map."""
+        return wishes(self._records)
+
+
+@dataclass(frozen=True, slots=True)
+class _Remote:
+    """One replica of a peer."""
+
+    advert: NodeAdvert
+    report: ReplicaReport
+
+    @property
+    def node(self) -> NodeId:
+        return self.advert.node.id
+
+    @property
+    def device(self) -> DeviceSnapshot | None:
+        return next((each for each in self.advert.node.devices if each.id == self.report.assignment.device), None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Index:
+    """Adverts and wishes in the order in which calls ask for them."""
+
+    version: int | None
+    by_model: Mapping[str, tuple[_Remote, ...]]
+    by_replica: Mapping[ReplicaId, _Remote]
+    entries: Mapping[str, ModelEntry]
+    """Of wanted models that the local fleet may not know."""
+
+
+class MeshFleet:
+    """See the module's law, and `router.Fleet` for the methods. `find` is the catalogue's."""
+
+    def __init__(
+        self, node: NodeId, local: Fleet, peers: Peers, find: Callable[[str], ModelEntry | None] = lambda model: None
+    ):
+        self._node = node
+        self._local = local
+        self._peers = peers
+        self._find = find
+        self._index = _Index(None, {}, {}, {})
+
+    def models(self) -> list[ServedModel]:
+        """What is wanted anywhere. A model that cannot be loaded here is still served where a peer has it."""
+        index = self._indexed()
+        served = [self._served(each, index) for each in self._local.models()]
+        known = {each.name for each in served}
+        for name, entry in index.entries.items():
+            if name not in known:
+                adapters = tuple(adapter.name for adapter in entry.adapters)
+                served.append(ServedModel(entry.name, entry.kind, entry.aliases, adapters=adapters))
+        return served
+
+    def candidates(self, model: str) -> list[Candidate]:
+        """This node's own first, then those of peers that may get calls."""
+        found = list(self._local.candidates(model))
+        for remote in self._indexed().by_model.get(model, ()):
+            standing = self._standing(remote)
+            if standing in ASKED:
+                found.append(_candidate(remote, standing))
+        return found
+
+    def target(self, replica: ReplicaId) -> Target:
+        """The worker here, or the peer. Raises `KeyError` for a replica that went away, `PeerUnreachable` where no way to it is known."""
+        remote = self._indexed().by_replica.get(replica)
+        if remote is None or self._standing(remote) not in ASKED:
+            return self._local.target(replica)
+        device = remote.device
+        served_by = ServedBy(
+            node=remote.node,
+            replica=replica,
+            device=remote.report.assignment.device if device is None else device.name,
+            simulated=device is not None and device.simulated,
+        )
+        return PeerTarget(served_by, remote.advert.node.name, self._peers.connection(remote.node))
+
+    def not_ready(self, model: str) -> TarsError:
+        """The clearest error for a model that nobody can answer now.
+
+        In this order: it is being loaded somewhere (where, stage, percent); the node that has it does not answer; it failed somewhere
+        (where, why); else this node's own word: refused, planned, or nothing yet.
+        """
+        remotes = self._indexed().by_model.get(model, ())
+        own = self._local.not_ready(model)
+        if any(not _gave_up(each.state) for each in self._local.candidates(model)):
+            return own
+        there = [each for each in remotes if self._standing(each) in ASKED]
+        loading = [each for each in there if not _gave_up(each.report.state)]
+        if loading:
+            furthest = max(loading, key=lambda each: each.report.percent or 0.0)
+            return _loading(model, furthest)
+        lost = [each for each in remotes if each not in there and each.report.state is ReplicaState.READY]
+        if lost and not there:
+            names = ", ".join(sorted({each.advert.node.name for each in lost}))
+            return PeerUnreachable(
+                f"{model} was served by {names}, which does not answer. It is loaded elsewhere where it fits; try again in a moment, or "
+                f"see `tars explain {model}`",
+                retry_after_ms=5000,
+                details={"nodes": sorted({each.node for each in lost})},
+            )
+        failed = next((each for each in there if each.report.state is ReplicaState.FAILED), None)
+        if failed is not None and not self._local.candidates(model):
+            why = failed.report.error or "its log says why"
+            return ReplicaFailed(
+                f"{model} could not be loaded on {failed.advert.node.name}: {why}",
+                details={"node": failed.node, "replica": failed.report.assignment.replica},
+            )
+        return own
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _served(self, model: ServedModel, index: _Index) -> ServedModel:
+        """Without this node's own problem, where a peer has, or is loading, the model."""
+        if model.unavailable is None:
+            return model
+        there = any(
+            self._standing(each) in ASKED and each.report.state is not ReplicaState.FAILED
+            for each in index.by_model.get(model.name, ())
+        )
+        return replace(model, unavailable=None) if there else model
+
+    def _standing(self, remote: _Remote) -> MemberState | None:
+        state = self._peers.state(remote.node)
+        # A node that was told to drain says so itself before membership has heard of it.
+        return MemberState.DRAINING if state is MemberState.ALIVE and remote.advert.node.draining else state
+
+    def _indexed(self) -> _Index:
+        version = self._peers.version
+        if self._index.version != version:
+            self._index = self._made(version)
+        return self._index
+
+    def _made(self, version: int) -> _Index:
+        by_model: dict[str, list[_Remote]] = {}
+        by_replica: dict[ReplicaId, _Remote] = {}
+        offered: dict[str, ModelEntry] = {}
+        for node, advert in sorted(self._peers.adverts().items()):
+            if node == self._node:
+                continue
+            offered.update((entry.name, entry) for entry in advert.models)
+            for report in advert.replicas:
+                remote = _Remote(advert, report)
+                by_model.setdefault(report.assignment.model, []).append(remote)
+                by_replica[report.assignment.replica] = remote
+        entries: dict[str, ModelEntry] = {}
+        for model, wish in self._peers.wishes().items():
+            entry = wish.entry or self._find(model) or offered.get(model)
+            if entry is not None:
+                entries[model] = entry
+        return _Index(version, {model: tuple(each) for model, each in by_model.items()}, by_replica, entries)
+
+
+def _candidate(remote: _Remote, standing: MemberState) -> Candidate:
+    report = remote.report
+    assignment = report.assignment
+    return Candidate(
+        replica=assignment.replica,
+        model=assignment.model,
+        kind=report.kind,
+        state=report.state,
+        node=remote.node,
+        local=False,
+        standing=standing,
+        slots=report.slots,
+        speed=report.speed,
+        prefill_speed=report.prefill_speed,
+        cache_tokens=assignment.settings.kv_tokens,
+    )
+
+
+def _gave_up(state: ReplicaState) -> bool:
+    return state in (ReplicaState.FAILED, ReplicaState.STOPPING, ReplicaState.STOPPED)
+
+
+def _loading(model: str, remote: _Remote) -> StillLoading:
+    """Where it is loaded, and how far that is."""
+    report = remote.report
+    device = remote.device
+    where = remote.advert.node.name + ("" if device is None else f" ({device.name})")
+    stage, percent = report.stage or "planned", report.percent or 0.0
+    doing = "its file is being copied" if stage == "fetch" else f"stage {stage}"
+    return StillLoading(
+        f"{model} is still loading on {where}: {doing}, {percent:.0f} %; try again shortly",
+        retry_after_ms=1000,
+        details={"stage": stage, "percent": percent, "node": remote.node},
+    )
