@@ -181,28 +181,28 @@ def test_what_a_source_says_of_a_piece_that_it_was_told_to_leave_means_nothing()
 
 
 def slow_and_three_idle(slow_got):
-    """One piece, at `slow` for five seconds; three others came to be idle, quick as they are."""
+    """One piece at `slow` since a second, and three others idle, quick as they are; what each of them was told."""
     scheduler = PieceScheduler(4000, 1000)
     for name in ("slow", "x", "y", "z"):
         scheduler.handle(Joined(name), 0.0)
     if slow_got:
         scheduler.handle(Arrived("slow", 0, slow_got), 1.0)
-    return scheduler, [
-        scheduler.handle(Completed("x", 1), 1.0),
-        scheduler.handle(Completed("y", 2), 5.0),
-        scheduler.handle(Completed("z", 3), 5.0),
-    ]
+    return scheduler, [scheduler.handle(Completed(name, piece), 1.0) for piece, name in enumerate("xyz", start=1)]
 
 
-def test_a_stolen_piece_is_fetched_by_two_at_most():
-    scheduler, effects = slow_and_three_idle(slow_got=1)
-    assert effects == [[Fetch("x", 0, 0, 1000)], [], []]
-    assert scheduler.handle(Tick(), 5.5) == []
+def test_a_slow_piece_is_fetched_by_a_second_one_and_by_no_third():
+    scheduler, told = slow_and_three_idle(slow_got=1)
+    assert told == [[Fetch("x", 0, 0, 1000)], [], []]
+    assert scheduler.handle(Tick(), 2.0) == []
+    assert scheduler.handle(Completed("x", 0), 2.5) == [Abandon("slow", 0), Finished()]
 
 
-def test_a_piece_that_is_only_in_silent_hands_goes_to_a_third():
-    scheduler, _ = slow_and_three_idle(slow_got=0)
-    assert [type(each) for each in scheduler.handle(Tick(), 20.0)] == [Fetch]
+def test_a_piece_that_is_in_silent_hands_only_goes_to_one_more_at_a_time():
+    scheduler, told = slow_and_three_idle(slow_got=0)
+    assert told == [[], [], []]
+    assert len(scheduler.handle(Tick(), 20.0)) == 1
+    assert scheduler.handle(Tick(), 20.5) == []
+    assert len(scheduler.handle(Tick(), 30.0)) == 1
 
 
 def test_lanes_of_one_source_take_nothing_from_each_other():
