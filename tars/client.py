@@ -14,6 +14,15 @@ from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast
 from pydantic import ValidationError
 
 from tars.errors import BadPeerAnswer, TarsError
+from tars.messages.admission import (
+    KeyNewResult,
+    KeyRevokeResult,
+    KeysResult,
+    NodeRemoveResult,
+    TokenNewResult,
+    TokenRevokeResult,
+    TokensResult,
+)
 from tars.messages.base import Message
 from tars.messages.inference import (
     ChatMessage,
@@ -291,6 +300,36 @@ class Client:
     async def remove(self, model: str, **options: Unpack[CallOptions]) -> RemoveResult:
         """Want a model no longer."""
         return cast(RemoveResult, await self._typed("models.remove", {"model": model}, options))
+
+    # --- administration: needs an admin key, or the operator key ----------------------------------------------------------
+
+    async def new_token(self, ttl_seconds: int = 3600, **options: Unpack[CallOptions]) -> TokenNewResult:
+        """A token that lets one more PC in, once, within `ttl_seconds`."""
+        return cast(TokenNewResult, await self._typed("mesh.token_new", {"ttl_seconds": ttl_seconds}, options))
+
+    async def tokens(self, **options: Unpack[CallOptions]) -> TokensResult:
+        """The tokens that this node made."""
+        return cast(TokensResult, await self._typed("mesh.token_list", {}, options))
+
+    async def revoke_token(self, id: str, **options: Unpack[CallOptions]) -> TokenRevokeResult:
+        """End a token early."""
+        return cast(TokenRevokeResult, await self._typed("mesh.token_revoke", {"id": id}, options))
+
+    async def new_key(self, name: str, *, admin: bool = False, **options: Unpack[CallOptions]) -> KeyNewResult:
+        """An API key that works on every node."""
+        return cast(KeyNewResult, await self._typed("mesh.key_new", {"name": name, "admin": admin}, options))
+
+    async def keys(self, **options: Unpack[CallOptions]) -> KeysResult:
+        """Who has a key."""
+        return cast(KeysResult, await self._typed("mesh.key_list", {}, options))
+
+    async def revoke_key(self, name: str, **options: Unpack[CallOptions]) -> KeyRevokeResult:
+        """End a key on every node."""
+        return cast(KeyRevokeResult, await self._typed("mesh.key_revoke", {"name": name}, options))
+
+    async def remove_node(self, node: str, **options: Unpack[CallOptions]) -> NodeRemoveResult:
+        """Throw a node out for ever: by its id, the beginning of it, or its name."""
+        return cast(NodeRemoveResult, await self._typed("mesh.remove", {"node": node}, options))
 
     # --- any method -----------------------------------------------------------------------------------------------------------
 

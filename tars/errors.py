@@ -108,7 +108,7 @@ class Forbidden(CallerError):
 class NotAMember(CallerError):
     """A node that is no member of this mesh: never admitted, removed, or with another key than it was admitted with."""
 
-    code = -32021
+    code = -32022
     kind = "not_a_member"
     http_status = 403
 
@@ -116,7 +116,7 @@ class NotAMember(CallerError):
 class JoinRefused(CallerError):
     """A join that was not granted; `details["reason"]`: `malformed`, `unknown`, `used`, `expired`, `revoked`, `other_mesh`, `clock`..."""
 
-    code = -32022
+    code = -32023
     kind = "join_refused"
     http_status = 403
 

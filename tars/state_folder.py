@@ -91,11 +91,14 @@ class StateFolder:
         write_atomically(self.path / name, orjson.dumps(value, option=orjson.OPT_INDENT_2))
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` so that the file holds either the old or the new bytes, whatever happens. Raises `DiskFull`, or `OSError`."""
+def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:
+    """Write `content` so that the file holds either the old or the new bytes, whatever happens. Raises `DiskFull`, or `OSError`.
+
+    `mode` is that of a new file, less the process's umask; 0o600 for a secret, which is then never readable by others, not for a moment.
+    """
     partial = path.with_name(f"{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -6,6 +6,22 @@ import asyncio
 from collections.abc import AsyncIterator
 
 from tars.errors import TarsError, UnknownModel
+from tars.messages.admission import (
+    JoinParams,
+    JoinResult,
+    KeyNewParams,
+    KeyNewResult,
+    KeyParams,
+    KeyRevokeResult,
+    KeysResult,
+    NodeRemoveParams,
+    NodeRemoveResult,
+    TokenNewParams,
+    TokenNewResult,
+    TokenParams,
+    TokenRevokeResult,
+    TokensResult,
+)
 from tars.messages.base import CallContext
 from tars.messages.inference import (
     ChatMessage,
@@ -25,6 +41,7 @@ from tars.messages.inference import (
     TokenizeResult,
     Usage,
 )
+from tars.messages.mesh import GossipParams, GossipResult
 from tars.messages.node import (
     CallCounters,
     DeployParams,
@@ -48,12 +65,49 @@ _SERVED = {
 }
 
 
+class FakeMesh:
+    """Members, tokens and keys of a mesh that is none; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, object]] = []
+
+    def join(self, params: JoinParams, source: str) -> JoinResult:
+        self.heard.append((source, params))
+        return JoinResult(node="node-1", certificate="c", ca_certificate="ca", ca_key="k", records=[])
+
+    async def gossip(self, params: GossipParams, sender: str) -> GossipResult:
+        self.heard.append((sender, params))
+        return GossipResult(envelopes=[params.envelope])
+
+    def new_token(self, params: TokenNewParams) -> TokenNewResult:
+        return TokenNewResult(id="0a1b2c3d", token="t" * 43, expires_ms=params.ttl_seconds * 1000, addresses=[])
+
+    def tokens(self) -> TokensResult:
+        return TokensResult(tokens=[])
+
+    def revoke_token(self, params: TokenParams) -> TokenRevokeResult:
+        return TokenRevokeResult(id=params.id, revoked=True)
+
+    def new_key(self, params: KeyNewParams) -> KeyNewResult:
+        return KeyNewResult(name=params.name, key="tars-key", admin=params.admin)
+
+    def keys(self) -> KeysResult:
+        return KeysResult(keys=[])
+
+    def revoke_key(self, params: KeyParams) -> KeyRevokeResult:
+        return KeyRevokeResult(name=params.name, revoked=True)
+
+    def remove_node(self, params: NodeRemoveParams) -> NodeRemoveResult:
+        return NodeRemoveResult(node=params.node, name="box", removed=True)
+
+
 class FakeNode:
     """Every method answers at once, unless the test sets an error to raise, or a gate to wait at after the first piece."""
 
     node_id = "node-1"
 
     def __init__(self) -> None:
+        self.mesh = FakeMesh()
         self.pieces = ["Hel", "lo"]
         self.error: Exception | None = None
         self.late_error: Exception | None = None

@@ -47,7 +47,7 @@ class CallMeta(Message):
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """One call's surroundings: made by a face (rpc, web), carried to the router. `caller` is the API key's name, or `local`."""
+    """One call's surroundings: made by a face (rpc, web), carried to the router. `caller`: the key's name, `local`, or `mesh`."""
 
     deadline: Deadline
     trace_id: str
@@ -57,3 +57,7 @@ class CallContext:
     caller: str = "local"
     face: str = field(default="rpc")
     """`rpc`, `openai`, `rest`: for logs and the status page."""
+    peer: str | None = None
+    """The NodeId of the peer that forwarded the call, or asks for itself; its certificate proved it. None for clients."""
+    source: str = ""
+    """The address that the call came from, where it matters who it is that nobody knows yet: `mesh.join`."""

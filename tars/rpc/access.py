@@ -7,10 +7,9 @@ loopback: it cannot forge Host, Origin or a JSON content type, and those three a
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import ipaddress
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 
 import psutil
 from aiohttp import hdrs, web
@@ -18,10 +17,15 @@ from aiohttp.typedefs import Middleware
 from multidict import CIMultiDictProxy
 
 from tars.errors import Forbidden, TarsError, Unauthorized, UnsupportedMediaType
+from tars.mesh.client_keys import ClientKeys
+from tars.rpc.method_table import Role
 from tars.rpc.options import AccessOptions
 
 CALLER: web.RequestKey[str] = web.RequestKey("caller", str)
 """Where the middleware leaves the caller's name (the API key's, or `local`) on the request."""
+
+ROLE: web.RequestKey[Role] = web.RequestKey("role", Role)
+"""And what the caller may do."""
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 RenderError = Callable[[web.Request, TarsError], web.StreamResponse]
@@ -32,19 +36,37 @@ _WITH_BODY = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _DEFAULT_PORTS = {"http": 80, "https": 443}
 
 
-class Access:
-    """The checks. One per node; `allow_address` is told where the server really listens (a port of 0 is known only then)."""
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent a request, and what that allows."""
 
-    def __init__(self, options: AccessOptions) -> None:
+    name: str
+    role: Role
+
+
+LOCAL_CALLER = Caller("local", Role.ADMINISTRATOR)
+
+
+class Access:
+    """The checks. One per node; `allow_address` is told where the server really listens (a port of 0 is known only then).
+
+    `keys` are all that the node accepts; without it, those of the options. `open_without_keys` False: a key is asked for even while none
+    exists, as on every address but loopback; then only the operator key lets somebody in.
+    """
+
+    def __init__(
+        self, options: AccessOptions, keys: ClientKeys | None = None, *, open_without_keys: bool = True
+    ) -> None:
         self._options = options
-        self._keys = tuple((name, _digest(key)) for name, key in options.api_keys.items())
+        self._keys = keys or ClientKeys(configured=options.api_keys)
+        self._open_without_keys = open_without_keys
         self._hosts = frozenset(host.lower() for host in options.allowed_hosts)
         self._origins = frozenset(origin.lower().rstrip("/") for origin in options.allowed_origins)
 
     @property
     def asks_for_key(self) -> bool:
-        """True where a key is configured, so that calls need one."""
-        return bool(self._keys)
+        """True where calls need a key."""
+        return self._keys.exist or not self._open_without_keys
 
     def allow_address(self, host: str, port: int) -> None:
         """Accept `Host: host:port` and pages of this node itself; on loopback also its other names, on a wildcard each address."""
@@ -58,8 +80,8 @@ class Access:
         self._hosts |= hosts
         self._origins |= {f"http://{one}" for one in hosts}
 
-    def check(self, method: str, headers: CIMultiDictProxy[str], *, needs_key: bool = True) -> str:
-        """The caller's name. Raises `Forbidden`, `Unauthorized` or `UnsupportedMediaType`."""
+    def check(self, method: str, headers: CIMultiDictProxy[str], *, needs_key: bool = True) -> Caller:
+        """Who it is. Raises `Forbidden`, `Unauthorized` or `UnsupportedMediaType`."""
         host = headers.getall(hdrs.HOST, ())
         # The exact spelling first: lowering every header of every call costs more than the look-up.
         if len(host) != 1 or (host[0] not in self._hosts and host[0].lower() not in self._hosts):
@@ -85,24 +107,19 @@ class Access:
                 raise UnsupportedMediaType(
                     "The body must be JSON and say so, so nothing was run. Send the header Content-Type: application/json."
                 )
-        if self._keys and needs_key:
-            return self._key_holder(headers)
-        return "local"
+        if not self.asks_for_key:
+            return LOCAL_CALLER
+        return self._key_holder(headers) if needs_key else Caller("local", Role.CLIENT)
 
-    def _key_holder(self, headers: CIMultiDictProxy[str]) -> str:
+    def _key_holder(self, headers: CIMultiDictProxy[str]) -> Caller:
         scheme, _, key = headers.get(hdrs.AUTHORIZATION, "").partition(" ")
-        given = _digest(key.strip())
-        holder = ""
-        # Every key is compared, whichever fits: the time tells nothing.
-        for name, digest in self._keys:
-            if hmac.compare_digest(digest, given):
-                holder = name
-        if not holder or scheme.lower() != "bearer":
+        holder = self._keys.holder(key.strip())
+        if holder is None or scheme.lower() != "bearer":
             raise Unauthorized(
                 "This node asks for an API key, and got none or a wrong one; nothing was run. Send the header "
-                "Authorization: Bearer KEY with a key of security.api_key in its configuration."
+                "Authorization: Bearer KEY; `tars key new NAME` on the node's own PC makes a key."
             )
-        return holder
+        return Caller(holder.name, Role.ADMINISTRATOR if holder.admin else Role.CLIENT)
 
 
 def access_middleware(access: Access, render: RenderError, public: frozenset[str] = frozenset()) -> Middleware:
@@ -112,7 +129,8 @@ def access_middleware(access: Access, render: RenderError, public: frozenset[str
     async def checked(request: web.Request, handler: Handler) -> web.StreamResponse:
         try:
             needs_key = not (access.asks_for_key and request.path in public)
-            request[CALLER] = access.check(request.method, request.headers, needs_key=needs_key)
+            caller = access.check(request.method, request.headers, needs_key=needs_key)
+            request[CALLER], request[ROLE] = caller.name, caller.role
         except TarsError as refusal:
             response = render(request, refusal)
             if isinstance(refusal, Unauthorized):
@@ -123,10 +141,6 @@ def access_middleware(access: Access, render: RenderError, public: frozenset[str
         return await handler(request)
 
     return checked
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _is_json(content_type: str) -> bool:

@@ -45,13 +45,16 @@ class Admission:
         return f"{self._trace_prefix}{next(self._trace_count):016x}"
 
     @asynccontextmanager
-    async def within_bounds(self, timeout_ms: int | None, *, inference: bool = True) -> AsyncIterator[Deadline]:
+    async def within_bounds(
+        self, timeout_ms: int | None, *, inference: bool = True, always: bool = False
+    ) -> AsyncIterator[Deadline]:
         """Holds a place and stops the work at its deadline (`timeout_ms` from now; None is the node's default).
+        `always`: take a place also where none is free.
 
         Raises `Overloaded` where no place is free, `DeadlineExceeded` when the time is over.
         """
         most = self._options.max_concurrent_calls + (0 if inference else _OPERATORS_RESERVE)
-        if self._active >= most:
+        if self._active >= most and not always:
             raise Overloaded(
                 f"This node already runs {self._active} calls, its limit, so the call was not started. Send it again a little "
                 "later, to another node, or raise limits.max_concurrent_calls.",

@@ -19,11 +19,11 @@ from jsonrpcserver.async_dispatcher import call as run_element
 from jsonrpcserver.request import Request
 from jsonrpcserver.result import Error, Success
 
-from tars.errors import Cancelled, InternalError, MethodNotFound, TarsError
+from tars.errors import Cancelled, Forbidden, InternalError, MethodNotFound, NotAMember, TarsError
 from tars.messages.base import CallContext, Message
 from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.envelope import BadElement, Call, Element, encode_error, encode_result
-from tars.rpc.method_table import METHODS, MethodSpec
+from tars.rpc.method_table import METHODS, MethodSpec, Role
 from tars.rpc.options import RpcOptions
 from tars.rpc.validation import validated
 
@@ -69,9 +69,15 @@ class Arrival:
     timeout_ms: int | None = None
     traceparent: str | None = None
     face: str = "rpc"
+    role: Role = Role.CLIENT
+    peer: str | None = None
+    """The NodeId of the peer that sent it."""
+    source: str = ""
+    """The address that it came from, for strangers."""
 
 
-LOCAL = Arrival()
+LOCAL = Arrival(role=Role.ADMINISTRATOR)
+"""On loopback, where no key exists at all."""
 
 
 class _Running:
@@ -127,8 +133,12 @@ class Dispatcher:
                 f"Method not found: this node has no method '{shown}'. rpc.discover lists the methods that there are."
             )
             return None if element.notification else self._error(element.id, unknown, trace_id)
+        if arrival.role not in spec.roles:
+            return None if element.notification else self._error(element.id, _not_for(spec, arrival.role), trace_id)
         running = _Running(element, spec, arrival, emit, trace_id)
-        self._log.call_started(name)
+        counted = not spec.is_background
+        if counted:
+            self._log.call_started(name)
         try:
             result = await run_element(Request(name, {}, element.id), running, self._methods[name])
             answer = None if element.notification else self._encoded(running, result)
@@ -136,7 +146,8 @@ class Dispatcher:
             running.error = Cancelled("The caller went away before the answer was complete; the work was stopped.")
             raise
         finally:
-            self._log.call_ended(name, running.error, trace_id)
+            if counted:
+                self._log.call_ended(name, running.error, trace_id)
         return answer
 
     async def answer_batch(self, elements: Sequence[Element], arrival: Arrival = LOCAL) -> bytes | None:
@@ -185,7 +196,7 @@ class Dispatcher:
         meta, arrival = running.call.meta, running.arrival
         given = [ms for ms in (meta.timeout_ms, arrival.timeout_ms) if ms is not None]
         async with self.admission.within_bounds(
-            min(given, default=None), inference=running.spec.is_inference
+            min(given, default=None), inference=running.spec.is_inference, always=running.spec.is_background
         ) as deadline:
             context = CallContext(
                 deadline,
@@ -195,6 +206,8 @@ class Dispatcher:
                 meta.hops,
                 arrival.caller,
                 arrival.face,
+                arrival.peer,
+                arrival.source,
             )
             work = handler(params, context)
             if running.spec.streams:
@@ -219,6 +232,20 @@ class Dispatcher:
     def _failed(self, running: _Running, error: TarsError) -> Any:
         running.error = error
         return Error(error.code, error.message)
+
+
+def _not_for(spec: MethodSpec, role: Role) -> TarsError:
+    if role is Role.STRANGER:
+        return NotAMember(
+            f"{spec.name} needs the certificate of a node of this mesh, and none was shown; nothing was run. This is the port where nodes "
+            "talk to each other; clients use the other one, with an API key."
+        )
+    if Role.ADMINISTRATOR in spec.roles:
+        return Forbidden(
+            f"{spec.name} is for administrators, so nothing was run. Call it on the node's own PC with `tars` (which reads the operator "
+            "key in the state folder), or with an admin key (`tars key new NAME --admin`), or a key of the node's configuration."
+        )
+    return Forbidden(f"{spec.name} is what nodes ask each other on the mesh's own port, so nothing was run.")
 
 
 async def _consume(running: _Running, stream: AsyncIterator[Any]) -> object:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 import aiohttp
@@ -19,7 +21,8 @@ import orjson
 from jsonrpcclient import Ok, parse
 from jsonrpcclient import request as build_call
 
-from tars.errors import BadPeerAnswer, DeadlineExceeded, PeerUnreachable, TarsError, from_json
+from tars.errors import BadPeerAnswer, DeadlineExceeded, NotAMember, PeerUnreachable, TarsError, from_json
+from tars.mesh.identity import WrongPeer
 
 _MAX_ANSWER_BYTES = 256 * 2**20
 """2,048 vectors of 4,096 dimensions in decimal are about 170 MB; what is larger is no answer of ours."""
@@ -31,10 +34,24 @@ _CONNECT_SECONDS = 5.0
 """A node on a LAN or tailnet answers a connection within milliseconds; a frozen one must not cost the whole budget."""
 
 
+_KEEP_SECONDS = 15.0
+"""aiohttp's own."""
+
+
 class NodeNotReachable(PeerUnreachable):
     """The called node itself takes no connection: the call was never sent. Never travels; a `PeerUnreachable` may also be a node's word."""
 
     kind = "node_not_reachable"
+
+
+class NotTls(BadPeerAnswer):
+    """What listens there speaks something else than TLS: most often it is a node's port for clients. Never travels."""
+
+    kind = "not_tls"
+
+
+_EXPIRED, _NOT_YET_VALID = 10, 9
+"""X509_V_ERR_CERT_HAS_EXPIRED and X509_V_ERR_CERT_NOT_YET_VALID (OpenSSL, x509_vfy.h)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +64,28 @@ class BatchCall:
 
 
 class RpcConnection:
-    """Calls one node. `timeout` is each call's budget in seconds where the call names none. Close it, or use it in `async with`."""
+    """Calls one node. `timeout` is each call's budget in seconds where the call names none. Close it, or use it in `async with`.
 
-    def __init__(self, url: str, *, api_key: str | None = None, timeout: float = 300.0) -> None:
-        self._url = url.rstrip("/").removesuffix("/rpc") + "/rpc"
+    `tls` is for a peer (`mesh.identity.Identity.client_context`); then `connect_seconds` bounds the TLS handshake too. `keep_seconds`: how
+    long a connection is kept that nothing needs.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        api_key: str | None = None,
+        timeout: float = 300.0,
+        tls: ssl.SSLContext | None = None,
+        connect_seconds: float = _CONNECT_SECONDS,
+        keep_seconds: float = _KEEP_SECONDS,
+    ) -> None:
+        self._root = url.rstrip("/").removesuffix("/rpc")
+        self._url = self._root + "/rpc"
         self._timeout = timeout
+        self._tls = tls
+        self._connect_seconds = connect_seconds
+        self._keep_seconds = keep_seconds
         self._headers = {"Content-Type": "application/json"}
         if api_key is not None:
             self._headers["Authorization"] = f"Bearer {api_key}"
@@ -143,6 +177,22 @@ class RpcConnection:
         except TimeoutError:
             raise _too_late(budget) from None
 
+    @asynccontextmanager
+    async def get(
+        self, path: str, headers: Mapping[str, str] | None = None, *, timeout: float | None = None
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        """`GET path` of the same node: the answer as it begins, whatever its status; read `content` to have it. `timeout`: until then.
+
+        Raises what a call raises; what breaks while the content is read is aiohttp's own (`ClientError`, `ConnectionError`).
+        """
+        budget = self._timeout if timeout is None else timeout
+        latest = asyncio.get_running_loop().time() + budget
+        try:
+            async with self._send("GET", self._root + path, None, headers or {}, latest) as response:
+                yield response
+        except TimeoutError:
+            raise _too_late(budget) from None
+
     async def _post(self, body: object, budget: float) -> Any:
         latest = asyncio.get_running_loop().time() + budget + _GRACE_SECONDS
         try:
@@ -157,31 +207,45 @@ class RpcConnection:
     async def _request(
         self, body: object, headers: Mapping[str, str], latest: float
     ) -> AsyncIterator[aiohttp.ClientResponse]:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                headers=self._headers,
-                # The budget of each call bounds it; a bound on the whole would cut long streams.
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_SECONDS),
-                # A service that calls many at once must not queue behind its own client.
-                connector=aiohttp.TCPConnector(limit=0),
-            )
         try:
             data = orjson.dumps(body)
         except TypeError:
             raise TypeError(
                 "params must be JSON: text without lone surrogates, 64-bit integers, lists, dicts"
             ) from None
+        async with self._send("POST", self._url, data, headers, latest) as response:
+            yield response
+
+    @asynccontextmanager
+    async def _send(
+        self, method: str, url: str, data: bytes | None, headers: Mapping[str, str], latest: float
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                headers=self._headers,
+                # The budget of each call bounds it; a bound on the whole would cut long streams.
+                timeout=aiohttp.ClientTimeout(
+                    total=None,
+                    sock_connect=self._connect_seconds,
+                    # A frozen peer's kernel takes the connection, and then nobody shakes hands.
+                    connect=None if self._tls is None else self._connect_seconds,
+                ),
+                # A service that calls many at once must not queue behind its own client.
+                connector=aiohttp.TCPConnector(limit=0, ssl=self._tls or True, keepalive_timeout=self._keep_seconds),
+            )
         try:
             # A redirect would carry the API key to wherever it points.
             async with asyncio.timeout_at(latest):
-                response = await self._session.post(self._url, data=data, headers=headers, allow_redirects=False)
+                response = await self._session.request(method, url, data=data, headers=headers, allow_redirects=False)
             async with response:
                 yield response
         except aiohttp.ServerTimeoutError:
             raise NodeNotReachable(
-                f"Nothing at {self._url} takes a connection within {_CONNECT_SECONDS:g} s: a firewall, or a machine that is asleep."
+                f"Nothing at {self._url} takes a connection within {self._connect_seconds:g} s: a firewall, or a machine that is asleep."
             ) from None
-        except (aiohttp.ClientError, ConnectionError) as fault:
+        except (aiohttp.ClientError, ConnectionError, ssl.SSLError) as fault:
+            if (distrust := _distrust(fault, self._root)) is not None:
+                raise distrust from None
             if isinstance(fault, aiohttp.ClientConnectorError):
                 raise NodeNotReachable(
                     f"No node answers at {self._url}. Start tars-node there, or correct the address."
@@ -191,6 +255,42 @@ class RpcConnection:
             raise PeerUnreachable(
                 f"The connection to {self._url} broke before the answer was complete. Send the call again."
             ) from None
+
+
+def _distrust(fault: BaseException, root: str) -> TarsError | None:
+    """What a failed TLS handshake means; None where it was another fault."""
+    causes = (fault, fault.__cause__, getattr(fault, "certificate_error", None), getattr(fault, "os_error", None))
+    for cause in causes:
+        if isinstance(cause, WrongPeer):
+            return cause.error
+    for cause in causes:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            now = f"this PC's clock says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+            if cause.verify_code == _NOT_YET_VALID:
+                return NotAMember(
+                    f"The certificate of the node at {root} is not valid yet, and {now}: one of the two clocks is wrong. Set it "
+                    "(timedatectl set-ntp true)."
+                )
+            if cause.verify_code == _EXPIRED:
+                return NotAMember(
+                    f"The certificate of the node at {root} has expired, and {now}: one of the two clocks is wrong (nodes renew their "
+                    "certificates by themselves). Set it (timedatectl set-ntp true)."
+                )
+            return NotAMember(
+                f"What answers at {root} is no node of this mesh: its certificate is not signed by this mesh's CA. Nothing was sent to it."
+            )
+        if isinstance(cause, ssl.SSLError):
+            reason = cause.reason or ""
+            if "ALERT" in reason:
+                return NotAMember(
+                    f"The node at {root} does not accept this node's certificate ({reason.lower().replace('_', ' ')}): it is of another "
+                    "mesh, or one of the two clocks is wrong."
+                )
+            if isinstance(fault, aiohttp.ClientConnectorSSLError):
+                return NotTls(
+                    f"What answers at {root} does not speak TLS, so it is no node's mesh port. Correct the address."
+                )
+    return None
 
 
 def _with_meta(params: Mapping[str, Any] | None, budget: float, meta: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,16 +20,21 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from tars.errors import Cancelled, DeadlineExceeded, InvalidRequest, ParseError, TarsError
 from tars.messages.base import MAX_TIMEOUT_MS, Message
-from tars.rpc.access import CALLER, RenderError
+from tars.rpc.access import CALLER, ROLE, RenderError
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
 from tars.rpc.envelope import Call, Element, decode, encode_notification, too_large
-from tars.rpc.method_table import METHODS, MethodSpec
+from tars.rpc.method_table import METHODS, MethodSpec, Role
 from tars.rpc.methods import handlers_of
 from tars.rpc.options import RpcOptions
 from tars.rpc.whole_answer import JSON_HEADERS, WholeAnswer
 from tars.serving.service import NodeService
 
 RPC_PATH = "/rpc"
+
+PEER: web.RequestKey[str] = web.RequestKey("peer", str)
+"""Where the mesh listener leaves the NodeId of the peer that sent a request."""
+SOURCE: web.RequestKey[str] = web.RequestKey("source", str)
+"""And the address of a stranger."""
 
 STREAM_HEADERS = {
     hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
@@ -158,10 +163,10 @@ async def read_body(request: web.Request, limit: int, seconds: float = _BODY_SEC
 def arrival_of(request: web.Request) -> Arrival:
     """Who sent it, with how much time and in which trace, as the headers say. Raises `InvalidRequest`."""
     headers = request.headers
-    caller = request.get(CALLER, "local")
+    caller, role = request.get(CALLER, "local"), request.get(ROLE, Role.CLIENT)
     timeout = headers.get(_TIMEOUT_HEADER)
     trace = headers.get(_TRACE_HEADER)
-    if timeout is None and trace is None and caller == "local":
+    if timeout is None and trace is None and caller == "local" and role is Role.ADMINISTRATOR:
         return LOCAL
     timeout_ms = None
     if timeout is not None:
@@ -173,7 +178,7 @@ def arrival_of(request: web.Request) -> Arrival:
                 "was run."
             )
         timeout_ms = int(timeout)
-    return Arrival(caller, timeout_ms, trace)
+    return Arrival(caller, timeout_ms, trace, role=role, peer=request.get(PEER), source=request.get(SOURCE, ""))
 
 
 async def _stream(

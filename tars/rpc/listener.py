@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import ssl
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,11 +43,13 @@ class Listener:
     port: int
     _runner: web.AppRunner
     _reaper: asyncio.Task[None] | None = None
+    scheme: str = "http"
 
     @property
     def url(self) -> str:
         """Where the node answers: `http://127.0.0.1:8000`."""
-        return f"http://[{self.host}]:{self.port}" if ":" in self.host else f"http://{self.host}:{self.port}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}:{self.port}"
 
     async def close(self) -> None:
         """Stop accepting, let answers end for a moment, close everything."""
@@ -59,17 +62,22 @@ async def listen(
     app: web.Application,
     host: str,
     port: int,
-    access: Access,
+    access: Access | None,
     *,
+    tls: ssl.SSLContext | None = None,
     shutdown_seconds: float = _SHUTDOWN_SECONDS,
     silent_seconds: float = _SILENT_SECONDS,
 ) -> Listener:
-    """Serve `app` at `host:port` (0: a free port) and let `access` accept that address. Raises `ConfigError` where it cannot be bound."""
+    """Serve `app` at `host:port` (0: a free port) and let `access` accept that address. Raises `ConfigError` where it cannot be bound.
+
+    `access` None: who may call is checked by other means than Host and key, as on the mesh listener by certificates.
+    """
     allow_open_files(_OPEN_FILES)
     server_socket = bind(host, port)
     bound_host, bound_port = server_socket.getsockname()[:2]
-    access.allow_address(host, bound_port)
-    access.allow_address(bound_host, bound_port)
+    if access is not None:
+        access.allow_address(host, bound_port)
+        access.allow_address(bound_host, bound_port)
     runner = web.AppRunner(
         app,
         handler_cancellation=True,
@@ -83,13 +91,13 @@ async def listen(
     )
     try:
         await runner.setup()
-        await web.SockSite(runner, server_socket, backlog=_BACKLOG).start()
+        await web.SockSite(runner, server_socket, backlog=_BACKLOG, ssl_context=tls).start()
     except BaseException:
         server_socket.close()
         await runner.cleanup()
         raise
     reaper = asyncio.create_task(_close_silent(runner, silent_seconds), name="silent connections")
-    return Listener(bound_host, bound_port, runner, reaper)
+    return Listener(bound_host, bound_port, runner, reaper, "http" if tls is None else "https")
 
 
 async def _close_silent(runner: web.AppRunner, seconds: float) -> None:

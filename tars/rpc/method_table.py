@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 
 from tars.errors import (
     BadGrammar,
@@ -21,8 +22,10 @@ from tars.errors import (
     InternalError,
     InvalidParams,
     InvalidRequest,
+    JoinRefused,
     LimitExceeded,
     MethodNotFound,
+    NotAMember,
     Overloaded,
     ParseError,
     PeerUnreachable,
@@ -36,6 +39,22 @@ from tars.errors import (
     WrongModelKind,
 )
 from tars.errors import Forbidden as ForbiddenError
+from tars.messages.admission import (
+    JoinParams,
+    JoinResult,
+    KeyNewParams,
+    KeyNewResult,
+    KeyParams,
+    KeyRevokeResult,
+    KeysResult,
+    NodeRemoveParams,
+    NodeRemoveResult,
+    TokenNewParams,
+    TokenNewResult,
+    TokenParams,
+    TokenRevokeResult,
+    TokensResult,
+)
 from tars.messages.base import Message, NoParams
 from tars.messages.inference import (
     ChatParams,
@@ -50,6 +69,7 @@ from tars.messages.inference import (
     TokenizeParams,
     TokenizeResult,
 )
+from tars.messages.mesh import GossipParams, GossipResult
 from tars.messages.node import (
     DeployParams,
     DeployResult,
@@ -63,6 +83,24 @@ from tars.messages.node import (
     PlanResult,
     RemoveResult,
 )
+
+
+class Role(StrEnum):
+    """What a caller has proved to be."""
+
+    STRANGER = "stranger"
+    """On the mesh listener, without a certificate."""
+    PEER = "peer"
+    """A node of this mesh, by its certificate."""
+    CLIENT = "client"
+    """By its API key."""
+    ADMINISTRATOR = "administrator"
+    """By an admin key, a key of the configuration, this PC's operator key; on loopback without any key, everybody."""
+
+
+CALLERS = frozenset({Role.PEER, Role.CLIENT, Role.ADMINISTRATOR})
+"""Who may call most methods."""
+_ADMINISTRATORS = frozenset({Role.ADMINISTRATOR})
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +123,8 @@ class MethodSpec:
     delta: type[Message] | None = None
     delta_notification: str | None = None
     positional: tuple[str, ...] = ()
+    roles: frozenset[Role] = CALLERS
+    """Who may call it."""
 
     @property
     def streams(self) -> bool:
@@ -95,6 +135,12 @@ class MethodSpec:
     def is_inference(self) -> bool:
         """True where a call occupies a replica: such calls are counted against `max_concurrent_calls`."""
         return self.name.startswith("inference.")
+
+    @property
+    def is_background(self) -> bool:
+        """True for what nodes ask each other all the time. It is not counted among the calls and never refused for want of a place: a busy
+        node must not look dead."""
+        return self.name == "mesh.gossip"
 
 
 EVERY_CALL: tuple[type[TarsError], ...] = (
@@ -137,6 +183,68 @@ _ROWS = (
         ModelParams,
         ExplainResult,
         (UnknownModel,),
+    ),
+    MethodSpec(
+        "mesh.join",
+        "Let a node in; only on the mesh listener, the only one without a certificate.",
+        JoinParams,
+        JoinResult,
+        (JoinRefused, DiskFull),
+        idempotent=False,
+        roles=frozenset({Role.STRANGER}),
+    ),
+    MethodSpec(
+        "mesh.gossip",
+        "One packet of what nodes tell each other; only on the mesh listener.",
+        GossipParams,
+        GossipResult,
+        (NotAMember,),
+        roles=frozenset({Role.PEER}),
+    ),
+    MethodSpec(
+        "mesh.token_new",
+        "Make a token that lets one more PC in. Needs an admin key, as all below up to `mesh.remove`.",
+        TokenNewParams,
+        TokenNewResult,
+        (DiskFull,),
+        idempotent=False,
+        roles=_ADMINISTRATORS,
+    ),
+    MethodSpec("mesh.token_list", "The tokens that this node made.", result=TokensResult, roles=_ADMINISTRATORS),
+    MethodSpec(
+        "mesh.token_revoke",
+        "End a token early.",
+        TokenParams,
+        TokenRevokeResult,
+        (DiskFull,),
+        roles=_ADMINISTRATORS,
+    ),
+    MethodSpec(
+        "mesh.key_new",
+        "Make an API key that works on every node; it is shown once.",
+        KeyNewParams,
+        KeyNewResult,
+        (DiskFull,),
+        idempotent=False,
+        roles=_ADMINISTRATORS,
+    ),
+    MethodSpec("mesh.key_list", "Who has a key.", result=KeysResult, roles=_ADMINISTRATORS),
+    MethodSpec(
+        "mesh.key_revoke",
+        "End a key on every node.",
+        KeyParams,
+        KeyRevokeResult,
+        (DiskFull,),
+        idempotent=False,
+        roles=_ADMINISTRATORS,
+    ),
+    MethodSpec(
+        "mesh.remove",
+        "Throw a node out for ever: its certificate stops working everywhere.",
+        NodeRemoveParams,
+        NodeRemoveResult,
+        (DiskFull,),
+        roles=_ADMINISTRATORS,
     ),
     MethodSpec("models.list", "Deployed models first, then what the catalogue knows.", result=ModelsResult),
     MethodSpec(

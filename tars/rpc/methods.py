@@ -5,6 +5,22 @@ Law of this file: one line a method, no logic. A plain function is for what neve
 
 from __future__ import annotations
 
+from tars.messages.admission import (
+    JoinParams,
+    JoinResult,
+    KeyNewParams,
+    KeyNewResult,
+    KeyParams,
+    KeyRevokeResult,
+    KeysResult,
+    NodeRemoveParams,
+    NodeRemoveResult,
+    TokenNewParams,
+    TokenNewResult,
+    TokenParams,
+    TokenRevokeResult,
+    TokensResult,
+)
 from tars.messages.base import CallContext, NoParams
 from tars.messages.inference import (
     EmbedParams,
@@ -14,6 +30,7 @@ from tars.messages.inference import (
     TokenizeParams,
     TokenizeResult,
 )
+from tars.messages.mesh import GossipParams, GossipResult
 from tars.messages.node import (
     DeployParams,
     DeployResult,
@@ -60,6 +77,33 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
     async def explain(params: ModelParams, context: CallContext) -> ExplainResult:
         return await service.explain(params.model)
 
+    async def join(params: JoinParams, context: CallContext) -> JoinResult:
+        return service.mesh.join(params, context.source)
+
+    async def gossip(params: GossipParams, context: CallContext) -> GossipResult:
+        return await service.mesh.gossip(params, context.peer or "")
+
+    def token_new(params: TokenNewParams) -> TokenNewResult:
+        return service.mesh.new_token(params)
+
+    def token_list(params: NoParams) -> TokensResult:
+        return service.mesh.tokens()
+
+    def token_revoke(params: TokenParams) -> TokenRevokeResult:
+        return service.mesh.revoke_token(params)
+
+    def key_new(params: KeyNewParams) -> KeyNewResult:
+        return service.mesh.new_key(params)
+
+    def key_list(params: NoParams) -> KeysResult:
+        return service.mesh.keys()
+
+    def key_revoke(params: KeyParams) -> KeyRevokeResult:
+        return service.mesh.revoke_key(params)
+
+    def remove_node(params: NodeRemoveParams) -> NodeRemoveResult:
+        return service.mesh.remove_node(params)
+
     def models(params: NoParams) -> ModelsResult:
         return service.models()
 
@@ -87,6 +131,15 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
         "mesh.peers": peers,
         "mesh.plan": plan,
         "mesh.explain": explain,
+        "mesh.join": join,
+        "mesh.gossip": gossip,
+        "mesh.token_new": token_new,
+        "mesh.token_list": token_list,
+        "mesh.token_revoke": token_revoke,
+        "mesh.key_new": key_new,
+        "mesh.key_list": key_list,
+        "mesh.key_revoke": key_revoke,
+        "mesh.remove": remove_node,
         "models.list": models,
         "models.deploy": deploy,
         "models.remove": remove,

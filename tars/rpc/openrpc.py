@@ -70,6 +70,7 @@ def _method(spec: MethodSpec, schemas: dict[str, Any], references: Mapping[Any, 
         },
         "errors": [{"$ref": f"#/components/errors/{one.kind}"} for one in (*EVERY_CALL, *spec.errors)],
         "x-idempotent": spec.idempotent,
+        "x-roles": sorted(spec.roles),
     }
     if spec.delta is not None:
         document["x-streams"] = {"notification": spec.delta_notification, "schema": references[spec.delta]}

@@ -16,6 +16,8 @@ from tars.core.explanation import explain
 from tars.core.placement_cost import contradiction
 from tars.core.types import Deployment, KvType, NodeSnapshot, ReplicaState
 from tars.errors import InvalidParams, TarsError
+from tars.mesh.administration import Administration
+from tars.mesh.client_keys import ClientKeys
 from tars.mesh.coordinator import Coordinator, LiveReplica, refusal_error
 from tars.mesh.plan_report import describe_assignment, describe_device, describe_verdict, plan_result
 from tars.messages.base import CallContext
@@ -51,6 +53,7 @@ from tars.serving.call_log import CallLog
 from tars.serving.inference import Inference
 from tars.serving.local_fleet import LocalFleet
 from tars.serving.router import Router
+from tars.serving.service import MeshService
 
 SNAPSHOT_SECONDS = 1.0
 """Devices are read at most so often for `node.describe`: watchers of the status page share one reading."""
@@ -67,12 +70,14 @@ class LocalNodeService:
         redacted_config: dict[str, Any],
         wsl2: bool,
         addresses: Callable[[], list[str]],
+        mesh: MeshService | None = None,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ):
         self._coordinator = coordinator
         self._name = name
         self._config = redacted_config
+        self.mesh = mesh or Administration(ClientKeys())
         self._wsl2 = wsl2
         self._addresses = addresses
         self._now = now

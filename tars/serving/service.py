@@ -10,6 +10,22 @@ from collections.abc import AsyncIterator
 from typing import Protocol
 
 from tars.errors import TarsError
+from tars.messages.admission import (
+    JoinParams,
+    JoinResult,
+    KeyNewParams,
+    KeyNewResult,
+    KeyParams,
+    KeyRevokeResult,
+    KeysResult,
+    NodeRemoveParams,
+    NodeRemoveResult,
+    TokenNewParams,
+    TokenNewResult,
+    TokenParams,
+    TokenRevokeResult,
+    TokensResult,
+)
 from tars.messages.base import CallContext
 from tars.messages.inference import (
     ChatParams,
@@ -24,6 +40,7 @@ from tars.messages.inference import (
     TokenizeParams,
     TokenizeResult,
 )
+from tars.messages.mesh import GossipParams, GossipResult
 from tars.messages.node import (
     DeployParams,
     DeployResult,
@@ -38,12 +55,57 @@ from tars.messages.node import (
 )
 
 
+class MeshService(Protocol):
+    """What administrators and other nodes ask: who is in, and with which keys. `mesh.administration` does it."""
+
+    def join(self, params: JoinParams, source: str) -> JoinResult:
+        """Let a node in that came from the address `source`."""
+        ...
+
+    async def gossip(self, params: GossipParams, sender: str) -> GossipResult:
+        """A packet from the node `sender`, which its certificate proved to be."""
+        ...
+
+    def new_token(self, params: TokenNewParams) -> TokenNewResult:
+        """A token for one more PC."""
+        ...
+
+    def tokens(self) -> TokensResult:
+        """This node's tokens."""
+        ...
+
+    def revoke_token(self, params: TokenParams) -> TokenRevokeResult:
+        """End one early."""
+        ...
+
+    def new_key(self, params: KeyNewParams) -> KeyNewResult:
+        """An API key for every node."""
+        ...
+
+    def keys(self) -> KeysResult:
+        """Who has one."""
+        ...
+
+    def revoke_key(self, params: KeyParams) -> KeyRevokeResult:
+        """End one everywhere."""
+        ...
+
+    def remove_node(self, params: NodeRemoveParams) -> NodeRemoveResult:
+        """Throw a node out."""
+        ...
+
+
 class NodeService(Protocol):
     """See the module's law."""
 
     @property
     def node_id(self) -> str:
         """This node's id, for error data."""
+        ...
+
+    @property
+    def mesh(self) -> MeshService:
+        """Members, tokens and keys."""
         ...
 
     def ping(self) -> PingResult:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +18,9 @@ from hypothesis import strategies as st
 from tars.errors import BadGrammar, DoesNotFit, StillLoading, TarsError, UnknownModel
 from tars.messages.base import CallContext, Message, NoParams
 from tars.messages.inference import Delta
-from tars.rpc.dispatcher import Arrival, Dispatcher
+from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
 from tars.rpc.envelope import BadElement, Call, decode
-from tars.rpc.method_table import METHODS, MethodSpec
+from tars.rpc.method_table import METHODS, MethodSpec, Role
 from tars.rpc.methods import handlers_of
 from tars.rpc.options import EnvelopeLimits, RpcOptions
 
@@ -50,6 +51,12 @@ async def ask(dispatcher: Dispatcher, method: str, params: Any = None, arrival: 
 async def test_every_row_of_the_table_is_answered_with_its_result(node: FakeNode) -> None:
     params = {
         "mesh.explain": {"model": "m"},
+        "mesh.join": JOIN,
+        "mesh.gossip": {"envelope": {}},
+        "mesh.token_revoke": {"id": "0a1b2c3d"},
+        "mesh.key_new": {"name": "laptop"},
+        "mesh.key_revoke": {"name": "laptop"},
+        "mesh.remove": {"node": "box"},
         "models.deploy": {"model": "m"},
         "models.remove": {"model": "m"},
         "inference.chat": CHAT,
@@ -60,11 +67,60 @@ async def test_every_row_of_the_table_is_answered_with_its_result(node: FakeNode
     }
     dispatcher = make(node)
     for name, spec in METHODS.items():
-        answer = await ask(dispatcher, name, params.get(name))
-        if spec.result is not None:
-            spec.result.model_validate(answer["result"])
-    assert node.started == list(METHODS)
-    assert [error for _, error, _ in node.ended] == [None] * len(METHODS)
+        for role in sorted(spec.roles):
+            answer = await ask(dispatcher, name, params.get(name), Arrival(role=role, peer="node-2"))
+            if spec.result is not None:
+                spec.result.model_validate(answer["result"])
+    counted = [name for name, spec in METHODS.items() for _ in spec.roles if name != "mesh.gossip"]
+    assert node.started == counted
+    assert [error for _, error, _ in node.ended] == [None] * len(counted)
+
+
+@pytest.mark.parametrize("role", Role)
+async def test_a_method_runs_for_the_roles_of_its_row_and_for_nobody_else(node: FakeNode, role: Role) -> None:
+    dispatcher = make(node)
+    for name, spec in METHODS.items():
+        answer = await ask(dispatcher, name, None, Arrival(role=role))
+        kind = answer.get("error", {}).get("data", {}).get("kind")
+        if role in spec.roles:
+            assert kind not in ("forbidden", "not_a_member")
+        else:
+            assert kind == ("not_a_member" if role is Role.STRANGER else "forbidden")
+            assert "nothing was run" in answer["error"]["message"]
+            assert name not in node.started
+    assert not {name for name in node.started if role not in METHODS[name].roles}
+
+
+async def test_a_call_has_no_role_but_a_clients_unless_it_is_given_one(node: FakeNode) -> None:
+    assert (await ask(make(node), "mesh.key_list", None, Arrival()))["error"]["data"]["kind"] == "forbidden"
+    assert "result" in await ask(make(node), "mesh.key_list", None, LOCAL)
+
+
+async def test_gossip_is_neither_counted_nor_refused_for_want_of_a_place(node: FakeNode) -> None:
+    dispatcher = make(node, RpcOptions(max_concurrent_calls=1))
+    async with AsyncExitStack() as places:
+        for _ in range(1 + 16):
+            await places.enter_async_context(dispatcher.admission.within_bounds(None, inference=False))
+        arrival = Arrival(role=Role.PEER, peer="node-2")
+        assert (await ask(dispatcher, "node.describe", None, arrival))["error"]["data"]["kind"] == "overloaded"
+        assert "result" in await ask(dispatcher, "mesh.gossip", {"envelope": {"a": 1}}, arrival)
+    assert node.mesh.heard[0][0] == "node-2"
+    assert node.started == ["node.describe"]
+
+
+async def test_a_join_knows_the_address_that_it_came_from(node: FakeNode) -> None:
+    await ask(make(node), "mesh.join", JOIN, Arrival(role=Role.STRANGER, source="192.0.2.7"))
+    assert node.mesh.heard[0][0] == "192.0.2.7"
+
+
+JOIN = {
+    "secret": "s" * 22,
+    "node": "00000000-0000-4000-8000-000000000000",
+    "name": "box",
+    "certificate_request": "pem",
+    "addresses": [],
+    "clock_ms": 0,
+}
 
 
 async def test_a_method_without_a_handler_is_refused_when_the_node_starts(node: FakeNode) -> None:
@@ -358,7 +414,8 @@ def test_any_json_as_params_gets_exactly_one_well_formed_answer(batch: list[dict
         if "error" in one:
             # Whatever was sent, the fault is the caller's (1001: the pretended node knows no model of that name):
             # a -32603 would mean that something of ours broke on it.
-            assert one["error"]["code"] in (-32600, -32602, 1001), one
+            # -32018 and -32022: a method for another role.
+            assert one["error"]["code"] in (-32600, -32602, -32018, -32022, 1001), one
             assert set(one["error"]["data"]) >= {"kind", "retryable", "retry_after_ms", "node", "trace_id"}
             assert "Traceback" not in one["error"]["message"]
             assert "pydantic" not in str(one["error"])

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tars.messages.base import Message, NoParams
-from tars.rpc.method_table import METHODS, MethodSpec, method_list_markdown
+from tars.rpc.method_table import CALLERS, METHODS, MethodSpec, Role, method_list_markdown
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -18,15 +18,25 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_rows_key_is_its_name_and_its_name_has_a_namespace() -> None:
     for name, spec in METHODS.items():
         assert name == spec.name
-        assert re.fullmatch(r"(rpc|node|mesh|models|inference)\.[a-z]+", name)
+        assert re.fullmatch(r"(rpc|node|mesh|models|inference)\.[a-z_]+", name)
         assert spec.summary.endswith((".", "?", "!"))
 
 
-def test_only_generation_streams_and_is_not_idempotent() -> None:
+def test_only_generation_streams_and_only_it_and_what_makes_or_ends_a_secret_is_not_idempotent() -> None:
     generating = {"inference.chat", "inference.complete"}
+    secrets = {"mesh.join", "mesh.token_new", "mesh.key_new", "mesh.key_revoke"}
     assert {name for name, spec in METHODS.items() if spec.streams} == generating
-    assert {name for name, spec in METHODS.items() if not spec.idempotent} == generating
+    assert {name for name, spec in METHODS.items() if not spec.idempotent} == generating | secrets
     assert all(spec.delta_notification == "inference.delta" for spec in METHODS.values() if spec.streams)
+
+
+def test_each_method_is_for_those_who_may_call_it() -> None:
+    only = {name: spec.roles for name, spec in METHODS.items() if spec.roles != CALLERS}
+    assert only.pop("mesh.join") == {Role.STRANGER}
+    assert only.pop("mesh.gossip") == {Role.PEER}
+    assert set(only) == {name for name in METHODS if name.startswith(("mesh.token_", "mesh.key_", "mesh.remove"))}
+    assert set(only.values()) == {frozenset({Role.ADMINISTRATOR})}
+    assert Role.STRANGER not in CALLERS
 
 
 def test_tars_own_methods_take_named_params_only() -> None:

@@ -11,6 +11,19 @@ from tars.rpc.methods import handlers_of
 
 PARAMS = {
     "mesh.explain": {"model": "m"},
+    "mesh.join": {
+        "secret": "s" * 22,
+        "node": "00000000-0000-4000-8000-000000000000",
+        "name": "box",
+        "certificate_request": "pem",
+        "addresses": [],
+        "clock_ms": 0,
+    },
+    "mesh.gossip": {"envelope": {}},
+    "mesh.token_revoke": {"id": "0a1b2c3d"},
+    "mesh.key_new": {"name": "laptop"},
+    "mesh.key_revoke": {"name": "laptop"},
+    "mesh.remove": {"node": "box"},
     "models.deploy": {"model": "m"},
     "models.remove": {"model": "m"},
     "inference.chat": {"messages": [{"role": "user", "content": "x"}]},
@@ -19,12 +32,28 @@ PARAMS = {
     "inference.rerank": {"query": "x", "documents": ["a"]},
     "inference.tokenize": {"text": "x"},
 }
-CALLED = {"models.list": "models"}
+CALLED = {
+    "models.list": "models",
+    "mesh.token_new": "new_token",
+    "mesh.token_list": "tokens",
+    "mesh.token_revoke": "revoke_token",
+    "mesh.key_new": "new_key",
+    "mesh.key_list": "keys",
+    "mesh.key_revoke": "revoke_key",
+    "mesh.remove": "remove_node",
+}
 """Where the service's method is not called as the second part of the row's name."""
 
 
 class RecordingService:
     """Answers every method with its name and what it was given."""
+
+    def __init__(self, waits=True):
+        self._waits = waits
+
+    @property
+    def mesh(self):
+        return RecordingService(waits=False)
 
     def __getattr__(self, name):
         def method(*arguments):
@@ -34,7 +63,7 @@ class RecordingService:
             return method(*arguments)
 
         immediate = {"ping", "peers", "models", "chat", "complete"}
-        return method if name in immediate else later
+        return later if name == "gossip" or (self._waits and name not in immediate) else method
 
 
 def test_every_row_of_the_table_has_a_handler_and_no_other_exists():
@@ -45,7 +74,7 @@ def test_every_row_of_the_table_has_a_handler_and_no_other_exists():
 async def test_a_handler_calls_its_own_method_with_what_it_needs(name):
     handler = handlers_of(RecordingService())[name]
     params = METHODS[name].params.model_validate(PARAMS.get(name, {}))
-    context = CallContext(Deadline(1.0), "trace")
+    context = CallContext(Deadline(1.0), "trace", peer="node-2", source="192.0.2.7")
     takes_context = METHODS[name].streams or "context" in inspect.signature(handler).parameters
     arguments = (params, context) if takes_context else (params,)
     answer = handler(*arguments)
@@ -55,6 +84,8 @@ async def test_a_handler_calls_its_own_method_with_what_it_needs(name):
     assert called == CALLED.get(name, name.partition(".")[2])
     if name in ("mesh.explain", "models.remove"):
         assert given == ("m",)
+    elif name in ("mesh.join", "mesh.gossip"):
+        assert given == (params, "192.0.2.7" if name == "mesh.join" else "node-2")
     elif name.startswith("inference."):
         assert given == (params, context)
 
