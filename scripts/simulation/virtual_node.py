@@ -58,8 +58,10 @@ from tars.core.types import Assignment, DeviceSnapshot, NodeId, NodeSnapshot, Re
 if TYPE_CHECKING:
     from world import World
 
-SAVE_SECONDS = 1.0
-"""What was heard, and what a node says of itself, is on the disk so much later."""
+SAVE_SECONDS = 2.0
+"""What was heard is on the disk so much later (`mesh.replicated_store`: 5 s)."""
+SAVE_VOLATILE_SECONDS = 12.0
+"""What nodes say of themselves, and orders, are on the disk so much later (there: 60 s)."""
 ADVERT_SECONDS = 1.0
 """Between two adverts of one node."""
 ADVERT_SHARE = 0.02
@@ -151,7 +153,8 @@ class VirtualNode:
         self.coordinator: NodeId | None = None
         self.last_decision: Decision | None = None
         self._tick_at = float("inf")
-        self._unsaved: set[str] = set()
+        self._unsaved: tuple[dict[str, None], dict[str, None]] = ({}, {})
+        """Durable keys, volatile keys."""
         self._advert_at = float("-inf")
         self._advert_due = False
         self._decide_due = False
@@ -185,7 +188,8 @@ class VirtualNode:
     def leave(self) -> None:
         """Say good-bye and end."""
         self.tell(Leave())
-        self._save()
+        for unsaved in self._unsaved:
+            self._save(unsaved)
         self.left = True
         self.crash()
 
@@ -323,22 +327,27 @@ class VirtualNode:
         prefixes = {prefix_of(key) for key in keys}
         if ORDERS + self.id in keys:
             self._obey()
+        if NODE + self.id in keys:
+            self._advertise()  # perhaps an older word of this very node came back
         if not prefixes.isdisjoint((NODE, DEPLOYMENT, MEASURED, MEMBER, ORDERS)):
             self.wake()
 
     def _save_soon(self, keys: Sequence[str]) -> None:
-        if not self._unsaved:
-            self.later(SAVE_SECONDS, self._save)
-        self._unsaved.update(keys)
+        for key in keys:
+            volatile = prefix_of(key) in VOLATILE
+            unsaved = self._unsaved[volatile]
+            if not unsaved:
+                self.later(SAVE_VOLATILE_SECONDS if volatile else SAVE_SECONDS, lambda those=unsaved: self._save(those))
+            unsaved[key] = None
 
-    def _save(self) -> None:
-        for key in sorted(self._unsaved):
+    def _save(self, unsaved: dict[str, None]) -> None:
+        for key in unsaved:
             record = self.map.record(key)
             if record is None:
                 self.disk.records.pop(key, None)
             else:
                 self.disk.records[key] = record
-        self._unsaved.clear()
+        unsaved.clear()
 
     # --- what this node says of itself --------------------------------------------------------------------------------
 
