@@ -15,7 +15,7 @@ the ranges that are equal by now.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from functools import lru_cache
 from math import ceil, log2
 from typing import TypeVar
@@ -216,34 +216,23 @@ STAMP_BYTES = 96
 """A stamp as JSON: 13 digits, a counter, a UUID, and the names of the three."""
 
 
+@dataclass(frozen=True, slots=True)
 class _ByStamp:
     """A record that is told apart by key and stamp only: comparing whole adverts would cost more than their size does."""
 
-    __slots__ = ("_hash", "record")
-
-    def __init__(self, record: Record):
-        self.record = record
-        self._hash = hash((record.key, record.stamp))
-
-    def __hash__(self) -> int:
-        return self._hash
-
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, _ByStamp)
-            and self.record.key == other.record.key
-            and self.record.stamp == other.record.stamp
-        )
+    key: str
+    stamp: Stamp
+    record: Record = field(compare=False)
 
 
 def record_size(record: Record) -> int:
     """Bytes of a record as JSON, about, and rather too many."""
-    return _record_size(_ByStamp(record))
+    return _record_size(_ByStamp(record.key, record.stamp, record))
 
 
 @lru_cache(maxsize=16_384)
 def _record_size(record: _ByStamp) -> int:
-    return len(record.record.key) + STAMP_BYTES + 32 + _size(record.record.value)
+    return len(record.key) + STAMP_BYTES + 32 + _size(record.record.value)
 
 
 def _size(value: object) -> int:
@@ -254,8 +243,8 @@ def _size(value: object) -> int:
     if is_dataclass(value):
         # Fields that hold their default are not written.
         return 2 + sum(
-            len(field.name) + 4 + _size(held)
-            for field in fields(value)
-            if (held := getattr(value, field.name)) != field.default
+            len(each.name) + 4 + _size(held)
+            for each in fields(value)
+            if (held := getattr(value, each.name)) != each.default
         )
     return len(repr(value)) + 1
