@@ -249,8 +249,8 @@ class PieceScheduler:
         return effects
 
     def _worth_taking(self, mine: _Source, now: float) -> int | None:
-        """The piece whose end is furthest away of those that this source would bring clearly sooner. A second copy of a piece at most, or
-        a further one where all that have it are silent.
+        """The piece whose end is furthest away of those that this source would bring clearly sooner. Two at most fetch the same piece, not
+        counting those that are silent.
         """
         held: dict[int, list[_Source]] = {}
         for source in self._sources.values():
@@ -264,13 +264,14 @@ class PieceScheduler:
             if any(holder.of == mine.of for holder in holders):
                 continue  # its own other lane: the same line, the same disk
             size = self.span(piece)[1] - self.span(piece)[0]
-            if all(not holder.got and now - holder.since >= SILENT_SECONDS for holder in holders):
+            talking = [holder for holder in holders if holder.got or now - holder.since < SILENT_SECONDS]
+            if not talking:
                 left = math.inf
-            elif len(holders) > 1 or my_rate is None:
+            elif len(talking) > 1:
                 continue
             else:
-                left = _seconds_left(holders[0], size, now)
-                if size / my_rate >= STEAL_GAIN * left:
+                left = _seconds_left(talking[0], size, now)
+                if left <= (2 * SILENT_SECONDS if my_rate is None else size / my_rate / STEAL_GAIN):
                     continue
             if best is None or left > best[0]:
                 best = (left, piece)
