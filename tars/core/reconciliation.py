@@ -4,7 +4,8 @@ Law of this file: pure. A rumour is told 3 log2(n + 1) times by each node that h
 Algorithms for Replicated Database Maintenance", 1987; the factor is memberlist's). A comparison takes two exchanges and begins only where
 roots differ, so nothing is sent when nothing changed:
 
-    A -> B  Compare(hashes of A's ranges)      B -> A  Want(ranges that differ, B's stamps there)
+    A -> B  Compare(hashes of A's ranges)      B -> A  Want(ranges that differ, B's stamps there),
+                                                       and the records of ranges where A has none
     A -> B  records that B lacks, and          B -> A  records that A lacks
             Want(no ranges, the keys where B is ahead)
 
@@ -21,7 +22,15 @@ from math import ceil, log2
 from typing import TypeVar
 
 from tars.core.mesh_messages import Body, Compare, News, Record, Stamp, Want
-from tars.core.replicated_map import RANGE_BITS, RANGES, ReplicatedMap, is_removal_of_member, range_of
+from tars.core.replicated_map import (
+    MEMBER,
+    RANGE_BITS,
+    RANGES,
+    ReplicatedMap,
+    is_removal_of_member,
+    prefix_of,
+    range_of,
+)
 from tars.core.types import NodeId
 
 PACKET_BYTES = 32_768
@@ -136,13 +145,12 @@ class Reconciliation:
             return []
         theirs, mine = dict(body.hashes), self._map.hashes(body.level)
         width = RANGES >> body.level
-        differing = [
-            fine
-            for number in range(1 << body.level)
-            if theirs.get(number, 0) != mine.get(number, 0)
-            for fine in range(number * width, (number + 1) * width)
-        ]
-        return [Packet(want) for want in _wants(differing, self._map.in_ranges(differing))][:MOST_PACKETS]
+        differing = [number for number in range(1 << body.level) if theirs.get(number, 0) != mine.get(number, 0)]
+        # Where the peer has nothing at all, there is nothing to ask.
+        empty = {fine for number in differing if number not in theirs for fine in _finest(number, width)}
+        asked = [fine for number in differing if number in theirs for fine in _finest(number, width)]
+        packets = [Packet(News(), records) for records in _in_packets(self._map.in_ranges(empty))][:MOST_PACKETS]
+        return packets + [Packet(want) for want in _wants(asked, self._map.in_ranges(asked))][:MOST_PACKETS]
 
     def _answer_want(self, body: Want) -> list[Packet]:
         have = dict(body.have)
@@ -155,10 +163,15 @@ class Reconciliation:
             behind = [
                 (key, mine[key].stamp if key in mine else NEVER)
                 for key, stamp in body.have
-                if key not in mine or mine[key].stamp < stamp
+                if key not in mine or _may_be_news(mine[key], stamp)
             ]
             packets += [Packet(Want((), stamps)) for stamps in _in_packets(behind)][:MOST_PACKETS]
         return packets
+
+
+def _finest(number: int, width: int) -> range:
+    """The finest ranges in a range that holds `width` of them."""
+    return range(number * width, (number + 1) * width)
 
 
 NEVER = Stamp(0, 0, NodeId(""))
@@ -170,6 +183,11 @@ def _is_news(record: Record, theirs: Stamp | None) -> bool:
     if theirs is None or record.stamp > theirs:
         return True
     return is_removal_of_member(record.value) and record.stamp != theirs
+
+
+def _may_be_news(mine: Record, theirs: Stamp) -> bool:
+    """Whether a peer's record with the stamp `theirs` may win here: a later one, or a member's that may say that it was removed."""
+    return theirs > mine.stamp or (theirs != mine.stamp and prefix_of(mine.key) == MEMBER)
 
 
 def _wants(ranges: Sequence[int], records: Sequence[Record]) -> Iterator[Want]:
