@@ -149,6 +149,14 @@ class CallCounters(Message):
 
 
 class NodeDescription(Message):
+class PeerCalls(Message):
+    """Calls that this node sent to one peer."""
+
+    peer: str
+    outcome: str = Field(description="`answered`, or the kind of the error.")
+    calls: int
+
+
     """`node.describe`'s answer: everything that a peer or a status page needs."""
 
     node: str
@@ -164,6 +172,8 @@ class NodeDescription(Message):
     calls: CallCounters
     recent_errors: list[RecentError]
 
+    sent_to_peers: list[PeerCalls] = Field(default_factory=list, description="Since the node started.")
+    calls_from_peers: int = Field(0, description="Calls that peers sent here, since the node started.")
 
 class DrainResult(Message):
     """`node.drain` and `node.resume`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tars.core.routing import Candidate
-from tars.core.types import ModelKind, ReplicaId, ReplicaState
+from tars.core.types import ModelEntry, ModelKind, ReplicaId, ReplicaState
 from tars.errors import StillLoading, TarsError
 from tars.mesh.coordinator import Coordinator, LiveReplica
 from tars.serving.local_target import LocalTarget
@@ -35,6 +35,10 @@ class LocalFleet:
                 ServedModel(entry.name, entry.kind, entry.aliases, None if has_replica else problem, adapters)
             )
         return served
+
+    def entries(self) -> dict[str, ModelEntry]:
+        """Wanted models that the catalogue lacks: without a mesh there are none."""
+        return {}
 
     def candidates(self, model: str) -> Sequence[Candidate]:
         """The model's replicas on this node."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import platform
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from typing import Any
 
 from tars import __version__
@@ -44,6 +44,7 @@ from tars.messages.node import (
     NodeDescription,
     PeerDescription,
     PeersResult,
+    PeerCalls,
     PingResult,
     PlanResult,
     RemoveResult,
@@ -54,6 +55,7 @@ from tars.serving.inference import Inference
 from tars.serving.local_fleet import LocalFleet
 from tars.serving.router import Router
 from tars.serving.service import MeshService
+from tars.serving.mesh_fleet import MeshFleet, Peers
 
 SNAPSHOT_SECONDS = 1.0
 """Devices are read at most so often for `node.describe`: watchers of the status page share one reading."""
@@ -73,6 +75,7 @@ class LocalNodeService:
         mesh: MeshService | None = None,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
+        peers: Peers | None = None,
     ):
         self._coordinator = coordinator
         self._name = name
@@ -82,7 +85,12 @@ class LocalNodeService:
         self._addresses = addresses
         self._now = now
         self._calls = CallLog(wall_clock)
-        self._inference = Inference(Router(LocalFleet(coordinator), now), now)
+        self._local = LocalFleet(coordinator)
+        self._fleet: LocalFleet | MeshFleet = self._local
+        if peers is not None:
+            self._fleet = MeshFleet(coordinator.node_id, self._local, peers, coordinator.catalogue.find)
+        self._router = Router(self._fleet, now)
+        self._inference = Inference(self._router, now)
         self._started_at = wall_clock()
         self._started = now()
         self._snapshot: tuple[float, int, NodeSnapshot] | None = None
@@ -132,6 +140,11 @@ class LocalNodeService:
         )
 
     def config(self) -> dict[str, Any]:
+            sent_to_peers=[
+                PeerCalls(peer=peer, outcome=outcome, calls=calls)
+                for (peer, outcome), calls in sorted(self._router.calls_at_peers().items())
+            ],
+            calls_from_peers=self._router.calls_from_peers,
         """Secrets are `***`."""
         return self._config
 
@@ -185,7 +198,7 @@ class LocalNodeService:
             verdicts=[describe_verdict(verdict) for verdict in verdicts],
             remedy=remedy or (problem.message if problem else None),
             replicas=[each for each in self._replicas() if each.model == entry.name],
-            text=text,
+            text="\n".join([text, *self._routing(entry.name)]),
         )
 
     # --- models ------------------------------------------------------------------------------------------------------
@@ -195,9 +208,10 @@ class LocalNodeService:
         catalogue = self._coordinator.catalogue
         wanted = {deployment.model: deployment for deployment in self._coordinator.deployments.wanted()}
         described = []
-        for entry in sorted(catalogue.entries.values(), key=lambda entry: (entry.name not in wanted, entry.name)):
+        entries = {**self._fleet.entries(), **catalogue.entries}
+        for entry in sorted(entries.values(), key=lambda entry: (entry.name not in wanted, entry.name)):
             deployment = wanted.get(entry.name)
-            live = [each for each in self._coordinator.replicas.values() if each.assignment.model == entry.name]
+            states = [each.state for each in self._fleet.candidates(entry.name)]
             described.append(
                 ModelDescription(
                     name=entry.name,
@@ -209,8 +223,8 @@ class LocalNodeService:
                     adapters=[adapter.name for adapter in entry.adapters],
                     deployed=deployment is not None,
                     replicas_wanted=deployment.replicas if deployment else 0,
-                    replicas_ready=sum(each.worker.state is ReplicaState.READY for each in live),
-                    state=self._model_state(entry.name, live) if deployment else "available",
+                    replicas_ready=states.count(ReplicaState.READY),
+                    state=self._model_state(entry.name, states) if deployment else "available",
                     local=any(catalogue.path_of(entry, variant) is not None for variant in entry.variants),
                 )
             )
@@ -277,6 +291,14 @@ class LocalNodeService:
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """See `serving.inference`."""
         return await self._inference.tokenize(params, call)
+    def load(self) -> list[tuple[str, int, int]]:
+        """This node's queues, for its answers to peers' probes: (replica, active calls, queued calls)."""
+        return self._local.load()
+
+    def load_told(self, loads: Iterable[tuple[str, int, int]]) -> None:
+        """A peer's queues, likewise: the router reckons with them."""
+        self._router.load_told(loads)
+
 
     def call_started(self, method: str) -> None:
         """Count a call."""
@@ -303,8 +325,7 @@ class LocalNodeService:
             self._snapshot = (now, changes, snapshot)
             return snapshot
 
-    def _model_state(self, model: str, live: Sequence[LiveReplica]) -> str:
-        states = [each.worker.state for each in live]
+    def _model_state(self, model: str, states: Sequence[ReplicaState]) -> str:
         if ReplicaState.READY in states:
             return "ready"
         if ReplicaState.FAILED in states:
@@ -317,6 +338,11 @@ class LocalNodeService:
 
 def _describe_replica(live: LiveReplica) -> ReplicaDescription:
     worker, assignment = live.worker, live.assignment
+    def _routing(self, model: str) -> list[str]:
+        """Where a usual call to the model would go now, where there is a choice."""
+        reasons = self._router.ranked(model)
+        return ["A call now:", *(f"  {replica}: {why}" for replica, why in reasons.items())] if len(reasons) > 1 else []
+
     return ReplicaDescription(
         id=assignment.replica,
         model=assignment.model,

@@ -127,6 +127,10 @@ class MeshFleet:
                 served.append(ServedModel(entry.name, entry.kind, entry.aliases, adapters=adapters))
         return served
 
+    def entries(self) -> Mapping[str, ModelEntry]:
+        """The wanted models' catalogue entries, also of those that only peers know."""
+        return self._indexed().entries
+
     def candidates(self, model: str) -> list[Candidate]:
         """This node's own first, then those of peers that may get calls."""
         found = list(self._local.candidates(model))

@@ -46,6 +46,9 @@ def _calls(node: NodeDescription) -> Iterable[Family]:
     yield "tars_calls_active", "gauge", "Calls being answered now.", [({}, calls.active)]
     by_method: list[Sample] = [({"method": method}, count) for method, count in sorted(calls.by_method.items())]
     yield "tars_method_calls_total", "counter", "Calls by method.", by_method
+    at_peers: list[Sample] = [({"peer": each.peer, "outcome": each.outcome}, each.calls) for each in node.sent_to_peers]
+    yield "tars_peer_calls_total", "counter", "Calls sent to a peer, by outcome.", at_peers
+    yield "tars_calls_from_peers_total", "counter", "Calls that peers sent here.", [({}, node.calls_from_peers)]
 
 
 def _replicas(node: NodeDescription) -> Iterable[Family]:
