@@ -24,6 +24,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import Message
+from tars.messages.files import PullResult, TransfersResult
 from tars.messages.inference import (
     ChatMessage,
     ChatResult,
@@ -296,6 +297,21 @@ class Client:
             "device": device,
         }
         return cast(DeployResult, await self._typed("models.deploy", params, options))
+
+    async def pull(self, model: str, *, variant: str | None = None, **options: Unpack[CallOptions]) -> PullResult:
+        """Have the node fetch a model's file; answers when it is there, so give it `timeout`: gigabytes take minutes."""
+        return cast(PullResult, await self._typed("models.pull", {"model": model, "variant": variant}, options))
+
+    async def add_file(
+        self, model: str, path: str, *, variant: str | None = None, **options: Unpack[CallOptions]
+    ) -> PullResult:
+        """Have the node take a file that lies on its own PC, at `path` from the root."""
+        params = {"model": model, "path": path, "variant": variant}
+        return cast(PullResult, await self._typed("models.add_file", params, options))
+
+    async def transfers(self, **options: Unpack[CallOptions]) -> TransfersResult:
+        """Model files on their way to the node."""
+        return cast(TransfersResult, await self._typed("models.transfers", {}, options))
 
     async def remove(self, model: str, **options: Unpack[CallOptions]) -> RemoveResult:
         """Want a model no longer."""

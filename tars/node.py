@@ -27,9 +27,12 @@ from tars.devices.inventory import Inventory
 from tars.errors import TarsError
 from tars.mesh.coordinator import Coordinator
 from tars.mesh.deployments import Deployments
+from tars.mesh.hub import Hub
 from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.model_store import FileStore
 from tars.mesh.replicated_store import ReplicatedStore
 from tars.mesh.tuned_settings import TunedSettingsStore
+from tars.model_files import FileHashes
 from tars.node_report import NodeReport, set_up_logging
 from tars.rpc.access import Access, access_middleware
 from tars.rpc.http_server import add_rpc_routes, refusal_renderer
@@ -44,6 +47,8 @@ from tars.workers.supervisor import ReplicaWorker
 
 log = logging.getLogger(__name__)
 
+MODELS = "models"
+"""The folder in the state folder where model files that are fetched are kept, unless [files] names another."""
 DEMO_MODELS = ("tars-help-desk", "all-minilm-l6-v2")
 """What a node without any configuration serves: both come with the packages, so they need no network."""
 CLOSE_SECONDS = 1.0
@@ -63,7 +68,6 @@ class Prepared:
 
 def prepare(config: Config, config_file: Path | None, model_files: tuple[Path, ...]) -> Prepared:
     """Check everything that can be checked without starting anything. Raises `ConfigError`, `UnknownModel` or `BadModelFile`."""
-    config.check_exposure(config_file)
     catalogue = Catalogue.load(extra=list(config.model))
     declared = [replace(each, model=catalogue.resolve(each.model).name) for each in config.deployments]
     for file in model_files:
@@ -118,6 +122,18 @@ def worker_options(config: Config) -> WorkerOptions:
     )
 
 
+def file_store(config: Config, catalogue: Catalogue, folder: StateFolder) -> FileStore:
+    """The node's model files, as [files] says; without peers."""
+    files = config.files
+    return FileStore(
+        files.folder or folder.path / MODELS,
+        catalogue,
+        FileHashes(folder),
+        hub=Hub() if files.hub else None,
+        most_bytes_per_second=None if files.most_mib_per_second is None else files.most_mib_per_second * 2**20,
+    )
+
+
 class Node:
     """One running node: `start`, then `stop`."""
 
@@ -129,6 +145,8 @@ class Node:
         self._inventory: Inventory | None = None
         self._listener: Listener | None = None
         self._rounds: asyncio.Task[None] | None = None
+        self._hashing: asyncio.Task[None] | None = None
+        self.files: FileStore | None = None
         self._store: ReplicatedStore | None = None
         self._saving: asyncio.Task[None] | None = None
 
@@ -142,6 +160,8 @@ class Node:
         )
         self._inventory = inventory
         self._store = store = ReplicatedStore(self._folder, node_id)
+        self.files = file_store(config, self._prepared.catalogue, self._folder)
+        self.files.attach_fetched()
         options = worker_options(config)
         self.coordinator = Coordinator(
             NodeSnapshot(node_id, config.node.name, priority=config.node.priority),
@@ -160,6 +180,7 @@ class Node:
             redacted_config=config.redacted(),
             wsl2=inventory.wsl2 is not None,
             addresses=lambda: [self.url],
+            files=self.files,
         )
         self._listener = await self._listen()
         self._report.started(
@@ -171,6 +192,7 @@ class Node:
         )
         self._saving = asyncio.create_task(store.run(), name="saving the replicated map")
         self._rounds = asyncio.create_task(self.coordinator.run(), name="placement rounds")
+        self._hashing = asyncio.create_task(self.files.run(), name="hash model files")
 
     @property
     def url(self) -> str:
@@ -180,7 +202,7 @@ class Node:
 
     async def _listen(self) -> Listener:
         options = rpc_options(self._config)
-        access = Access(options.access)
+        access = Access(options.access, open_without_keys=not self._config.exposed)
 
         application = web.Application(client_max_size=self._config.limits.max_body_bytes)
         dispatcher = add_rpc_routes(application, self.service, options)
@@ -211,6 +233,10 @@ class Node:
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(ends_at):
                     await self.service.idle()
+        if self._hashing is not None:
+            self._hashing.cancel()
+        if self.files is not None:
+            await self.files.close()
         if self._rounds is not None:
             self._rounds.cancel()
             # Not `await` under a suppress, which would swallow a cancellation of this very call: the second Ctrl-C.

@@ -23,6 +23,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import CallContext
+from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     ChatMessage,
     ChatParams,
@@ -192,6 +193,22 @@ class FakeNode:
     async def deploy(self, params: DeployParams) -> DeployResult:
         self._met(params)
         return DeployResult(model=params.model, accepted=True, assignments=[])
+
+    async def pull(self, params: PullParams) -> PullResult:
+        self._met(params)
+        return PullResult(
+            model=params.model, variant="Q8_0", size_bytes=1, sha256="0" * 64, sources=["box"], seconds=0.1
+        )
+
+    async def add_file(self, params: AddFileParams) -> PullResult:
+        self._met(params)
+        return PullResult(
+            model=params.model, variant="Q8_0", size_bytes=1, sha256="0" * 64, sources=["this PC"], seconds=0.1
+        )
+
+    async def transfers(self) -> TransfersResult:
+        self._met(None)
+        return TransfersResult(transfers=[])
 
     async def remove(self, model: str) -> RemoveResult:
         self._met(model)

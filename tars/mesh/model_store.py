@@ -163,19 +163,29 @@ class FileStore:
         return (await self._ensured(entry, variant, progress))[0]
 
     async def pull(
-        self, model: str, variant: str | None = None, from_file: Path | None = None, progress: Report = lambda d: None
+        self, model: str, variant: str | None = None, progress: Report = lambda description: None
     ) -> PullResult:
         """`models.pull`; see `messages.files`. Raises as `ensure` does, and `UnknownModel`, `InvalidParams` or `BadModelFile`."""
         began = time.monotonic()
         entry = self._catalogue.find(model) or self._peer_entry(model)
         name = hub_name(model) if entry is None else None
-        if from_file is not None:
-            path, sources = await self._take(model, entry, variant, from_file)
-        elif name is not None:
+        if name is not None:
             path, sources = await self._from_hub_by_name(name, variant, progress)
         else:
             entry = self._catalogue.resolve(model) if entry is None else entry
             path, sources = await self._ensured(entry, self._chosen(entry, variant), progress)
+        return await self._pulled(path, sources, began)
+
+    async def add_file(self, model: str, path: Path, variant: str | None = None) -> PullResult:
+        """`models.add_file`: link or copy a file (or folder) of this PC into the folder, if it is what it is said to be.
+
+        Raises `BadModelFile`, `ModelFileMissing`, `InvalidParams` or `DiskFull`.
+        """
+        began = time.monotonic()
+        entry = self._catalogue.find(model) or self._peer_entry(model)
+        return await self._pulled(*await self._take(model, entry, variant, path), began)
+
+    async def _pulled(self, path: Path, sources: set[str], began: float) -> PullResult:
         self.files.look_again()
         found, found_variant = self._named(path)
         size, sha256 = await asyncio.to_thread(self._folder.described, path)

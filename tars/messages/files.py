@@ -1,4 +1,4 @@
-"""Results of `models.pull` and `models.transfers`: model files that travel to this node."""
+"""`models.pull`, `models.add_file` and `models.transfers`: model files that come to this node."""
 
 from __future__ import annotations
 
@@ -18,16 +18,22 @@ class PullParams(Message):
     variant: str | None = Field(
         None, max_length=MAX_NAME_LENGTH, description="Quantisation; default: what is here, what peers hold, the best."
     )
-    from_file: str | None = Field(
-        None,
-        min_length=1,
-        max_length=4096,
-        description="A file or folder on the node's own PC to take instead; only asked from that same PC.",
+
+
+class AddFileParams(Message):
+    """`models.add_file`: have the node take a file (or folder) that lies on its own PC."""
+
+    model: str = Field(
+        min_length=1, max_length=MAX_NAME_LENGTH, description="The catalogue's name of it, or a new name for it."
+    )
+    path: str = Field(min_length=1, max_length=4096, description="From the root of the node's PC.")
+    variant: str | None = Field(
+        None, max_length=MAX_NAME_LENGTH, description="Refused if the file holds another quantisation."
     )
 
 
 class PullResult(Message):
-    """`models.pull`: the file is on the node, verified, and in its catalogue."""
+    """`models.pull` and `models.add_file`: the file is on the node, verified, and in its catalogue."""
 
     model: str
     variant: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pydantic import Field
 
 from tars.messages.base import MAX_NAME_LENGTH, Message
+from tars.messages.files import TransferDescription
 
 
 class PingResult(Message):
@@ -148,7 +149,6 @@ class CallCounters(Message):
     by_method: dict[str, int] = Field(default_factory=dict)
 
 
-class NodeDescription(Message):
 class PeerCalls(Message):
     """Calls that this node sent to one peer."""
 
@@ -157,6 +157,7 @@ class PeerCalls(Message):
     calls: int
 
 
+class NodeDescription(Message):
     """`node.describe`'s answer: everything that a peer or a status page needs."""
 
     node: str
@@ -171,9 +172,12 @@ class PeerCalls(Message):
     replicas: list[ReplicaDescription]
     calls: CallCounters
     recent_errors: list[RecentError]
-
     sent_to_peers: list[PeerCalls] = Field(default_factory=list, description="Since the node started.")
     calls_from_peers: int = Field(0, description="Calls that peers sent here, since the node started.")
+    transfers: list[TransferDescription] = Field(
+        default_factory=list, description="Model files on their way to this node."
+    )
+
 
 class DrainResult(Message):
     """`node.drain` and `node.resume`."""

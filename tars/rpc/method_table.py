@@ -13,6 +13,7 @@ from enum import StrEnum
 
 from tars.errors import (
     BadGrammar,
+    BadModelFile,
     Cancelled,
     DeadlineExceeded,
     DiskFull,
@@ -25,6 +26,7 @@ from tars.errors import (
     JoinRefused,
     LimitExceeded,
     MethodNotFound,
+    ModelFileMissing,
     NotAMember,
     Overloaded,
     ParseError,
@@ -33,6 +35,7 @@ from tars.errors import (
     ReplicaFailed,
     StillLoading,
     TarsError,
+    TransferFailed,
     Unauthorized,
     UnknownModel,
     WorkerCrashed,
@@ -56,6 +59,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import Message, NoParams
+from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     ChatParams,
     ChatResult,
@@ -254,6 +258,23 @@ _ROWS = (
         DeployResult,
         (UnknownModel, DoesNotFit, DiskFull),
     ),
+    MethodSpec(
+        "models.pull",
+        "Have the node fetch a model's file, from its peers, else from Hugging Face; answers when it is there.",
+        PullParams,
+        PullResult,
+        (UnknownModel, ModelFileMissing, TransferFailed, DiskFull, BadModelFile),
+    ),
+    MethodSpec(
+        "models.add_file",
+        "Have the node take a model file that lies on its own PC.",
+        AddFileParams,
+        PullResult,
+        (UnknownModel, ModelFileMissing, DiskFull, BadModelFile),
+        # Names a file of the node's PC, so that not every service that may chat may ask which ones there are.
+        roles=_ADMINISTRATORS,
+    ),
+    MethodSpec("models.transfers", "The model files that are on their way to this node now.", result=TransfersResult),
     MethodSpec(
         "models.remove", "Want a model no longer; frees its memory.", ModelParams, RemoveResult, (UnknownModel,)
     ),

@@ -22,6 +22,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import CallContext, NoParams
+from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     EmbedParams,
     EmbedResult,
@@ -110,6 +111,15 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
     async def deploy(params: DeployParams, context: CallContext) -> DeployResult:
         return await service.deploy(params)
 
+    async def pull(params: PullParams, context: CallContext) -> PullResult:
+        return await service.pull(params)
+
+    async def add_file(params: AddFileParams, context: CallContext) -> PullResult:
+        return await service.add_file(params)
+
+    async def transfers(params: NoParams, context: CallContext) -> TransfersResult:
+        return await service.transfers()
+
     async def remove(params: ModelParams, context: CallContext) -> RemoveResult:
         return await service.remove(params.model)
 
@@ -142,6 +152,9 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
         "mesh.remove": remove_node,
         "models.list": models,
         "models.deploy": deploy,
+        "models.pull": pull,
+        "models.add_file": add_file,
+        "models.transfers": transfers,
         "models.remove": remove,
         "inference.chat": service.chat,
         "inference.complete": service.complete,

@@ -9,18 +9,21 @@ import asyncio
 import platform
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from tars import __version__
 from tars.core.explanation import explain
 from tars.core.placement_cost import contradiction
 from tars.core.types import Deployment, KvType, NodeSnapshot, ReplicaState
-from tars.errors import InvalidParams, TarsError
+from tars.errors import InvalidParams, ModelFileMissing, TarsError
 from tars.mesh.administration import Administration
 from tars.mesh.client_keys import ClientKeys
 from tars.mesh.coordinator import Coordinator, LiveReplica, refusal_error
+from tars.mesh.model_store import FileStore
 from tars.mesh.plan_report import describe_assignment, describe_device, describe_verdict, plan_result
 from tars.messages.base import CallContext
+from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     ChatParams,
     ChatResult,
@@ -42,9 +45,9 @@ from tars.messages.node import (
     ModelDescription,
     ModelsResult,
     NodeDescription,
+    PeerCalls,
     PeerDescription,
     PeersResult,
-    PeerCalls,
     PingResult,
     PlanResult,
     RemoveResult,
@@ -53,9 +56,9 @@ from tars.messages.node import (
 from tars.serving.call_log import CallLog
 from tars.serving.inference import Inference
 from tars.serving.local_fleet import LocalFleet
+from tars.serving.mesh_fleet import MeshFleet, Peers
 from tars.serving.router import Router
 from tars.serving.service import MeshService
-from tars.serving.mesh_fleet import MeshFleet, Peers
 
 SNAPSHOT_SECONDS = 1.0
 """Devices are read at most so often for `node.describe`: watchers of the status page share one reading."""
@@ -73,9 +76,10 @@ class LocalNodeService:
         wsl2: bool,
         addresses: Callable[[], list[str]],
         mesh: MeshService | None = None,
+        peers: Peers | None = None,
+        files: FileStore | None = None,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
-        peers: Peers | None = None,
     ):
         self._coordinator = coordinator
         self._name = name
@@ -83,6 +87,7 @@ class LocalNodeService:
         self.mesh = mesh or Administration(ClientKeys())
         self._wsl2 = wsl2
         self._addresses = addresses
+        self._files = files
         self._now = now
         self._calls = CallLog(wall_clock)
         self._local = LocalFleet(coordinator)
@@ -137,14 +142,15 @@ class LocalNodeService:
             replicas=self._replicas(),
             calls=self._calls.counters(),
             recent_errors=self._calls.recent_errors(),
-        )
-
-    def config(self) -> dict[str, Any]:
             sent_to_peers=[
                 PeerCalls(peer=peer, outcome=outcome, calls=calls)
                 for (peer, outcome), calls in sorted(self._router.calls_at_peers().items())
             ],
             calls_from_peers=self._router.calls_from_peers,
+            transfers=[] if self._files is None else self._files.transfers(),
+        )
+
+    def config(self) -> dict[str, Any]:
         """Secrets are `***`."""
         return self._config
 
@@ -270,7 +276,31 @@ class LocalNodeService:
         self._coordinator.wake()
         return RemoveResult(model=name, removed=removed)
 
+    async def pull(self, params: PullParams) -> PullResult:
+        """A deployment that waits for the file is carried out then."""
+        pulled = await self._file_store().pull(params.model, params.variant)
+        self._coordinator.wake()
+        return pulled
+
+    async def add_file(self, params: AddFileParams) -> PullResult:
+        """Likewise."""
+        pulled = await self._file_store().add_file(params.model, Path(params.path), params.variant)
+        self._coordinator.wake()
+        return pulled
+
+    async def transfers(self) -> TransfersResult:
+        """What `describe` says of them, alone."""
+        return TransfersResult(transfers=[] if self._files is None else self._files.transfers())
+
     # --- inference ---------------------------------------------------------------------------------------------------
+
+    def load(self) -> list[tuple[str, int, int]]:
+        """This node's queues, for its answers to peers' probes: (replica, active calls, queued calls)."""
+        return self._local.load()
+
+    def load_told(self, loads: Iterable[tuple[str, int, int]]) -> None:
+        """A peer's queues, likewise: the router reckons with them."""
+        self._router.load_told(loads)
 
     def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | ChatResult]:
         """See `serving.inference`."""
@@ -291,14 +321,6 @@ class LocalNodeService:
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """See `serving.inference`."""
         return await self._inference.tokenize(params, call)
-    def load(self) -> list[tuple[str, int, int]]:
-        """This node's queues, for its answers to peers' probes: (replica, active calls, queued calls)."""
-        return self._local.load()
-
-    def load_told(self, loads: Iterable[tuple[str, int, int]]) -> None:
-        """A peer's queues, likewise: the router reckons with them."""
-        self._router.load_told(loads)
-
 
     def call_started(self, method: str) -> None:
         """Count a call."""
@@ -310,10 +332,20 @@ class LocalNodeService:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _file_store(self) -> FileStore:
+        if self._files is None:
+            raise ModelFileMissing("This node has no folder for model files, so it fetches none.")
+        return self._files
+
     def _state(self) -> str:
         if self._inference.draining:
             return "draining"
         return "ready" if self._coordinator.settled() else "loading"
+
+    def _routing(self, model: str) -> list[str]:
+        """Where a usual call to the model would go now, where there is a choice."""
+        reasons = self._router.ranked(model)
+        return ["A call now:", *(f"  {replica}: {why}" for replica, why in reasons.items())] if len(reasons) > 1 else []
 
     async def _recent_snapshot(self) -> NodeSnapshot:
         async with self._probing:  # those who ask meanwhile share the answer, however slow the driver is
@@ -338,11 +370,6 @@ class LocalNodeService:
 
 def _describe_replica(live: LiveReplica) -> ReplicaDescription:
     worker, assignment = live.worker, live.assignment
-    def _routing(self, model: str) -> list[str]:
-        """Where a usual call to the model would go now, where there is a choice."""
-        reasons = self._router.ranked(model)
-        return ["A call now:", *(f"  {replica}: {why}" for replica, why in reasons.items())] if len(reasons) > 1 else []
-
     return ReplicaDescription(
         id=assignment.replica,
         model=assignment.model,

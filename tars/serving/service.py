@@ -27,6 +27,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import CallContext
+from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     ChatParams,
     ChatResult,
@@ -146,6 +147,18 @@ class NodeService(Protocol):
 
     async def deploy(self, params: DeployParams) -> DeployResult:
         """Want a model; raises `DoesNotFit` (and wants nothing) where it fits nowhere."""
+        ...
+
+    async def pull(self, params: PullParams) -> PullResult:
+        """Fetch a model's file, from peers, else from the hub; returns when it is there."""
+        ...
+
+    async def add_file(self, params: AddFileParams) -> PullResult:
+        """Take a model file that lies on this PC."""
+        ...
+
+    async def transfers(self) -> TransfersResult:
+        """Model files on their way to this node."""
         ...
 
     async def remove(self, model: str) -> RemoveResult:

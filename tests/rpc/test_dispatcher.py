@@ -58,6 +58,8 @@ async def test_every_row_of_the_table_is_answered_with_its_result(node: FakeNode
         "mesh.key_revoke": {"name": "laptop"},
         "mesh.remove": {"node": "box"},
         "models.deploy": {"model": "m"},
+        "models.pull": {"model": "m"},
+        "models.add_file": {"model": "m", "path": "/f"},
         "models.remove": {"model": "m"},
         "inference.chat": CHAT,
         "inference.complete": {"prompt": "once"},

@@ -34,7 +34,9 @@ def test_each_method_is_for_those_who_may_call_it() -> None:
     only = {name: spec.roles for name, spec in METHODS.items() if spec.roles != CALLERS}
     assert only.pop("mesh.join") == {Role.STRANGER}
     assert only.pop("mesh.gossip") == {Role.PEER}
-    assert set(only) == {name for name in METHODS if name.startswith(("mesh.token_", "mesh.key_", "mesh.remove"))}
+    assert set(only) == {
+        name for name in METHODS if name.startswith(("mesh.token_", "mesh.key_", "mesh.remove", "models.add_file"))
+    }
     assert set(only.values()) == {frozenset({Role.ADMINISTRATOR})}
     assert Role.STRANGER not in CALLERS
 

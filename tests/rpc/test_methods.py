@@ -25,6 +25,8 @@ PARAMS = {
     "mesh.key_revoke": {"name": "laptop"},
     "mesh.remove": {"node": "box"},
     "models.deploy": {"model": "m"},
+    "models.pull": {"model": "m"},
+    "models.add_file": {"model": "m", "path": "/f"},
     "models.remove": {"model": "m"},
     "inference.chat": {"messages": [{"role": "user", "content": "x"}]},
     "inference.complete": {"prompt": "x"},
