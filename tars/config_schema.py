@@ -17,7 +17,6 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator, m
 from tars.core.addresses import parse as parse_address
 from tars.core.tuning import SLOTS
 from tars.core.types import Bytes, Deployment, DeviceKind, KvType, ModelKind
-from tars.errors import ConfigError
 from tars.messages.base import MAX_TIMEOUT_MS
 
 DEFAULT_PORT = 8000
@@ -206,7 +205,10 @@ class SecuritySection(Section):
     """[security]: who may call this node, and under which names."""
 
     api_key: tuple[ApiKey, ...] = Field(
-        (), strict=False, description="Needed as soon as the node listens beyond loopback."
+        (),
+        strict=False,
+        description="Keys of this node alone, each an admin's. Keys that work on every node of the mesh: `tars key new`. A node that "
+        "listens beyond loopback and has none makes an admin key on its first start and prints it once.",
     )
     allowed_hosts: tuple[str, ...] = Field(
         (),
@@ -659,16 +661,7 @@ class Config(Section):
             place[path] = f".../{Path(place[path]).name}"
         return plain
 
-    def check_exposure(self, file: Path | None = None) -> None:
-        """Refuse to listen beyond loopback without an API key (`ConfigError`, with the lines that fix it)."""
-        address = self.node.address
-        if address.is_loopback or self.security.api_key:
-            return
-        maker = "python3 -c 'import secrets; print(secrets.token_urlsafe(24))'"
-        raise ConfigError(
-            f"{address} can be reached from other machines, and no API key is set: anybody there could use your GPUs. "
-            f"Nothing was started. Either add these lines to {file or 'your configuration file'}:\n\n"
-            f'    [[security.api_key]]\n    name = "me"\n    key = "..."   # make one: {maker}\n\n'
-            f'or set the variable    TARS_SECURITY_API_KEY="me:$({maker})"\n'
-            f'or stay on this machine:    listen = "127.0.0.1:{address.port}"   under [node].'
-        )
+    @property
+    def exposed(self) -> bool:
+        """Whether other machines can reach this node's port for clients; then a key is asked for, also while there is none yet."""
+        return not self.node.address.is_loopback

@@ -75,9 +75,13 @@ class StateFolder:
         try:
             return NodeId(str(uuid.UUID(stored["id"])))
         except (KeyError, TypeError, ValueError):
-            made = NodeId(str(uuid.uuid4()))
-            self.write_json("node.json", {"id": made})
-            return made
+            return self.new_node_id()
+
+    def new_node_id(self) -> NodeId:
+        """Another id from now on: for a node whose old one was removed from its mesh for ever. Raises `DiskFull`."""
+        made = NodeId(str(uuid.uuid4()))
+        self.write_json("node.json", {"id": made})
+        return made
 
     def read_json(self, name: str) -> Any:
         """The value in the file, or {} where it is missing, unreadable or damaged."""

@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from running_node import node_command, running_node
 
 from tars.client import Client
-from tars.errors import StillLoading, TarsError, WorkerCrashed
+from tars.errors import StillLoading, TarsError, Unauthorized, WorkerCrashed
 from tars.node import main
 
 
@@ -87,10 +87,12 @@ def test_an_unknown_model_in_the_configuration_is_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_listening_beyond_loopback_without_a_key_is_refused_with_the_fix(tmp_path):
-    done = run_node("--listen", "0.0.0.0:0", "--state-dir", tmp_path)
-    assert done.returncode == 2
-    assert "[[security.api_key]]" in done.stderr
+async def test_beyond_loopback_a_key_is_asked_for_also_where_none_was_configured(tmp_path):
+    async with running_node(tmp_path, "--listen", "0.0.0.0:0", environment={"TARS_DEMO_MODELS": "false"}) as node:
+        url = node.url.replace("0.0.0.0", "127.0.0.1")
+        async with Client(url) as client:
+            with pytest.raises(Unauthorized):
+                await client.ping()
 
 
 @pytest.mark.slow

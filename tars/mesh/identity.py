@@ -412,6 +412,17 @@ class MemberCheck:
         check_member(self._records, peer)
 
 
+def trusting(ca_certificate: x509.Certificate, check: Callable[[PeerCertificate], None]) -> ssl.SSLContext:
+    """TLS 1.3 to a node of that CA, without a certificate of one's own: a joiner's. `check` as in `Identity.client_context`."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_3
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.load_verify_locations(cadata=ca_certificate.public_bytes(serialization.Encoding.PEM).decode())
+    context.sslobject_class = _checking(check)
+    return context
+
+
 def _checking(check: Callable[[PeerCertificate], None]) -> type[ssl.SSLObject]:
     class CheckedConnection(ssl.SSLObject):
         """Ends the handshake where the peer is not the one that it must be; before it, nothing of a call was sent."""
