@@ -21,7 +21,6 @@ from tars.core.types import (
     Assignment,
     Bytes,
     Deployment,
-    DeviceId,
     DeviceSnapshot,
     NodeId,
     ReplicaState,
@@ -96,8 +95,9 @@ def check_decision(view: CoordinationView, before: Decision | None, decision: De
     }
     reported = {report.assignment.replica: report for advert in view.adverts for report in advert.replicas}
     ordered = {each.replica: each for assignments in decision.orders.values() for each in assignments}
-    _check_devices(devices, decision)
-    for device in devices:
+    if stray := [each for each in ordered.values() if each.device not in devices]:
+        raise Breach(f"orders for {stray[0].device}, which nobody alive has")
+    for device, known in devices.items():
         begun = [
             each.replica
             for each in ordered.values()
@@ -107,6 +107,7 @@ def check_decision(view: CoordinationView, before: Decision | None, decision: De
                 or reported[each.replica].state in (ReplicaState.STARTING, ReplicaState.LOADING)
             )
         ]
+        _check_device(known, [each for each in ordered.values() if each.device == device], begins=bool(begun))
         if len(begun) > 1:
             raise Breach(f"orders begin {len(begun)} loads at once on {device}: {', '.join(begun)}")
     wanted = {wish.deployment.model: wish.deployment for wish in view.wishes}
@@ -155,17 +156,12 @@ def _asked_for(settings: RuntimeSettings) -> tuple[object, ...]:
     return (settings.context, settings.slots, settings.kv_tokens, settings.kv_type, settings.gpu_layers)
 
 
-def _check_devices(devices: dict[DeviceId, DeviceSnapshot], decision: Decision) -> None:
-    taken: dict[DeviceId, int] = {}
-    for assignments in decision.orders.values():
-        for each in assignments:
-            taken[each.device] = taken.get(each.device, 0) + each.memory.total
-    for device, total in taken.items():
-        known = devices.get(device)
-        if known is None:
-            raise Breach(f"orders for {device}, which nobody alive has")
-        if total > known.memory_total - known.reserve:
-            raise Breach(f"orders over-commit {device}: {Bytes(total)} of {known.memory_total}")
+def _check_device(device: DeviceSnapshot, ordered: Sequence[Assignment], *, begins: bool) -> None:
+    """What is to be there fits; where a load begins, beside foreign programs too."""
+    total = sum(each.memory.total for each in ordered)
+    most = device.capacity if begins else device.memory_total - device.reserve
+    if total > most:
+        raise Breach(f"orders over-commit {device.id}: {Bytes(total)} of {Bytes(most)}")
 
 
 # --- in the end ---------------------------------------------------------------------------------------------------------
@@ -219,7 +215,7 @@ def _why_view_differs(
     missing = [other.name for other in up if other is not node and other.id not in view.members]
     if missing:
         return f"{node.name} does not see {missing[0]}"
-    best = min(up, key=lambda each: (-each.pc.priority, each.id))
+    best = min(up, key=lambda each: (each.draining, -each.pc.priority, each.id))
     if view.coordinator != best.id:
         return f"{node.name} takes {node.world.name_of(view.coordinator)} for the coordinator, and it is {best.name}"
     if view.isolated and len(up) > 1:

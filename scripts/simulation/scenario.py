@@ -61,9 +61,7 @@ class Scenario:
         """The first PC makes the mesh; the others join, most of them early."""
         world, dice = self.world, self.dice
         first = world.new_node()
-        member = Member(first.id, first.name, f"{first.id}-key", (first.pc.address,))
-        first.start()
-        first.write(MEMBER + first.id, member)
+        first.found()
         for _ in range(dice.choice((1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6, 7))):
             node = world.new_node()
             world.time.at(
@@ -108,8 +106,8 @@ class Scenario:
         for node in list(world.nodes):
             if node.power is Power.PAUSED:
                 node.resume()
-            elif node.power is Power.DOWN and node.boots and not node.left and not node.removed:
-                node.start()
+            elif node.boots and node.returns:
+                self._back(node)
 
     # --- operators ----------------------------------------------------------------------------------------------------
 
@@ -203,6 +201,7 @@ class Scenario:
         back = self.dice.random() < 0.6 or not self._spread(node)
         self.world.fault(f"{node.name} leaves, {'for a while' if back else 'for good'}", node)
         node.leave()
+        node.returns = back
         if back:
             self.world.time.after(self.dice.uniform(0.5, 10.0), lambda: self._back(node))
         else:

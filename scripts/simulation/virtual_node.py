@@ -105,6 +105,8 @@ class VirtualNode:
         """An operator removed it from the mesh."""
         self.left = False
         """It said good-bye, and is down."""
+        self.returns = True
+        """Whether it comes back when it is down."""
         self.backlog: list[Callable[[], None]] = []
         """What waits until a paused process goes on."""
         self.orders_written = 0
@@ -166,6 +168,13 @@ class VirtualNode:
         self.tell(Tick())
         self._advertise()
         self.wake()
+
+    def found(self) -> None:
+        """Make a mesh of which this is the first member, and start."""
+        member = Member(self.id, self.name, f"{self.id}-key", (self.pc.address,))
+        record = ReplicatedMap(self.id).put(MEMBER + self.id, member, self.wall_ms())
+        self.disk.records[record.key] = record
+        self.start()
 
     def join(self, host: VirtualNode) -> None:
         """Be admitted by a running member, and start with its records."""
@@ -370,6 +379,8 @@ class VirtualNode:
 
     def _publish(self) -> None:
         self._advert_due = False
+        if not self._admits(self.id):
+            return  # it knows that it was removed
         fresh = self.advert()
         told = self.map.get(NODE + self.id)
         if isinstance(told, NodeAdvert) and not _differs(told, fresh):
@@ -432,7 +443,7 @@ class VirtualNode:
 
     def _decide(self) -> None:
         self._decide_due = False
-        if self.coordinator != self.id:
+        if self.coordinator != self.id or not self._admits(self.id):
             return
         self.decisions += 1
         view = self.coordination_view()
@@ -507,4 +518,4 @@ def _differs(told: NodeAdvert, fresh: NodeAdvert) -> bool:
         if small:
             after = replace(after, memory_free=before.memory_free, memory_held=before.memory_held)
         levelled.append(after)
-    return replace(told.node, devices=tuple(levelled)) != told.node
+    return replace(fresh.node, devices=tuple(levelled)) != told.node
