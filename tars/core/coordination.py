@@ -6,88 +6,404 @@ is so), so another node can take over at any moment: it forgets holds and bars, 
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-from tars.core.placement_cost import Measured
-from tars.core.records import NodeAdvert, Orders, Wish
-from tars.core.types import Assignment, DeviceId, ModelEntry, NodeId, Plan, ReplicaId
+from tars.core.coordination_view import (
+    RUNNING,
+    CoordinationSettings,
+    CoordinationView,
+    Decision,
+    Move,
+    Scene,
+    same_load,
+)
+from tars.core.load_bars import LoadBars
+from tars.core.making_room import Ground, Relocation, Room
+from tars.core.placement import fits, plan, replica_id
+from tars.core.placement_wants import Circumstances
+from tars.core.types import (
+    Assignment,
+    DeviceId,
+    NodeId,
+    Plan,
+    Refusal,
+    ReplicaId,
+    ReplicaState,
+)
 
+__all__ = ["Coordination", "CoordinationSettings", "CoordinationView", "Decision", "Move", "same_load"]
 
-@dataclass(frozen=True, slots=True)
-class CoordinationSettings:
-    """Times in seconds; each with its reason."""
-
-    move_hold: float = 60.0
-    """A refusal lasts so long before healthy replicas make room for it: a PC that is switched on in that time costs no move."""
-    crowd_hold: float = 10.0
-    """A device is over its capacity so long before a replica leaves it: a program that starts and ends again moves no 4 GB."""
-    order_patience: float = 30.0
-    """What was ordered and not reported since is planned anew: the order reached the node in a second, unless it died."""
-    bar_first: float = 60.0
-    bar_most: float = 3600.0
-    """A device where a load failed is not tried again for `bar_first`, doubling to `bar_most` (seconds)."""
-    move_margin: float = 2.0
-    """Making room reloads at most so many times the bytes that it places: a 40 GB reload for a 100 MB model never pays."""
-
-
-@dataclass(frozen=True, slots=True)
-class CoordinationView:
-    """All that a decision is made from.
-
-    An advert's devices are for planning: while something loads or ends on a device, its node gives it as it was before that began
-    (or counts what the load took already as held), see `placement.plan`. A replica that is ending is reported as STOPPING until its
-    memory is free.
-    """
-
-    adverts: tuple[NodeAdvert, ...]
-    """Of the nodes that are alive (ALIVE, SUSPECT, DRAINING), this one too; `advert.node.draining` says which give their devices back."""
-    wishes: tuple[Wish, ...]
-    now: float
-    """Monotonic seconds of whoever decides."""
-    orders: Mapping[NodeId, Orders] = field(default_factory=dict)
-    """In force, whoever gave them."""
-    models: Mapping[str, ModelEntry] = field(default_factory=dict)
-    """The catalogue that comes with TARS. Entries of adverts and wishes go before it."""
-    measured: Measured = field(default_factory=dict)
-    """By kind of card, see `placement_cost.measured_by_key`."""
-    hub: bool = False
-    """Whether a node can fetch a variant with `repo` and `file` that no node has."""
-    versions: Mapping[str, Hashable] = field(default_factory=dict)
-    """By model: anything that changes each time when somebody deploys it, even unchanged; loads that failed are then tried again."""
+AGE = 1000.0
+"""Seconds; only the order of ages counts: an age becomes a part of one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
-    """A healthy replica that goes elsewhere: loaded there first, then unloaded here. In `Decision.moves` from its order to its end."""
+@dataclass(slots=True)
+class _Pending:
+    """A move that is under way: `source` goes once `successor` is ready."""
 
-    replica: ReplicaId
-    model: str
-    source: DeviceId
-    target: DeviceId
-    successor: ReplicaId
-    """The replica at the target."""
+    source: Assignment
+    successor: Assignment
     gain: str
-    """What the move is good for, as part of a sentence."""
+    began: float
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
-    """What to do now. `orders` has every live node; a record is written only where it differs from what is in force."""
+@dataclass(slots=True)
+class _Foreign:
+    """What programs beside TARS held on a device when its replicas last changed."""
 
-    plan: Plan
-    orders: Mapping[NodeId, tuple[Assignment, ...]]
-    wake_at: float | None = None
-    """When time alone may change the decision; None: never."""
-    moves: tuple[Move, ...] = ()
+    replicas: frozenset[ReplicaId]
+    held: int
 
 
 class Coordination:
-    """See the module's law. One for each node; asked only while that node coordinates, or for a preview of what it would do."""
+    """See the module's law. One for each node; asked only while that node coordinates."""
 
     def __init__(self, settings: CoordinationSettings | None = None):
         self._settings = CoordinationSettings() if settings is None else settings
+        self._bars = LoadBars(self._settings.bar_first, self._settings.bar_most)
+        self._versions: dict[str, Hashable] = {}
+        self._again: set[ReplicaId] = set()
+        """FAILED, and wanted again: taken from the orders until they are gone, and then ordered anew."""
+        self._ready_since: dict[ReplicaId, float] = {}
+        self._ordered_since: dict[ReplicaId, float] = {}
+        self._leaving_since: dict[ReplicaId, float] = {}
+        self._over_since: dict[DeviceId, float] = {}
+        self._refused_since: dict[str, float] = {}
+        self._foreign: dict[DeviceId, _Foreign] = {}
+        self._crowded_since: dict[DeviceId, float] = {}
+        self._pending: _Pending | None = None
 
     def decide(self, view: CoordinationView) -> Decision:
         """The plan and the orders that come nearest to it now: at most one load a device at a time, in hope never."""
-        raise NotImplementedError
+        scene = Scene(view)
+        self._remember(scene)
+        self._follow_move(scene)
+        found, circumstances = self._plan(scene)
+        if self._pending is None and self._begin_move(scene, found, circumstances):
+            found, circumstances = self._plan(scene)
+        orders, moves = self._orders(scene, found)
+        refusals = (*found.refusals, *_without_file(scene))
+        found = replace(found, refusals=tuple(sorted(refusals, key=lambda refusal: refusal.model)))
+        return Decision(found, orders, self._wake_at(scene), moves)
+
+    def forget(self, model: str) -> None:
+        """Somebody deploys the model again: loads of it that failed are tried again at once."""
+        self._bars.forget(model)
+
+    # --- what is remembered ------------------------------------------------------------------------------------------
+
+    def _remember(self, scene: Scene) -> None:
+        now, reports = scene.now, scene.reports
+        self._bars.note(scene.adverts, now)
+        failed = {replica for replica, report in reports.items() if report.state is ReplicaState.FAILED}
+        for model, version in scene.view.versions.items():
+            if model in self._versions and self._versions[model] != version:
+                self._bars.forget(model)
+                self._again |= {replica for replica in failed if reports[replica].assignment.model == model}
+            self._versions[model] = version
+        self._again &= failed
+        ready = {replica for replica, report in reports.items() if report.state is ReplicaState.READY}
+        self._ready_since = {each: self._ready_since.get(each, now) for each in sorted(ready)}
+        unreported = {each.replica for each in scene.ordered.values() if scene.state(each) is None}
+        self._ordered_since = {each: self._ordered_since.get(each, now) for each in sorted(unreported)}
+        self._note_foreign(scene)
+
+    def _note_foreign(self, scene: Scene) -> None:
+        """Since when each device is crowded."""
+        settings = self._settings
+        here: dict[DeviceId, set[ReplicaId]] = {}
+        quiet = {device for device in scene.devices if device not in scene.in_motion()}
+        for replica, report in scene.reports.items():
+            here.setdefault(report.assignment.device, set()).add(replica)
+        for device in scene.devices.values():
+            if device.id not in quiet:
+                self._foreign.pop(device.id, None)
+                continue
+            held = device.memory_total - device.memory_free - device.memory_held
+            replicas = frozenset(here.get(device.id, ()))
+            known = self._foreign.get(device.id)
+            if known is None or known.replicas != replicas:
+                known = self._foreign[device.id] = _Foreign(replicas, held)
+            known.held = min(known.held, held)
+            crowded = device.memory_free < settings.crowd_free and held - known.held >= settings.crowd_growth
+            if crowded and replicas:
+                self._crowded_since.setdefault(device.id, scene.now)
+            else:
+                self._crowded_since.pop(device.id, None)
+        for gone in set(self._crowded_since) - quiet:
+            del self._crowded_since[gone]
+
+    def _follow_move(self, scene: Scene) -> None:
+        """End the pending move where its successor is ready and its source gone, or where it can no longer be."""
+        if (pending := self._pending) is None:
+            return
+        source, successor = pending.source, pending.successor
+        there = scene.state(successor)
+        unordered = there is None and successor.replica not in scene.ordered and scene.now > pending.began
+        late = there is None and _lasted(pending.began, self._settings.order_patience, scene.now)
+        gone = scene.state(source) not in RUNNING
+        lost = successor.device not in scene.devices or scene.home[successor.node].draining
+        if gone or there is ReplicaState.FAILED or late or unordered or lost or not scene.asked_for(source):
+            self._pending = None
+
+    # --- the plan ----------------------------------------------------------------------------------------------------
+
+    def _plan(self, scene: Scene) -> tuple[Plan, Circumstances]:
+        """Sticky: what runs or was ordered stays; a device that is over its capacity is forgiven for a while."""
+        current = self._current(scene)
+        forgiven = {
+            each.replica: each.device
+            for each in current
+            if scene.state(each) in (ReplicaState.READY, ReplicaState.RESTARTING)
+        }
+        circumstances = Circumstances(
+            bars=self._bars.in_force(scene.now),
+            holders=scene.files.holders,
+            forgiven={replica for replica, device in forgiven.items() if not self._over_long(device, scene.now)},
+            worth={each.replica: self._worth(each, scene) for each in current},
+        )
+        found = self._planned(scene, current, circumstances)
+        over = _over_committed(scene, [each for each in current if each.replica in forgiven])
+        self._over_since = {device: self._over_since.get(device, scene.now) for device in sorted(over)}
+        failed = self._failed_in_place(scene, found)
+        if failed:
+            # Nothing else takes them: they stay where they failed, and their node tries again after a cool-down.
+            found = self._planned(scene, [*current, *failed], circumstances)
+        return found, circumstances
+
+    def _planned(self, scene: Scene, current: Sequence[Assignment], circumstances: Circumstances) -> Plan:
+        return plan(
+            scene.nodes,
+            scene.files.models,
+            scene.deployments,
+            current,
+            scene.view.measured,
+            circumstances=circumstances,
+        )
+
+    def _current(self, scene: Scene) -> list[Assignment]:
+        """What runs, then what was ordered lately and is not reported yet; a replica that moves counts where it goes."""
+        runs = [report.assignment for report in scene.reports.values() if report.state in RUNNING]
+        motion = scene.in_motion()
+        coming = [
+            assignment
+            for assignment in scene.ordered.values()
+            if scene.state(assignment) is None
+            and (
+                not _lasted(self._ordered_since[assignment.replica], self._settings.order_patience, scene.now)
+                or assignment.device in motion
+            )
+        ]
+        current = [*runs, *coming]
+        if self._pending is not None:
+            moved, successor = self._pending.source.replica, self._pending.successor
+            current = [each for each in current if each.replica not in (moved, successor.replica)]
+            current.append(successor)
+        return current
+
+    def _worth(self, assignment: Assignment, scene: Scene) -> float:
+        """READY ones before others, then the longest held."""
+        if scene.state(assignment) is not ReplicaState.READY:
+            return 0.0
+        age = scene.now - self._ready_since.get(assignment.replica, scene.now)
+        return 1.0 + age / (age + AGE)
+
+    def _over_long(self, device: DeviceId, now: float) -> bool:
+        since = self._over_since.get(device)
+        return since is not None and _lasted(since, self._settings.crowd_hold, now)
+
+    def _failed_in_place(self, scene: Scene, found: Plan) -> list[Assignment]:
+        missing = {refusal.model for refusal in found.refusals}
+        return [
+            report.assignment
+            for replica, report in scene.reports.items()
+            if report.state is ReplicaState.FAILED
+            and report.assignment.model in missing
+            and replica not in self._again
+            and not scene.home[report.assignment.node].draining
+            and scene.asked_for(report.assignment)
+        ]
+
+    # --- moves of healthy replicas -----------------------------------------------------------------------------------
+
+    def _begin_move(self, scene: Scene, found: Plan, circumstances: Circumstances) -> bool:
+        """At most one at a time, after a hold-down, and only while nothing else is in motion; whether one began."""
+        settings, now = self._settings, scene.now
+        self._refused_since = {
+            refusal.model: self._refused_since.get(refusal.model, now)
+            for refusal in found.refusals
+            if refusal.model in scene.wanted
+        }
+        refused = [model for model, since in self._refused_since.items() if _lasted(since, settings.move_hold, now)]
+        crowded = [device for device, since in self._crowded_since.items() if _lasted(since, settings.crowd_hold, now)]
+        planned = {each.replica: each for each in found.assignments}
+        if not (refused or crowded) or any(scene.state(each) is None for each in planned.values()):
+            return False
+        if scene.in_motion() or any(each.replica not in planned for each in scene.ordered.values()):
+            return False
+        ground = Ground(scene.nodes, found.assignments, scene.wanted, scene.view.measured, circumstances)
+        movable = {replica: each for replica, each in planned.items() if scene.state(each) is ReplicaState.READY}
+        for device in sorted(crowded):
+            here = [each for each in movable.values() if each.device == device]
+            for each in sorted(here, key=lambda each: (scene.wanted[each.model][0].priority, each.replica)):
+                if (home := ground.elsewhere(each)) is not None:
+                    gain = f"gives {each.memory.total} of {scene.place(device)} to a program that needs more there"
+                    return self._begin(scene, home, gain, planned)
+        for model in sorted(refused, key=lambda model: (-scene.wanted[model][0].priority, model)):
+            room = ground.for_model(model, movable, settings.move_margin)
+            if room is not None:
+                return self._begin(scene, room.moves[0], _gain_of(model, room, scene), planned)
+        return False
+
+    def _begin(self, scene: Scene, home: Relocation, gain: str, planned: Mapping[ReplicaId, Assignment]) -> bool:
+        source = home.assignment
+        taken = {*planned, *scene.reports, *scene.ordered}
+        successor = replace(
+            source,
+            replica=replica_id(source.model, home.node.id, home.device.id, taken),
+            node=home.node.id,
+            device=home.device.id,
+            memory=home.cost.memory,
+            settings=home.cost.settings,
+            reason=f"moved here from {scene.place(source.device)}: {gain}",
+        )
+        self._pending = _Pending(source, successor, gain, scene.now)
+        return True
+
+    # --- the orders --------------------------------------------------------------------------------------------------
+
+    def _orders(self, scene: Scene, found: Plan) -> tuple[dict[NodeId, tuple[Assignment, ...]], tuple[Move, ...]]:
+        """What runs and is planned, what leaves once its successor is ready, and the next load of each quiet device."""
+        targets = {each.replica: each for each in found.assignments}
+        stays = [each for each in targets.values() if scene.state(each) is not None]
+        coming = [
+            scene.ordered[replica]
+            for replica, each in targets.items()
+            if scene.state(each) is None and replica in scene.ordered and same_load(scene.ordered[replica], each)
+        ]
+        moves = self._leaving(scene, found)
+        leaves = [scene.reports[move.replica].assignment for move in moves]
+        kept = [*(self._as_ordered(each, scene) for each in (*stays, *leaves)), *coming]
+        kept = [each for each in kept if each.replica not in self._again]
+        names = {each.replica for each in kept}
+        busy = scene.in_motion() | {each.device for each in coming}
+        busy |= {
+            report.assignment.device
+            for replica, report in scene.reports.items()
+            if replica not in names and (report.state in RUNNING or report.state is ReplicaState.STOPPING)
+        }
+        taken: Counter[DeviceId] = Counter()
+        for each in kept:
+            if scene.state(each) is not ReplicaState.FAILED:
+                taken[each.device] += targets.get(each.replica, each).memory.total
+        priority = {model: deployment.priority for model, (deployment, _) in scene.wanted.items()}
+        for each in sorted(targets.values(), key=lambda each: (-priority[each.model], each.replica)):
+            if each.replica in names or each.device in busy or each.replica in scene.reports:
+                continue
+            if taken[each.device] + each.memory.total > scene.devices[each.device].capacity:
+                continue
+            kept.append(each)
+            busy.add(each.device)
+        by_node: dict[NodeId, list[Assignment]] = {node.id: [] for node in scene.nodes}
+        for each in sorted(kept, key=lambda each: each.replica):
+            by_node[each.node].append(each)
+        return {node: tuple(assignments) for node, assignments in by_node.items()}, moves
+
+    def _as_ordered(self, assignment: Assignment, scene: Scene) -> Assignment:
+        """The words of the order in force, or of the report: an order that says the same is not written again."""
+        known = scene.ordered.get(assignment.replica)
+        if known is not None and same_load(known, assignment):
+            return known
+        report = scene.reports.get(assignment.replica)
+        return assignment if report is None else report.assignment
+
+    def _leaving(self, scene: Scene, found: Plan) -> tuple[Move, ...]:
+        """Healthy replicas that are planned elsewhere and stay until as many are ready there: nobody is without an answer meanwhile."""
+        planned = {each.replica for each in found.assignments}
+        arriving: dict[str, list[Assignment]] = {}
+        for each in found.assignments:
+            if scene.state(each) not in (ReplicaState.READY, ReplicaState.FAILED):
+                arriving.setdefault(each.model, []).append(each)
+        leaving = [
+            report.assignment
+            for replica, report in scene.reports.items()
+            if replica not in planned and report.state is ReplicaState.READY and scene.asked_for(report.assignment)
+        ]
+        moves: list[Move] = []
+        since: dict[ReplicaId, float] = {}
+        for each in sorted(leaving, key=lambda each: (-self._worth(each, scene), each.replica)):
+            successors = arriving.get(each.model)
+            since[each.replica] = self._leaving_since.get(each.replica, scene.now)
+            late = _lasted(since[each.replica], self._settings.drain_patience, scene.now)
+            if not successors or late:
+                continue
+            successor = successors.pop(0)
+            moves.append(
+                Move(
+                    replica=each.replica,
+                    model=each.model,
+                    source=each.device,
+                    target=successor.device,
+                    successor=successor.replica,
+                    gain=self._why_leaving(each, scene),
+                )
+            )
+        self._leaving_since = since
+        return tuple(sorted(moves, key=lambda move: move.replica))
+
+    def _why_leaving(self, assignment: Assignment, scene: Scene) -> str:
+        if self._pending is not None and self._pending.source.replica == assignment.replica:
+            return self._pending.gain
+        node = scene.home[assignment.node]
+        if node.draining:
+            return f"{node.name} is draining and gets its memory back"
+        return f"{scene.place(assignment.device)} has less memory left for TARS than it holds"
+
+    def _wake_at(self, scene: Scene) -> float | None:
+        """The next end of a hold, a bar or a patience."""
+        settings, now = self._settings, scene.now
+        ends: list[float] = []
+        for since, hold in (
+            *((since, settings.crowd_hold) for since in self._over_since.values()),
+            *((since, settings.crowd_hold) for since in self._crowded_since.values()),
+            *((since, settings.move_hold) for since in self._refused_since.values()),
+            *((since, settings.order_patience) for since in self._ordered_since.values()),
+            *((since, settings.drain_patience) for since in self._leaving_since.values()),
+        ):
+            ends.append(since + hold)
+        if self._pending is not None:
+            ends.append(self._pending.began + settings.order_patience)
+        if (bar := self._bars.next_end(now)) is not None:
+            ends.append(bar)
+        return min((end for end in ends if end > now), default=None)
+
+
+def _lasted(since: float, hold: float, now: float) -> bool:
+    """In the same arithmetic as `wake_at`, so that whoever wakes then finds it so."""
+    return now >= since + hold
+
+
+def _over_committed(scene: Scene, running: Iterable[Assignment]) -> list[DeviceId]:
+    """Devices that cannot hold what runs there, whether it is to stay or not: one that leaves is not forgiven again meanwhile."""
+    promised: Counter[DeviceId] = Counter()
+    for each in running:
+        promised[each.device] += scene.updated(each).memory.total
+    return [device for device, total in promised.items() if not fits(total, scene.devices[device])]
+
+
+def _gain_of(model: str, room: Room, scene: Scene) -> str:
+    return f"makes room for {model}, which fits nowhere else and needs {room.need} of {scene.place(room.device.id)}"
+
+
+def _without_file(scene: Scene) -> list[Refusal]:
+    wanted: Counter[str] = Counter()
+    for wish in scene.view.wishes:
+        for entry in scene.files.without_file.values():
+            if wish.deployment.model in (entry.name, *entry.aliases):
+                wanted[entry.name] = max(wanted[entry.name], wish.deployment.replicas)
+    return [
+        Refusal(model, replicas, (), f"No node has a file of {model}. `tars pull {model}` fetches it.")
+        for model, replicas in sorted(wanted.items())
+    ]

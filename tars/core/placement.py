@@ -9,7 +9,7 @@ device the bytes of all assignments stay within `DeviceSnapshot.capacity`, save 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from tars.core.placement_cost import Cost, Measured, MeasuredKey, barred, cost_on, measured_key, wanted_variants
@@ -31,7 +31,7 @@ from tars.core.types import (
     RuntimeSettings,
 )
 
-__all__ = ["Circumstances", "MeasuredKey", "fits", "measured_key", "plan", "still_asked_for"]
+__all__ = ["Circumstances", "MeasuredKey", "fits", "measured_key", "plan", "replica_id", "still_asked_for"]
 
 ORDERS = 200
 """Orders of replicas that are tried. On random fleets at 80 % fill 200 place as much as CP-SAT's optimum (field notes, Placement)."""
@@ -195,7 +195,7 @@ def _search(
     for one in sorted(placed, key=lambda one: (wishes[one.wish].name, wishes[one.wish].rank[one.device])):
         want, place = wants[one.wish], places[one.device]
         cost = want.costs[one.device][one.option.variant]
-        replica = _replica_id(want.entry.name, place, names)
+        replica = replica_id(want.entry.name, place.node.id, place.device.id, names)
         names.add(replica)
         made.append(
             Assignment(
@@ -290,10 +290,10 @@ class _Ties(Sequence[int]):
         return len(self._places)
 
 
-def _replica_id(model: str, place: Place, taken: Iterable[str]) -> ReplicaId:
+def replica_id(model: str, node: NodeId, device: DeviceId, taken: Collection[str]) -> ReplicaId:
     """`<model>@<node>-<device>#<n>`: the node's first 8 characters keep `cpu` of two nodes apart in the mesh, 8 of a GPU's uuid cards."""
-    device = place.device.id.rpartition("/")[2]
-    suffix = f"{place.node.id[:8]}-{device if len(device) <= 16 else device[:12]}"
+    name = device.rpartition("/")[2]
+    suffix = f"{node[:8]}-{name if len(name) <= 16 else name[:12]}"
     number = 0
     while (replica := ReplicaId(f"{model}@{suffix}#{number}")) in taken:
         number += 1
