@@ -278,8 +278,7 @@ class ReplicatedStore(MemoryStore):
                 self._unknown.append(plain)
         before = self.map.refusals
         self.map.merge(records, self._clock())
-        if self.map.refusals > before:
-            faults.append(self.map.last_refusal or "")
+        faults += [self.map.last_refusal or ""] * (self.map.refusals - before)
         if faults:
             self.lost = self.lost or name == DURABLE_FILE
             self._put_aside(name, f"{len(faults)} of its records cannot be read; the first: {faults[0]}", copy=True)
