@@ -111,7 +111,7 @@ Body = Ping | PingRequest | Ack | Nack | Compare | Want | News
 
 @dataclass(frozen=True, slots=True)
 class Envelope:
-    """One packet. `root` is the hash of the sender's whole replicated map: equal roots need no comparison."""
+    """One packet. `root` is the hash of the sender's whole replicated map: equal roots need no comparison; `gone` likewise."""
 
     sender: NodeId
     incarnation: int
@@ -119,3 +119,5 @@ class Envelope:
     root: int = 0
     updates: tuple[Update, ...] = ()
     records: tuple[Record, ...] = ()
+    gone: int = 0
+    """64 bits over the members that the sender holds for dead or gone; who holds others so tells it whom."""

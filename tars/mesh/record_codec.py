@@ -93,6 +93,7 @@ def encode_envelope(envelope: Envelope) -> dict[str, Any]:
         "sender": envelope.sender,
         "incarnation": envelope.incarnation,
         "root": envelope.root,
+        "gone": envelope.gone,
         "body": {"is": name, **_BODIES[name].dump_python(envelope.body, mode="json", exclude_defaults=True)},
         "updates": _UPDATES.dump_python(envelope.updates, mode="json", exclude_defaults=True),
         "records": [encode_record(record) for record in envelope.records],
@@ -158,6 +159,7 @@ def decode_envelope(data: object, problems: list[InvalidParams] | None = None) -
         root=_whole(fields, "root", ""),
         updates=_validated(_UPDATES, updates, "updates"),
         records=tuple(records),
+        gone=_whole(fields, "gone", "") if "gone" in fields else 0,
     )
 
 
