@@ -259,19 +259,21 @@ class RpcConnection:
 
 def _distrust(fault: BaseException, root: str) -> TarsError | None:
     """What a failed TLS handshake means; None where it was another fault."""
-    causes = (fault, fault.__cause__, getattr(fault, "certificate_error", None), getattr(fault, "os_error", None))
+    # The innermost first: aiohttp's own exceptions are ssl's too, by inheritance, but without what ssl says.
+    causes = (getattr(fault, "certificate_error", None), getattr(fault, "os_error", None), fault.__cause__, fault)
     for cause in causes:
         if isinstance(cause, WrongPeer):
             return cause.error
     for cause in causes:
         if isinstance(cause, ssl.SSLCertVerificationError):
             now = f"this PC's clock says {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
-            if cause.verify_code == _NOT_YET_VALID:
+            code = getattr(cause, "verify_code", None)
+            if code == _NOT_YET_VALID:
                 return NotAMember(
                     f"The certificate of the node at {root} is not valid yet, and {now}: one of the two clocks is wrong. Set it "
                     "(timedatectl set-ntp true)."
                 )
-            if cause.verify_code == _EXPIRED:
+            if code == _EXPIRED:
                 return NotAMember(
                     f"The certificate of the node at {root} has expired, and {now}: one of the two clocks is wrong (nodes renew their "
                     "certificates by themselves). Set it (timedatectl set-ntp true)."
@@ -280,7 +282,7 @@ def _distrust(fault: BaseException, root: str) -> TarsError | None:
                 f"What answers at {root} is no node of this mesh: its certificate is not signed by this mesh's CA. Nothing was sent to it."
             )
         if isinstance(cause, ssl.SSLError):
-            reason = cause.reason or ""
+            reason = getattr(cause, "reason", None) or ""
             if "ALERT" in reason:
                 return NotAMember(
                     f"The node at {root} does not accept this node's certificate ({reason.lower().replace('_', ' ')}): it is of another "

@@ -44,9 +44,7 @@ class MeshListener:
         self._dispatcher = dispatcher
         self._listener: Listener | None = None
         self._connections: dict[PeerCertificate, weakref.WeakSet[asyncio.Transport]] = {}
-        self.app = web.Application(
-            client_max_size=options.envelope.max_body_bytes, middlewares=[web.middleware(self._checked)]
-        )
+        self.app = web.Application(client_max_size=options.envelope.max_body_bytes, middlewares=[self._checked])
         add_dispatcher(self.app, dispatcher, options)
         self.app.router.add_get(CA_PATH, self._ca)
 
@@ -96,6 +94,7 @@ class MeshListener:
         assert self._listener is not None, "not started"
         return self._listener
 
+    @web.middleware
     async def _checked(self, request: web.Request, handler: _Handler) -> web.StreamResponse:
         try:
             transport = request.transport
