@@ -164,7 +164,8 @@ class Router:
             if blocks is None:
                 blocks = blocks_of(prompt_text(work)) if len(candidates) > 1 else ()
             choice = self._ledger.choose(candidates, call.trace_id, self._now(), demand, blocks, tried)
-            log.debug("call %s: %s", call.trace_id, choice.ranked.reasons)
+            if log.isEnabledFor(logging.DEBUG):
+                log.debug("call %s: %s", call.trace_id, choice.ranked.reasons)
             reservation = choice.reservation
             if reservation is None:
                 break
@@ -281,7 +282,9 @@ class Router:
     ) -> TarsError:
         """Nobody could: the last one's own error, or why there is nobody at all."""
         if last is not None and not isinstance(last, StaleRoute):
-            last.details.setdefault("attempts", [each.model_dump() for each in attempts])
+            if len(attempts) > 1:
+                # Over what a peer said of its own tries: these are the ones that this node made.
+                last.details["attempts"] = [each.model_dump() for each in attempts]
             return last
         if self.draining:
             return draining_error()
