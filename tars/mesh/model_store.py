@@ -328,7 +328,12 @@ class FileStore:
                     f"The file is not the {known.name} of {entry.name} that is meant: its sha256 is {found.sha256}."
                 )
             if known is not None and (here := self.path_of(entry, known)) is not None:
-                return here, set()
+                if (await asyncio.to_thread(self._folder.described, here))[1] == found.sha256:
+                    return here, set()
+                raise BadModelFile(
+                    f"{entry.name} ({known.name}) is on this PC already, as another file. Give this one a name of its own, or take the "
+                    "other one away first."
+                )
         target = self._folder.path / found.sha256 / (path.name if is_name(path.name) else "model")
         was_here = await asyncio.to_thread(target.exists)
         name = model if entry is None else entry.name
