@@ -291,6 +291,8 @@ def _beats(record: Record, other: Record) -> bool:
         return removed
     if record.stamp != other.stamp:
         return record.stamp > other.stamp
+    if record.value == other.value:  # heard again, as every rumour is; cheaper than the texts below
+        return False
     # Two writes with one stamp, which no sound node makes: any rule will do that is the same everywhere.
     return (record.value is None, repr(record.value)) > (other.value is None, repr(other.value))
 

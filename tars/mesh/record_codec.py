@@ -63,6 +63,8 @@ BODIES: Mapping[str, type[Body]] = {
     "want": Want,
     "news": News,
 }
+_HASHES = ("root", "gone")
+"""Of an envelope: numbers of 64 bits."""
 _BODY_NAMES = {kind: name for name, kind in BODIES.items()}
 
 _VALUES: Mapping[str, TypeAdapter[Any]] = {prefix: TypeAdapter(kind) for prefix, kind in KINDS.items()}
@@ -135,7 +137,7 @@ def decode_envelope(data: object, problems: list[InvalidParams] | None = None) -
     """
     fields = _object(data, "")
     for name, part in fields.items():
-        if name != "records":
+        if name not in ("records", *_HASHES):
             _bounded(part, name)
     sender = _text(fields, "sender", "", MOST_KEY_LENGTH)
     updates = fields.get("updates", [])
@@ -154,12 +156,12 @@ def decode_envelope(data: object, problems: list[InvalidParams] | None = None) -
             records.append(record)
     return Envelope(
         sender=NodeId(sender),
-        incarnation=_whole(fields, "incarnation", ""),
+        incarnation=_whole(fields, "incarnation"),
         body=_body(fields.get("body")),
-        root=_whole(fields, "root", ""),
+        root=_hash(fields, "root"),
+        gone=_hash(fields, "gone"),
         updates=_validated(_UPDATES, updates, "updates"),
         records=tuple(records),
-        gone=_whole(fields, "gone", "") if "gone" in fields else 0,
     )
 
 
@@ -218,34 +220,62 @@ def _validated(adapter: TypeAdapter[_T], data: object, at: str) -> _T:
         raise _invalid(at, "no JSON text can say this") from None
 
 
-def _bounded(data: object, at: str, name: str = "", depth: int = 0) -> None:
+def _bounded(data: object, at: str) -> None:
+    try:
+        _check(data, "", 0)
+    except _OutOfBounds as fault:
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{step[:64]}" for step in reversed(fault.path))
+        raise _invalid(at + place, fault.problem) from None
+
+
+class _OutOfBounds(Exception):
+    """The way to the fault is added step by step on the way back: what is sound, nearly everything, costs no place."""
+
+    def __init__(self, problem: str):
+        super().__init__(problem)
+        self.problem = problem
+        self.path: list[int | str] = []
+
+
+def _check(data: object, name: str, depth: int) -> None:
     if isinstance(data, str):
         if len(data) > MOST_TEXT:
-            raise _invalid(at, f"a text of {len(data)} characters; at most {MOST_TEXT}")
+            raise _OutOfBounds(f"a text of {len(data)} characters; at most {MOST_TEXT}")
         if not data.isascii() and any("\ud800" <= character <= "\udfff" for character in data):
-            raise _invalid(at, "half of a surrogate pair is no text")
-    elif isinstance(data, bool) or data is None:
+            raise _OutOfBounds("half of a surrogate pair is no text")
+    elif data is None or isinstance(data, bool):
         return
     elif isinstance(data, (int, float)):
         if not -MOST_NUMBER <= data <= MOST_NUMBER:  # NaN is neither
-            raise _invalid(at, "the number is out of bounds")
+            raise _OutOfBounds("the number is out of bounds")
         if data < 0 and name not in SIGNED:
-            raise _invalid(at, "should not be below 0")
+            raise _OutOfBounds("should not be below 0")
     elif depth >= MOST_DEPTH:
-        raise _invalid(at, f"nested deeper than {MOST_DEPTH}")
+        raise _OutOfBounds(f"nested deeper than {MOST_DEPTH}")
     elif isinstance(data, list):
         if len(data) > MOST_ITEMS:
-            raise _invalid(at, f"a list of {len(data)} items; at most {MOST_ITEMS}")
-        for index, each in enumerate(data):
-            _bounded(each, f"{at}[{index}]", name, depth + 1)
+            raise _OutOfBounds(f"a list of {len(data)} items; at most {MOST_ITEMS}")
+        step: int | str
+        for step, each in enumerate(data):
+            try:
+                _check(each, name, depth + 1)
+            except _OutOfBounds as fault:
+                fault.path.append(step)
+                raise
     elif isinstance(data, dict):
         if len(data) > MOST_FIELDS:
-            raise _invalid(at, f"an object of {len(data)} fields; at most {MOST_FIELDS}")
-        for field, each in data.items():
-            _bounded(field, at)
-            _bounded(each, f"{at}.{str(field)[:64]}", field, depth + 1)
+            raise _OutOfBounds(f"an object of {len(data)} fields; at most {MOST_FIELDS}")
+        for step, each in data.items():
+            if not isinstance(step, str):
+                raise _OutOfBounds("a field's name should be a text")
+            _check(step, "", 0)
+            try:
+                _check(each, step, depth + 1)
+            except _OutOfBounds as fault:
+                fault.path.append(step)
+                raise
     else:
-        raise _invalid(at, "is no JSON value")
+        raise _OutOfBounds("is no JSON value")
 
 
 def _object(data: object, at: str) -> dict[str, Any]:
@@ -261,10 +291,17 @@ def _text(fields: Mapping[str, Any], name: str, at: str, most: int) -> str:
     return value
 
 
-def _whole(fields: Mapping[str, Any], name: str, at: str) -> int:
+def _whole(fields: Mapping[str, Any], name: str) -> int:
     value = fields.get(name, 0)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise _invalid(f"{at}.{name}", "should be a whole number")
+        raise _invalid(name, "should be a whole number")
+    return value
+
+
+def _hash(fields: Mapping[str, Any], name: str) -> int:
+    value = _whole(fields, name)
+    if not 0 <= value < 2**64:
+        raise _invalid(name, "a hash has 64 bits")
     return value
 
 

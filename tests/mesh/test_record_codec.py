@@ -60,6 +60,7 @@ ENVELOPE = Envelope(
     2**60 - 1,
     (Update(NodeId("b"), 4, MemberState.SUSPECT, ("10.0.0.2:8001",)),),
     (WISH, ADVERT, Record("member/b", STAMP, None)),
+    2**64 - 1,
 )
 
 
@@ -233,7 +234,8 @@ def test_temperatures_and_priorities_may_be_below_zero():
         (["sender"], ..., "sender"),
         (["incarnation"], "1", "incarnation"),
         (["incarnation"], -1, "incarnation"),
-        (["root"], 2**61, "root"),
+        (["root"], 2**64, "root"),
+        (["gone"], -1, "gone"),
         (["root"], True, "root"),
         (["body"], ..., "body"),
         (["body"], {"number": 1}, "body.is"),
