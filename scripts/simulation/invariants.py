@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from breach import Breach
 from virtual_node import VirtualNode
 
-from tars.core.coordination import CoordinationView, Decision
+from tars.core.coordination_view import CoordinationView, Decision
 from tars.core.mesh_messages import MemberState, Record
 from tars.core.placement import plan
 from tars.core.placement_cost import cost_on, wanted_variants
@@ -26,6 +26,9 @@ from tars.core.types import (
     ReplicaState,
     RuntimeSettings,
 )
+
+LOADING = (ReplicaState.STARTING, ReplicaState.LOADING)
+
 
 # --- what the operators did ---------------------------------------------------------------------------------------------
 
@@ -95,21 +98,18 @@ def check_decision(view: CoordinationView, before: Decision | None, decision: De
     }
     reported = {report.assignment.replica: report for advert in view.adverts for report in advert.replicas}
     ordered = {each.replica: each for assignments in decision.orders.values() for each in assignments}
+    before_orders = {each.replica for orders in view.orders.values() for each in orders.assignments}
     if stray := [each for each in ordered.values() if each.device not in devices]:
         raise Breach(f"orders for {stray[0].device}, which nobody alive has")
     for device, known in devices.items():
-        begun = [
-            each.replica
-            for each in ordered.values()
-            if each.device == device
-            and (
-                each.replica not in reported
-                or reported[each.replica].state in (ReplicaState.STARTING, ReplicaState.LOADING)
-            )
+        here = [each for each in ordered.values() if each.device == device]
+        fresh = [each.replica for each in here if each.replica not in reported and each.replica not in before_orders]
+        _check_device(known, here, begins=bool(fresh))
+        loading = [
+            each.replica for each in here if each.replica in reported and reported[each.replica].state in LOADING
         ]
-        _check_device(known, [each for each in ordered.values() if each.device == device], begins=bool(begun))
-        if len(begun) > 1:
-            raise Breach(f"orders begin {len(begun)} loads at once on {device}: {', '.join(begun)}")
+        if fresh and len(fresh) + len(loading) > 1:
+            raise Breach(f"orders begin more than one load at once on {device}: {', '.join(sorted(fresh + loading))}")
     wanted = {wish.deployment.model: wish.deployment for wish in view.wishes}
     moved = {move.replica: move for move in decision.moves}
     if before is not None:
@@ -117,6 +117,8 @@ def check_decision(view: CoordinationView, before: Decision | None, decision: De
     for replica, assignment in ready.items():
         if replica in ordered or assignment.node not in decision.orders or assignment.node in draining:
             continue
+        if replica not in before_orders:
+            continue  # nobody had ordered it: a leftover of another coordinator, or it was ordered away before
         deployment = wanted.get(assignment.model)
         if deployment is None:
             continue

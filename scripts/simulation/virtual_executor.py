@@ -18,6 +18,8 @@ from tars.core.types import Assignment, Bytes, DeviceId, DeviceSnapshot, ModelKi
 
 MOVING = (ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING, ReplicaState.STOPPING)
 """A replica in these states has its device's memory in motion."""
+COOL_DOWN_SECONDS = 5.0
+"""Between a load that failed and the next try of its node, a fraction of the real one."""
 
 
 @dataclass(slots=True)
@@ -30,6 +32,8 @@ class Running:
     takes: Bytes
     bytes: Bytes = Bytes(0)
     error: str | None = None
+    again_at: float = 0.0
+    """When a load that failed is tried again, while it is still ordered."""
     since: int = 0
     """Counts its changes of state, so that what was to happen in an earlier state does not."""
     unforced: bool = True
@@ -144,9 +148,15 @@ class VirtualExecutor:
                     self._stop(card, running)
         for assignment in wanted:
             found = self.cards.get(assignment.device)
-            if found is None or found.moving or assignment.replica in found.running:
+            if found is None or found.moving:
                 continue
-            self._load(found, assignment)
+            known = found.running.get(assignment.replica)
+            if known is None:
+                self._load(found, assignment)
+            elif known.state is ReplicaState.FAILED and self._time.now >= known.again_at:
+                found.snapshot()
+                self.activity += 1
+                self._begin(found, known)
 
     def stop_all(self) -> None:
         """The node ends: its workers end with it, at once."""
@@ -217,7 +227,9 @@ class VirtualExecutor:
             card.press()
             running.error = why
             self._set(running, ReplicaState.FAILED)
+            running.again_at = self._time.now + COOL_DOWN_SECONDS
             self._changed(f"load of {running.assignment.replica} failed: {why}")
+            self._then(running, COOL_DOWN_SECONDS, lambda: self._changed(f"{running.assignment.replica} may try again"))
             return
         running.bytes = running.takes
         self._account(card)

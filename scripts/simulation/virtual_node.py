@@ -17,7 +17,8 @@ from virtual_executor import Running, VirtualExecutor
 from virtual_fleet import Pc
 from virtual_network import Answer
 
-from tars.core.coordination import Coordination, CoordinationView, Decision
+from tars.core.coordination import Coordination
+from tars.core.coordination_view import CoordinationView, Decision
 from tars.core.hybrid_clock import HybridClock
 from tars.core.mesh_events import (
     Changed,

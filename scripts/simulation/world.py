@@ -18,7 +18,7 @@ from virtual_network import VirtualNetwork
 from virtual_node import Power, VirtualNode
 from virtual_time import VirtualTime
 
-from tars.core.coordination import CoordinationSettings, CoordinationView, Decision
+from tars.core.coordination_view import CoordinationSettings, CoordinationView, Decision
 from tars.core.membership import MembershipSettings
 from tars.core.mesh_machine import MeshSettings
 from tars.core.mesh_messages import Envelope, MemberState, Record
@@ -27,8 +27,12 @@ from tars.core.records import MeasuredLoad, NodeAdvert
 from tars.core.replicated_map import DEPLOYMENT, prefix_of
 from tars.core.types import Assignment, Bytes, DeviceId, DeviceSnapshot, NodeId
 
-QUICK = CoordinationSettings(move_hold=6.0, crowd_hold=2.0, order_patience=5.0, bar_first=4.0, bar_most=16.0)
+QUICK = CoordinationSettings(
+    move_hold=6.0, crowd_hold=2.0, order_patience=5.0, bar_first=4.0, bar_most=16.0, drain_patience=10.0, orders=8
+)
 """The coordinator's patience, a tenth of the real one: so less virtual time shows as much."""
+PATIENCE_SECONDS = QUICK.move_hold + 2.0
+"""After so long a quiet the coordinator has done what it waited with."""
 SETTLE_SECONDS = 60.0
 """So long after the last fault everything must be settled at the latest."""
 CALM_SECONDS = 12.0
@@ -217,14 +221,20 @@ class World:
     # --- the verdict --------------------------------------------------------------------------------------------------
 
     def settle(self) -> float:
-        """Wait until everything is settled; gives back how long it took. Raises `Breach` where it takes too long."""
-        began = self.time.now
-        why: str | None = "not looked"
+        """Wait until everything is settled and stays so longer than the coordinator's patience; gives back when that began.
+
+        Raises `Breach` where it takes too long.
+        """
+        began = quiet_since = self.time.now
+        acts: list[tuple[int, int]] = []
         while self.time.now - began < SETTLE_SECONDS:
             self.time.run_until(self.time.now + 1.0)
-            why = why_not_settled(self.nodes)
-            if why is None:
-                return self.time.now - began
+            before, acts = acts, [(node.orders_written, node.executor.activity) for node in self.running()]
+            why = why_not_settled(self.nodes) if acts == before else "something moves"
+            if why is not None:
+                quiet_since = self.time.now
+            elif self.time.now - quiet_since > PATIENCE_SECONDS:
+                return quiet_since - began
         raise Breach(f"not settled {SETTLE_SECONDS:.0f} s after the last fault: {why}")
 
     def stay_settled(self, seconds: float) -> None:

@@ -68,7 +68,7 @@ def plan(
     assignments = [*kept, *_search(wants, places, kept, known, orders)]
     fresh: Mapping[str, int] = {}
     if kept and len(assignments) < sum(want.deployment.replicas for want in wants):
-        again = Counter(each.model for each in _search(wants, places, [], known, REPLAN_ORDERS))
+        again = Counter(each.model for each in _search(wants, places, [], known, min(orders, REPLAN_ORDERS)))
         fresh = again if again.total() > len(assignments) else {}
     scene = Scene(wants, places, _ground(places, assignments).free, assignments, known)
     return with_reasons(scene, assignments, {each.replica for each in kept}, unknown, fresh)
