@@ -60,8 +60,16 @@ async def enter_mesh(
                 f"this PC belongs to another mesh ({identity.mesh_id}) than the token's. To move it, start it with a state folder of its "
                 f"own for the new mesh (--state-dir), or move {folder.path} away first; on the old mesh, `tars node remove` takes it out."
             )
-        if await _is_member(invitation.address, identity):
+        thrown_out = await _why_no_member(invitation.address, identity)
+        if thrown_out is None:
             return None
+        try:
+            return await join(invitation, folder, applicant)
+        except JoinRefused as refusal:
+            raise JoinRefused(
+                f"{thrown_out.message} The token that was given does not let it in either: {refusal.message}",
+                details=refusal.details,
+            ) from None
     return await join(invitation, folder, applicant)
 
 
@@ -154,17 +162,17 @@ async def _hinted(address: ListenAddress) -> ListenAddress:
     )
 
 
-async def _is_member(address: ListenAddress, identity: Identity) -> bool:
-    """Whether the mesh still takes this node; where it cannot be asked, yes: who restarts must not depend on one other PC."""
+async def _why_no_member(address: ListenAddress, identity: Identity) -> NotAMember | None:
+    """Why the mesh does not take this node any more; None where it does, or cannot be asked: a restart must not depend on one other PC."""
     context = identity.client_context(_is_a_node)
     async with RpcConnection(f"https://{address}", tls=context, connect_seconds=CONNECT_SECONDS) as connection:
         try:
             await connection.call("node.ping", timeout=CONNECT_SECONDS)
-        except NotAMember:
-            return False
+        except NotAMember as refusal:
+            return refusal
         except TarsError as error:
             log.info("this node is a member already, and %s could not be asked: %s", address, error.message)
-    return True
+    return None
 
 
 def _is_a_node(peer: PeerCertificate) -> None:

@@ -1,0 +1,220 @@
+"""Admission: what a member gives, to whom, and what the joiner believes of it. No network: `test_join_client` has that."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from mesh_bench import MeshNode, certified, new_id
+
+from tars.core.records import ClientKey, Member
+from tars.core.types import NodeId
+from tars.errors import BadPeerAnswer, DiskFull, InvalidParams, JoinRefused, Overloaded
+from tars.mesh.identity import Identity
+from tars.mesh.join_tokens import FAILURES_PER_SOURCE, Token, encode
+from tars.mesh.joining import Grant, JoinRequest, requested_key
+from tars.mesh.replicated_store import MemoryStore
+from tars.messages.admission import JoinParams, JoinResult
+from tars.state_folder import StateFolder
+
+HERE = "192.0.2.7"
+
+
+@pytest.fixture
+def one(tmp_path: Path) -> MeshNode:
+    (tmp_path / "one").mkdir()
+    return MeshNode(tmp_path / "one", "one", Identity.create(tmp_path / "one", new_id()))
+
+
+def ask(one: MeshNode, node: NodeId | None = None, token: Token | None = None) -> JoinRequest:
+    return JoinRequest(token or one.tokens.new()[0], node or new_id(), "two", ("192.0.2.2:8001",))
+
+
+def reason(one: MeshNode, params: JoinParams, source: str = HERE) -> object:
+    with pytest.raises(JoinRefused) as refused:
+        one.admitting.admit(params, source)
+    return refused.value.details["reason"]
+
+
+def test_whoever_has_a_token_becomes_a_member_with_all_that_members_have(one: MeshNode, tmp_path: Path) -> None:
+    one.store.put("key/laptop", ClientKey("laptop", "00" * 32))
+    node = new_id()
+    request = ask(one, node)
+    grant = request.granted(one.admitting.admit(request.params(), HERE))
+    store = MemoryStore(node)
+    store.map.adopt(grant.records, int(time.time() * 1000), None)
+    (tmp_path / "two").mkdir()
+    identity = grant.save(tmp_path / "two")
+    assert grant.admitted_by == one.id
+    assert (identity.node, identity.ca_hash, identity.ca_key_pem) == (
+        node,
+        one.identity.ca_hash,
+        one.identity.ca_key_pem,
+    )
+    member = Member(node, "two", identity.fingerprint, ("192.0.2.2:8001",), admitted_by=one.id)
+    assert store.map.get(f"member/{node}") == one.store.map.get(f"member/{node}") == member
+    assert store.map.root == one.store.map.root
+    again = Identity.load_or_none(tmp_path / "two", node)
+    assert again is not None
+    # And it can let in the next one, and nobody is in charge for ever.
+    two = MeshNode(tmp_path / "two", "two", again)
+    further = ask(two)
+    assert further.granted(two.admitting.admit(further.params(), HERE)).admitted_by == node
+
+
+def test_a_replayed_request_is_refused(one: MeshNode) -> None:
+    params = ask(one).params()
+    one.admitting.admit(params, HERE)
+    assert reason(one, params) == "used"
+    assert reason(one, params.model_copy(update={"node": new_id()})) == "used"
+
+
+def test_joining_again_with_the_same_node_id_and_a_new_token_replaces_the_key(one: MeshNode) -> None:
+    node = new_id()
+    fingerprints = []
+    for _ in range(2):
+        one.admitting.admit(ask(one, node).params(), HERE)
+        member = one.store.map.get(f"member/{node}")
+        assert isinstance(member, Member)
+        fingerprints.append(member.fingerprint)
+    assert fingerprints[0] != fingerprints[1]
+    assert len(one.store.map.items("member/")) == 2
+
+
+def test_a_removed_node_id_stays_out_and_the_token_is_kept_for_its_new_one(one: MeshNode) -> None:
+    node, (token, _) = new_id(), one.tokens.new()
+    one.store.put(f"member/{node}", Member(node, "two", "0" * 64, removed=True))
+    assert reason(one, ask(one, node, token).params()) == "removed"
+    one.admitting.admit(ask(one, new_id(), token).params(), HERE)
+
+
+def test_a_copy_of_the_members_own_state_folder_is_refused(one: MeshNode) -> None:
+    assert reason(one, ask(one, one.id).params()) == "same_node"
+
+
+@pytest.mark.parametrize("years", [-50, -2, 1, 30])
+def test_a_clock_that_is_far_off_is_named_and_costs_no_token(one: MeshNode, years: int) -> None:
+    token, _ = one.tokens.new()
+    with pytest.raises(JoinRefused, match=r"days (ahead of|behind).*Set the wrong one") as refused:
+        one.admitting.admit(ask(one, token=token).params(lambda: time.time() + years * 365 * 86_400), HERE)
+    assert refused.value.details["reason"] == "clock"
+    one.admitting.admit(ask(one, token=token).params(lambda: time.time() + 3600), HERE)
+
+
+def other_curve() -> bytes:
+    return _request(ec.generate_private_key(ec.SECP384R1()))
+
+
+def other_kind() -> bytes:
+    return _request(rsa.generate_private_key(65537, 2048))
+
+
+def not_signed_by_its_key() -> bytes:
+    good = x509.load_pem_x509_csr(_request(ec.generate_private_key(ec.SECP256R1())))
+    der = bytearray(good.public_bytes(serialization.Encoding.DER))
+    der[-5] ^= 1
+    return x509.load_der_x509_csr(bytes(der)).public_bytes(serialization.Encoding.PEM)
+
+
+def _request(key: ec.EllipticCurvePrivateKey | rsa.RSAPrivateKey) -> bytes:
+    made = x509.CertificateSigningRequestBuilder().subject_name(x509.Name([])).sign(key, hashes.SHA256())
+    return made.public_bytes(serialization.Encoding.PEM)
+
+
+@pytest.mark.parametrize("make", [other_curve, other_kind, not_signed_by_its_key, lambda: b"", lambda: b"junk"])
+def test_a_certificate_request_that_is_none_costs_no_token(one: MeshNode, make: object) -> None:
+    token, _ = one.tokens.new()
+    wrong = make().decode()  # type: ignore[operator]  # one of the makers
+    params = ask(one, token=token).params().model_copy(update={"certificate_request": wrong})
+    with pytest.raises(InvalidParams, match="certificate_request"):
+        one.admitting.admit(params, HERE)
+    one.admitting.admit(ask(one, token=token).params(), HERE)
+
+
+@pytest.mark.parametrize(
+    "text", ["é", "\ud800", "-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----"]
+)
+def test_odd_texts_for_a_certificate_request_are_refused(text: str) -> None:
+    with pytest.raises(InvalidParams):
+        requested_key(text)
+
+
+@pytest.mark.parametrize("address", ["", "box", "box:99999", "http://box:1", "a b:1", "::1:1"])
+def test_a_wrong_address_costs_no_token(one: MeshNode, address: str) -> None:
+    token, _ = one.tokens.new()
+    with pytest.raises(InvalidParams, match="addresses"):
+        one.admitting.admit(ask(one, token=token).params().model_copy(update={"addresses": [address]}), HERE)
+    assert [one.tokens.state(entry) for entry in one.tokens.entries()] == ["open"]
+
+
+def test_a_full_disk_admits_nobody(one: MeshNode, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise DiskFull("full")
+
+    params = ask(one).params()
+    with monkeypatch.context() as patched:
+        patched.setattr(StateFolder, "write_json", full)
+        with pytest.raises(DiskFull):
+            one.admitting.admit(params, HERE)
+    assert len(one.store.map.items("member/")) == 1
+    one.admitting.admit(params, HERE)
+
+
+def test_guesses_are_bounded(one: MeshNode) -> None:
+    wrong = ask(one).params().model_copy(update={"secret": encode(bytes(16))})
+    for _ in range(FAILURES_PER_SOURCE):
+        assert reason(one, wrong) == "unknown"
+    with pytest.raises(Overloaded):
+        one.admitting.admit(wrong, HERE)
+    one.admitting.admit(ask(one).params(), "192.0.2.8")
+
+
+# --- the joiner ---------------------------------------------------------------------------------------------------------
+
+
+def answered(one: MeshNode) -> tuple[JoinRequest, JoinResult]:
+    request = ask(one)
+    return request, one.admitting.admit(request.params(), HERE)
+
+
+@pytest.mark.parametrize("part", ["certificate", "ca_certificate"])
+@pytest.mark.parametrize("junk", ["", "junk", "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
+def test_junk_for_a_certificate_is_not_believed(one: MeshNode, part: str, junk: str) -> None:
+    request, answer = answered(one)
+    with pytest.raises(BadPeerAnswer, match="joined nothing"):
+        request.granted(answer.model_copy(update={part: junk}))
+
+
+def test_a_grant_of_another_ca_or_for_another_key_is_not_believed(one: MeshNode, tmp_path: Path) -> None:
+    request, answer = answered(one)
+    (tmp_path / "far").mkdir()
+    far = Identity.create(tmp_path / "far", new_id())
+    foreign = {
+        "certificate": far.certificate_pem.decode(),
+        "ca_certificate": far.ca_certificate_pem.decode(),
+        "ca_key": far.ca_key_pem.decode(),
+    }
+    with pytest.raises(BadPeerAnswer, match="not the token's"):
+        request.granted(answer.model_copy(update=foreign))
+    other = certified(one.identity, tmp_path / "other")
+    with pytest.raises(BadPeerAnswer, match="another key"):
+        request.granted(answer.model_copy(update={"certificate": other.certificate_pem.decode()}))
+    grant = request.granted(answer.model_copy(update={"ca_key": far.ca_key_pem.decode()}))
+    (tmp_path / "two").mkdir()
+    with pytest.raises(BadPeerAnswer, match="do not fit"):
+        grant.save(tmp_path / "two")
+    assert not list((tmp_path / "two").iterdir())
+
+
+def test_a_bad_record_in_the_answer_is_named_and_an_unknown_kind_passed_over(one: MeshNode) -> None:
+    request, answer = answered(one)
+    with pytest.raises(BadPeerAnswer, match="record"):
+        request.granted(answer.model_copy(update={"records": [{"key": 5}]}))
+    newer = {"key": "future/x", "stamp": [1, 0, "n"], "value": {"a": 1}}
+    grant = request.granted(answer.model_copy(update={"records": [*answer.records, newer]}))
+    assert isinstance(grant, Grant)
+    assert len(grant.records) == len(answer.records)
