@@ -167,6 +167,7 @@ class Node:
             NodeSnapshot(node_id, config.node.name, priority=config.node.priority),
             probe=lambda held: engines.annotate(inventory.snapshot(held, engines.cpu_share)),
             catalogue=self._prepared.catalogue,
+            records=store,
             deployments=Deployments(store, self._prepared.declared, self._folder),
             measured=MeasuredMemory(store),
             tuned=TunedSettingsStore(self._folder),

@@ -87,6 +87,7 @@ class Bench:
             NODE,
             probe=self.probe,
             catalogue=self.catalogue,
+            records=self.store,
             deployments=self.deployments,
             measured=self.measured,
             tuned=TunedSettingsStore(folder),

@@ -88,6 +88,21 @@ class Coordination:
         found = replace(found, refusals=tuple(sorted(refusals, key=lambda refusal: refusal.model)))
         return Decision(found, orders, self._wake_at(scene), moves)
 
+    def preview(self, view: CoordinationView) -> Plan:
+        """The plan as it would be; remembers nothing, so any node may ask for any view."""
+        scene = Scene(view)
+        current = [
+            *(report.assignment for report in scene.reports.values() if report.state in RUNNING),
+            *(each for each in scene.ordered.values() if scene.state(each) is None),
+        ]
+        circumstances = Circumstances(
+            bars=self._bars.in_force(scene.now),
+            holders=scene.files.holders,
+            forgiven=[each.replica for each in current if scene.state(each) is ReplicaState.READY],
+            worth={each.replica: self._worth(each, scene) for each in current},
+        )
+        return self._planned(scene, current, circumstances)
+
     def forget(self, model: str) -> None:
         """Somebody deploys the model again: loads of it that failed are tried again at once."""
         self._bars.forget(model)
@@ -181,6 +196,7 @@ class Coordination:
             current,
             scene.view.measured,
             circumstances=circumstances,
+            orders=self._settings.orders,
         )
 
     def _current(self, scene: Scene) -> list[Assignment]:

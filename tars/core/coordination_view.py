@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 
-from tars.core.placement import still_asked_for
+from tars.core.placement import ORDERS, still_asked_for
 from tars.core.placement_cost import Measured
 from tars.core.placement_wants import resolve
 from tars.core.plannable_models import Plannable, plannable
@@ -54,6 +54,8 @@ class CoordinationSettings:
     crowd_growth: Bytes = Bytes.mib(512)
     """A device is crowded where programs beside TARS took at least `crowd_growth` since its replicas were loaded and left less than
     `crowd_free`: they want more. A desktop's windows come and go within it."""
+    orders: int = ORDERS
+    """Of replicas that the planner tries, see `placement.plan`."""
     move_margin: float = 2.0
     """Making room reloads at most so many times the bytes that it places: a 40 GB reload for a 100 MB model never pays."""
 

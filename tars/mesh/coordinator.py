@@ -1,73 +1,79 @@
-"""Carries the plan out on this node: snapshot + deployments -> plan -> load, wait, unload; again whenever something changed.
+"""This node's part in the mesh's placement: it tells what it has, decides where it coordinates, and carries its own orders out.
 
-Law of this file: it decides nothing that `core.placement` decides. It is level-triggered: every round starts from what is, so a lost
-wake-up or a crash costs at most one round. Loads on one device happen one at a time.
+Law of this file: it decides nothing that `core.coordination` decides and does nothing that `executor` does. It is level-triggered: every
+round starts from what is. A node without a mesh takes the same way, with itself as the coordinator of one.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from tars.catalogue import Catalogue
 from tars.config import EnginesSection
-from tars.core.placement import plan
+from tars.core.coordination import Coordination, CoordinationSettings, CoordinationView, Decision, Move
+from tars.core.mesh_events import MeshView
+from tars.core.mesh_messages import MemberState
+from tars.core.plannable_models import known_models, plannable
+from tars.core.records import NodeAdvert, Orders, Wish
+from tars.core.replicated_map import DEPLOYMENT, MEASURED, NODE, ORDERS, adverts, orders_for, wishes
 from tars.core.types import (
     Assignment,
     Bytes,
     Deployment,
     DeviceId,
-    DeviceKind,
     DeviceSnapshot,
     ModelEntry,
-    ModelKind,
     NodeId,
     NodeSnapshot,
     Plan,
     Refusal,
     ReplicaId,
-    ReplicaState,
 )
-from tars.errors import DoesNotFit, ModelFileMissing, TarsError
+from tars.errors import DoesNotFit, TarsError
+from tars.mesh.advertising import Advertising
 from tars.mesh.deployments import Deployments
+from tars.mesh.draining import Draining
+from tars.mesh.executor import BUSY, Executor, FileFetch, LiveReplica, ModelFiles, StartWorker, file_missing
 from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.replicated_store import Records
 from tars.mesh.tuned_settings import TunedSettingsStore
-from tars.workers.engine import AdapterSpec, LoadSpec
-from tars.workers.supervisor import ReplicaWorker
+
+__all__ = ["BUSY", "Coordinator", "Drained", "FileFetch", "LiveReplica", "refusal_error"]
 
 log = logging.getLogger(__name__)
 
 ROUND_SECONDS = 10.0
 """A round at least so often, so that memory freed by a foreign program is noticed; a round costs a few ms."""
-STOP_GRACE_SECONDS = 10.0
-"""What a replica that is moved or removed gets to finish its calls."""
-
-BUSY = (ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING)
-
-
-@dataclass(slots=True)
-class LiveReplica:
-    """One assignment that is being carried out, and the worker that does it."""
-
-    assignment: Assignment
-    device: DeviceSnapshot
-    kind: ModelKind
-    worker: ReplicaWorker
-    spec: LoadSpec
-    taken: Bytes | None = None
-    """What the worker with `measured_pid` really took on the device; None before it was measured."""
-    measured_pid: int | None = None
+DEBOUNCE_SECONDS = 0.05
+"""News comes in bursts: adverts of several nodes, a worker's states. They are taken together."""
+TAKE_OVER_SECONDS = 1.0
+"""A node coordinates for so long before it gives its first orders: the others' adverts arrive meanwhile."""
+ISOLATED_SECONDS = 5.0
+"""The same for one that lost sight of everybody at once: most likely its own cable, and the others still run their replicas."""
+LIVE = (MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING)
 
 
-StartWorker = Callable[[LoadSpec, Callable[[ReplicaWorker], None]], ReplicaWorker]
-"""Makes (does not start) a worker; tests give a fake."""
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """What a drain does with this node's replicas, as planned when it began."""
+
+    moves: tuple[Assignment, ...] = ()
+    """Elsewhere, in place of those here; theirs stay until these are ready."""
+    unloaded: tuple[Assignment, ...] = ()
+    """Fit nowhere else: their models answer no more until there is room."""
+    freed: Bytes = Bytes(0)
+    """What this node's replicas hold, all of which comes back."""
 
 
 class Coordinator:
-    """See the module's law. `probe(held)` reads the devices and may block; it runs in a thread."""
+    """See the module's law. `probe(held)` reads the devices and may block; it runs in a thread.
+
+    `mesh` gives this node's view of its peers, None where there is no mesh. Whoever hears of records or members calls `heard` or `wake`.
+    """
 
     def __init__(
         self,
@@ -75,74 +81,194 @@ class Coordinator:
         *,
         probe: Callable[[Mapping[DeviceId, Bytes]], tuple[DeviceSnapshot, ...]],
         catalogue: Catalogue,
+        records: Records,
         deployments: Deployments,
         measured: MeasuredMemory,
         make_worker: StartWorker,
         tuned: TunedSettingsStore | None = None,
         engines: EnginesSection | None = None,
         process_memory: Callable[[], Mapping[DeviceId, Mapping[int, Bytes | None]]] = dict,
+        mesh: Callable[[], MeshView | None] = lambda: None,
+        files: ModelFiles | None = None,
+        hub: bool = False,
+        draining: Draining | None = None,
+        client_url: Callable[[], str | None] = lambda: None,
+        settings: CoordinationSettings | None = None,
+        now: Callable[[], float] = time.monotonic,
     ):
-        self._node = node
-        self._probe = probe
-        self.catalogue = catalogue
+        self._catalogue = catalogue
+        self.records = records
         self.deployments = deployments
         self._measured = measured
-        self._make_worker = make_worker
-        self._tuned = tuned
-        self._engines = EnginesSection() if engines is None else engines
-        self._process_memory = process_memory
-        self.replicas: dict[ReplicaId, LiveReplica] = {}
-        self.plan = Plan()
+        self.mesh = mesh
+        self._hub = hub
+        self.draining = Draining() if draining is None else draining
+        self._now = now
+        self.executor = Executor(
+            node,
+            probe=probe,
+            catalogue=catalogue,
+            measured=measured,
+            make_worker=make_worker,
+            on_change=self._executor_changed,
+            find=self.find,
+            tuned=tuned,
+            engines=engines,
+            process_memory=process_memory,
+            files=files,
+            now=now,
+        )
+        held = tuple if files is None else files.held
+        self.advertising = Advertising(catalogue, records, held=held, client_url=client_url, now=now)
+        self._coordination = Coordination(settings)
+        self._coordinates_since: float | None = None
+        self._advert: NodeAdvert | None = None
+        self._decision = Decision(Plan(), {})
+        self._stale = False
+        """The decision is older than what is known: planned anew when somebody looks."""
         self.problems: dict[str, TarsError] = {}
-        self._quiet: dict[DeviceId, DeviceSnapshot] = {}
         self._wake = asyncio.Event()
+        self._wake_at: float | None = None
         self._round = asyncio.Lock()
         self._changed = asyncio.Event()
         self._stopping = False
-        self._stops: dict[asyncio.Task[None], LiveReplica] = {}
         self.rounds = 0
         self.changes = 0
         """Grows with every change of a replica or of the plan: what was read before it may be stale."""
 
+    # --- what others ask ---------------------------------------------------------------------------------------------
+
     @property
     def node_id(self) -> NodeId:
         """This node's id."""
-        return self._node.id
+        return self.executor.node_id
 
-    # --- what others ask ---------------------------------------------------------------------------------------------
+    @property
+    def catalogue(self) -> Catalogue:
+        """The models that this node knows by itself."""
+        return self._catalogue
+
+    @catalogue.setter
+    def catalogue(self, catalogue: Catalogue) -> None:
+        self._catalogue = self.executor.catalogue = self.advertising.catalogue = catalogue
+
+    @property
+    def replicas(self) -> dict[ReplicaId, LiveReplica]:
+        """This node's own."""
+        return self.executor.replicas
+
+    @property
+    def fetches(self) -> dict[ReplicaId, FileFetch]:
+        """Replicas whose file is on its way to this node, or did not come."""
+        return self.executor.fetches
+
+    @property
+    def plan(self) -> Plan:
+        """The plan for every node that is alive: in force where this node coordinates, elsewhere what the coordinator makes of the same."""
+        return self._latest().plan
+
+    @property
+    def moves(self) -> tuple[Move, ...]:
+        """Replicas that are on their way from one device to another."""
+        return self._latest().moves
+
+    @property
+    def coordinates(self) -> bool:
+        """Whether this node is the coordinator, as it sees it."""
+        view = self.mesh()
+        return view is None or view.coordinator == self.node_id
 
     def wake(self) -> None:
         """Ask for a round soon."""
         self._wake.set()
+
+    def heard(self, keys: Iterable[str]) -> None:
+        """Records under `keys` have changed: ask for a round if they are about placement."""
+        mine = f"{ORDERS}{self.node_id}"
+        if any(key == mine or key.startswith((NODE, DEPLOYMENT, MEASURED)) for key in keys):
+            self.wake()
 
     async def changed(self) -> None:
         """Wait until a replica's state, a load's progress or the plan changes."""
         await self._changed.wait()
 
     async def snapshot(self) -> NodeSnapshot:
-        """This node and its devices now. While a device loads, its memory is in motion: for planning see `_planning_nodes`."""
-        devices = await asyncio.to_thread(self._probe, self._held())
-        return replace(self._node, devices=devices)
+        """This node and its devices now."""
+        return replace(await self.executor.snapshot(), draining=self.draining.on)
+
+    def nodes(self) -> list[NodeSnapshot]:
+        """Every live node as its advert has it, this one first."""
+        others = [each.node for each in self._adverts() if each.node.id != self.node_id]
+        return [*([] if self._advert is None else [self._advert.node]), *others]
 
     def settled(self) -> bool:
-        """True when every wanted replica is ready or has failed, and nothing is left to start."""
+        """True when every replica that this node should have is ready or has failed, and nothing is left to start."""
         if self.rounds == 0:
             return False
-        planned = {assignment.replica for assignment in self.plan.assignments}
-        return planned == set(self.replicas) and not any(live.worker.state in BUSY for live in self.replicas.values())
+        if self.coordinates:
+            wanted = {each.replica for each in self.plan.assignments if each.node == self.node_id}
+        else:
+            wanted = {each.replica for each in self._orders() or ()}
+        return wanted <= {*self.replicas, *self.fetches} and self.executor.settled()
+
+    def entries(self) -> dict[str, ModelEntry]:
+        """Every model that some live node knows, by name."""
+        return known_models(self._catalogue.entries, self._adverts(), wishes(self.records.map).values())
+
+    def find(self, model: str) -> ModelEntry | None:
+        """An entry by name or alias: this node's own, else a peer's."""
+        return self._catalogue.find(model) or self.entries().get(model)
 
     async def preview(self, deployment: Deployment) -> Plan:
-        """The plan as it would be with `deployment`. Raises the reason why its model cannot be planned here at all."""
-        entry = self.catalogue.resolve(deployment.model)
-        models = {**self._plannable()[0], entry.name: self._local(entry)}
-        others = [each for each in self.deployments.wanted() if each.model != entry.name and each.model in models]
-        return self._plan(await self._planning_nodes(), models, [*others, replace(deployment, model=entry.name)])
+        """The plan as it would be with `deployment`. Raises the reason why its model cannot be planned at all."""
+        entry = self._catalogue.find(deployment.model) or self.entries().get(deployment.model)
+        if entry is None or entry.name in self._catalogue.entries:
+            entry = self._catalogue.resolve(deployment.model)
+        await self._look(entry.name)
+        others = [each for each in self._wishes() if each.deployment.model != entry.name]
+        known = wishes(self.records.map).get(entry.name)
+        wish = Wish(self._exact(replace(deployment, model=entry.name)), None if known is None else known.entry)
+        view = self._view((*others, wish))
+        if entry.name in plannable(view.models, view.adverts, view.wishes, hub=view.hub).without_file:
+            raise file_missing(self._catalogue, entry)
+        return self._coordination.preview(view)
 
     def retry_failed(self, model: str) -> None:
         """Forget a model's failed replicas, so that the next round loads them again."""
-        for replica, live in list(self.replicas.items()):
-            if live.assignment.model == model and live.worker.state is ReplicaState.FAILED:
-                self._retire(replica)
+        self._coordination.forget(model)
+        self.executor.retry_failed(model)
+        self.wake()
+
+    async def drain(self) -> Drained:
+        """Give this node's memory back: replicas go elsewhere where they fit. Saved; returns what is planned. Idempotent."""
+        self.draining.set(True)
+        await self._look()
+        made = self._coordination.preview(self._view(self._wishes()))
+        here = [live.assignment for live in self.replicas.values()]
+        held = sum(device.memory_held for device in (await self.snapshot()).devices)
+        running = {report.assignment.replica for advert in self._adverts() for report in advert.replicas}
+        moves: list[Assignment] = []
+        unloaded: list[Assignment] = []
+        for assignment in here:
+            taken = {each.replica for each in moves}
+            successor = next(
+                (
+                    each
+                    for each in made.assignments
+                    if each.model == assignment.model and each.replica not in running and each.replica not in taken
+                ),
+                None,
+            )
+            if successor is None:
+                unloaded.append(assignment)
+            else:
+                moves.append(successor)
+        self.wake()
+        return Drained(tuple(moves), tuple(unloaded), Bytes(held))
+
+    def resume(self) -> None:
+        """Undo `drain`: the plan decides what comes back."""
+        self.draining.set(False)
         self.wake()
 
     # --- the rounds --------------------------------------------------------------------------------------------------
@@ -151,51 +277,37 @@ class Coordinator:
         """Round after round until cancelled; an unexpected error is logged and the next round tries again."""
         while True:
             self._wake.clear()
+            self._wake_at = None
             try:
                 await self.reconcile()
             except Exception:
                 log.exception("a placement round failed; the next one tries again")
             try:
-                async with asyncio.timeout(ROUND_SECONDS):
+                async with asyncio.timeout(self._patience()):
                     await self._wake.wait()
             except TimeoutError:
-                pass
+                continue
+            await asyncio.sleep(DEBOUNCE_SECONDS)
 
     async def reconcile(self) -> None:
-        """One round: plan, retire what the plan no longer has, start what it has and nobody runs."""
+        """One round: tell what is here, decide where it is this node's to decide, and carry this node's orders out."""
         async with self._round:
             if self._stopping:
                 return
-            await self._measure()
-            models, problems = self._plannable()
-            wanted = [deployment for deployment in self.deployments.wanted() if deployment.model in models]
-            nodes = await self._planning_nodes()
-            self.plan = self._plan(nodes, models, wanted)
-            self.problems = {**problems, **{r.model: refusal_error(r) for r in self.plan.refusals}}
-            planned = {assignment.replica: assignment for assignment in self.plan.assignments}
-            for replica, live in list(self.replicas.items()):
-                target = planned.get(replica)
-                if target is None or not _same_load(target, live.assignment):
-                    self._retire(replica)
-            loading = self._moving()
-            devices = {device.id: device for node in nodes for device in node.devices}
-            for assignment in self.plan.assignments:
-                if assignment.device in loading:
-                    continue
-                if (known := self.replicas.get(assignment.replica)) is not None:
-                    if known.worker.retry_due:
-                        loading.add(assignment.device)
-                        await known.worker.start()
-                    continue
-                entry = models[assignment.model]
-                variant = next(each for each in entry.variants if each.name == assignment.variant)
-                path = self.catalogue.path_of(entry, variant)
-                if path is None:
-                    # Gone since the round began, or only loaded copies are left. A later round looks again; waking one now would spin.
-                    self.problems[assignment.model] = self._missing(entry)
-                    continue
-                loading.add(assignment.device)
-                await self._load(assignment, devices[assignment.device], entry, path, variant.sha256)
+            await self.executor.measure()
+            advert = await self._look()
+            self._due(self.advertising.tell(advert))
+            if self._decides():
+                self._decide()
+            else:
+                self._stale = True
+            orders = self._orders()
+            if orders is not None:
+                await self.executor.carry_out(orders, {device.id: device for device in advert.node.devices})
+            self._find_problems()
+            if self._replicas_changed(advert):
+                self._advert = replace(advert, replicas=self.executor.reports())
+                self._due(self.advertising.tell(self._advert))
             self.rounds += 1
             self._pulse()
 
@@ -206,188 +318,147 @@ class Coordinator:
         """
         self._stopping = True
         async with self._round:
-            for live in list(self._stops.values()):
-                self._end(live, grace)  # it was given another grace, perhaps a longer one
-            for replica in list(self.replicas):
-                self._retire(replica, grace)
-        if self._stops:
-            await asyncio.wait(self._stops)
+            pass
+        await self.executor.stop(grace)
+
+    # --- what is known -----------------------------------------------------------------------------------------------
+
+    async def _look(self, *models: str) -> NodeAdvert:
+        """This node now, to plan with; its files of `models` count beside those of what is wanted."""
+        node = replace(await self.executor.quiet_snapshot(), draining=self.draining.on)
+        wanted = [*models, *(deployment.model for deployment in self.deployments.wanted())]
+        self._advert = self.advertising.advert(node, self.executor.reports(), wanted)
+        return self._advert
+
+    def _replicas_changed(self, advert: NodeAdvert) -> bool:
+        return self.executor.reports() != advert.replicas
+
+    def _adverts(self) -> list[NodeAdvert]:
+        """Of the nodes that this node sees alive; its own is the latest, told or not."""
+        view = self.mesh()
+        live: set[NodeId] = set()
+        if view is not None:
+            live = {member.node for member in view.members.values() if member.state in LIVE}
+        found = [advert for node, advert in adverts(self.records.map).items() if node in live and node != self.node_id]
+        return found if self._advert is None else [self._advert, *found]
+
+    def _wishes(self) -> list[Wish]:
+        return [replace(wish, deployment=self._exact(wish.deployment)) for wish in wishes(self.records.map).values()]
+
+    def _exact(self, deployment: Deployment) -> Deployment:
+        """Slots that share cells are never exact, and sharing is the default: without a word on slots there is one, as large."""
+        if self.executor.engines.exact and deployment.slots is deployment.kv_tokens is None:
+            return replace(deployment, slots=1)
+        return deployment
+
+    def _view(self, wanted: Sequence[Wish]) -> CoordinationView:
+        records = self.records.map
+        found = self._adverts()
+        orders = {advert.node.id: orders_for(records, advert.node.id) for advert in found}
+        versions = {
+            wish.deployment.model: record.stamp
+            for wish in wanted
+            if (record := records.record(DEPLOYMENT + wish.deployment.model)) is not None
+        }
+        return CoordinationView(
+            adverts=tuple(found),
+            wishes=tuple(wanted),
+            now=self._now(),
+            orders={node: each for node, each in orders.items() if each is not None},
+            models=self._catalogue.entries,
+            measured=self._measured.by_key(),
+            hub=self._hub,
+            versions=versions,
+        )
+
+    # --- decisions ---------------------------------------------------------------------------------------------------
+
+    def _decides(self) -> bool:
+        """Whether this node gives orders now: it coordinates, and has done so for long enough to know the others."""
+        view = self.mesh()
+        if view is None:
+            return True
+        if view.coordinator != self.node_id:
+            self._coordinates_since = None
+            return False
+        if self._coordinates_since is None:
+            self._coordinates_since = self._now()
+        hold = 0.0 if not view.members else ISOLATED_SECONDS if view.isolated else TAKE_OVER_SECONDS
+        due = self._coordinates_since + hold
+        if self._now() < due:
+            self._due(due)
+            return False
+        return True
+
+    def _decide(self) -> None:
+        self._decision, self._stale = self._coordination.decide(self._view(self._wishes())), False
+        self._due(self._decision.wake_at)
+        for node, assignments in self._decision.orders.items():
+            orders = Orders(node, self.node_id, assignments)
+            if orders_for(self.records.map, node) != orders:
+                self.records.put(f"{ORDERS}{node}", orders, saved=False)
+
+    def _orders(self) -> tuple[Assignment, ...] | None:
+        """This node's orders, by the word of whom it sees coordinate; None: keep what runs."""
+        orders = orders_for(self.records.map, self.node_id)
+        view = self.mesh()
+        coordinator = self.node_id if view is None else view.coordinator
+        if orders is None or orders.coordinator != coordinator:
+            return None
+        if coordinator == self.node_id and not self._decision.orders:
+            return None  # its own, of before its restart: they are decided anew in a moment
+        return orders.assignments
+
+    def _latest(self) -> Decision:
+        if self._stale and self._advert is not None:
+            # A machine of its own: looking must not count as deciding.
+            self._decision = replace(Coordination().decide(self._view(self._wishes())), orders={})
+            self._stale = False
+        return self._decision
+
+    def _find_problems(self) -> None:
+        """By wanted model: why it, or a part of it, is loaded nowhere."""
+        found: dict[str, TarsError] = {}
+        known = self.entries()
+        held = plannable(self._catalogue.entries, self._adverts(), self._wishes(), hub=self._hub)
+        for deployment in self.deployments.wanted():
+            entry = known.get(deployment.model)
+            if entry is None or (entry.name in held.without_file and entry.name in self._catalogue.entries):
+                try:
+                    entry = self._catalogue.resolve(deployment.model)
+                except TarsError as error:
+                    found[deployment.model] = error
+                    continue
+            if entry.name in held.without_file:
+                found[deployment.model] = file_missing(self._catalogue, entry)
+        for refusal in self.plan.refusals:
+            found.setdefault(refusal.model, refusal_error(refusal))
+        for fetch in self.fetches.values():
+            if fetch.error is not None:
+                found.setdefault(fetch.assignment.model, fetch.error)
+        self.problems = found
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
-    def _plan(
-        self, nodes: Sequence[NodeSnapshot], models: Mapping[str, ModelEntry], wanted: Sequence[Deployment]
-    ) -> Plan:
-        current = [live.assignment for live in self.replicas.values()]
-        if self._engines.exact:
-            # Slots that share cells are never exact, and sharing is the default: without a word on slots there is one, as large.
-            wanted = [replace(each, slots=1) if each.slots is each.kv_tokens is None else each for each in wanted]
-        return plan(nodes, models, wanted, current, self._measured.by_key())
-
-    async def _planning_nodes(self) -> list[NodeSnapshot]:
-        """The snapshot to plan from: a device whose memory is in motion counts as it was before that began."""
-        now = await self.snapshot()
-        loading = self._moving()
-        devices = []
-        for device in now.devices:
-            if device.id in loading and device.id in self._quiet:
-                devices.append(self._quiet[device.id])
-            else:
-                self._quiet[device.id] = device
-                devices.append(device)
-        return [replace(now, devices=tuple(devices))]
-
-    def _moving(self) -> set[DeviceId]:
-        """Devices whose memory is in motion: something loads there, or is being unloaded."""
-        busy = {live.assignment.device for live in self.replicas.values() if live.worker.state in BUSY}
-        return busy | {live.assignment.device for live in self._stops.values()}
-
-    def _plannable(self) -> tuple[dict[str, ModelEntry], dict[str, TarsError]]:
-        models: dict[str, ModelEntry] = {}
-        problems: dict[str, TarsError] = {}
-        for deployment in self.deployments.wanted():
-            try:
-                models[deployment.model] = self._local(self.catalogue.resolve(deployment.model))
-            except TarsError as error:
-                problems[deployment.model] = error
-        return models, problems
-
-    def _local(self, entry: ModelEntry) -> ModelEntry:
-        """The entry with only the variants whose files this node has, or has loaded: a share that is away for a moment unloads nothing."""
-        loaded = {live.assignment.variant for live in self.replicas.values() if live.assignment.model == entry.name}
-        local = tuple(
-            variant
-            for variant in entry.variants
-            if variant.name in loaded or self.catalogue.path_of(entry, variant) is not None
-        )
-        if not local:
-            raise self._missing(entry)
-        return replace(entry, variants=local)
-
-    def _missing(self, entry: ModelEntry) -> TarsError:
-        """Why no file of the model can be loaded, and where to get one."""
-        if (known := self.catalogue.missing(entry)) is not None:
-            return known
-        sources = "; ".join(f"{v.file} of {v.repo} on Hugging Face" for v in entry.variants if v.repo and v.file)
-        return ModelFileMissing(
-            f"the catalogue knows {entry.name}, but its file is not on this PC. "
-            + (f"Download {sources or 'it'}, then name it in a [[model]] table (name, path) of the node's ")
-            + "configuration, or start with `tars-node --model FILE`",
-            details={"model": entry.name},
-        )
-
-    def _held(self) -> dict[DeviceId, Bytes]:
-        """What this node's replicas hold on each device: measured where it can be, declared on a simulated device."""
-        held: dict[DeviceId, Bytes] = {}
-        for live in self.replicas.values():
-            if live.device.simulated:
-                taken = live.assignment.memory.total
-            elif live.taken is not None and live.worker.state is ReplicaState.READY:
-                taken = live.taken
-            else:
-                continue
-            held[live.assignment.device] = Bytes(held.get(live.assignment.device, 0) + taken)
-        return held
-
-    async def _measure(self) -> None:
-        """Note what each freshly loaded replica really took; the planner counts with it from now on.
-
-        On a card the driver's own word on the process is best. Where it has none (WSL2), the engine's difference of free memory misses
-        what the process took before it looked, its CUDA context, so the estimate's overhead is added.
-        """
-        fresh = [
-            live
-            for live in self.replicas.values()
-            if live.worker.state is ReplicaState.READY and live.worker.pid != live.measured_pid
-        ]
-        if not fresh:
-            return
-        await self.snapshot()  # a reading from after the loads
-        told = self._process_memory()
-        for live in fresh:
-            info, pid = live.worker.info, live.worker.pid
-            if info is None or pid is None:
-                continue
-            on_card = live.device.kind is DeviceKind.CUDA and not live.device.simulated
-            known = told.get(live.assignment.device, {}).get(pid) if on_card else None
-            overhead = live.assignment.memory.overhead if on_card else 0
-            live.taken = known or Bytes(info.memory_bytes + overhead)
-            live.measured_pid = pid
-            if self._tuned is not None:
-                self._tuned.learn(live.spec, live.device, info.tuned)
-            self._measured.learn(live.assignment, live.device, live.taken)
-
-    async def _load(
-        self, assignment: Assignment, device: DeviceSnapshot, entry: ModelEntry, path: Path, sha256: str | None
-    ) -> None:
-        settings, kind = assignment.settings, entry.kind
-        spec = LoadSpec(
-            replica=assignment.replica,
-            model=assignment.model,
-            engine="llama" if kind is ModelKind.CHAT else "sentence-transformers",
-            path=str(path),
-            sha256=sha256,
-            cuda_device=None if device.simulated or device.index is None else str(device.index),
-            context=settings.context,
-            slots=settings.slots,
-            kv_tokens=settings.kv_tokens or None,
-            gpu_layers=settings.gpu_layers,
-            threads=settings.threads,
-            batch=settings.batch,
-            micro_batch=settings.micro_batch,
-            flash_attention=settings.flash_attention,
-            kv_type=settings.kv_type.value,
-            mmap=settings.mmap,
-            precision=settings.precision.value,
-            batch_tokens=settings.batch_tokens,
-            inter_token_ms=self._engines.inter_token_ms,
-            exact=self._engines.exact,
-            adapters=[
-                AdapterSpec(name=each.name, path=str(self.catalogue.adapter_path(entry, each)), scale=each.scale)
-                for each in entry.adapters
-            ],
-            draft_path=None if (draft := self.catalogue.draft_path(entry)) is None else str(draft),
-            backend=None if kind is ModelKind.CHAT else self._engines.embedding_backend,
-        )
-        if self._tuned is not None:
-            spec = spec.model_copy(update={"tuned": self._tuned.known(spec, device)})
-        worker = self._make_worker(spec, lambda worker: self._on_change(assignment.replica, worker))
-        self.replicas[assignment.replica] = LiveReplica(assignment, device, kind, worker, spec)
-        log.info("loading %s on %s: %s", assignment.replica, device.name, assignment.reason)
-        await worker.start()
-
-    def _on_change(self, replica: ReplicaId, worker: ReplicaWorker) -> None:
-        live = self.replicas.get(replica)
-        settled = worker.state not in (ReplicaState.STARTING, ReplicaState.LOADING)
-        if live is not None and live.worker is worker and settled:
+    def _executor_changed(self, wake: bool) -> None:
+        if wake:
             self.wake()
         self._pulse()
 
-    def _retire(self, replica: ReplicaId, grace: float = STOP_GRACE_SECONDS) -> None:
-        log.info("unloading %s", replica)
-        self._end(self.replicas.pop(replica), grace)
+    def _patience(self) -> float:
+        """Seconds until the next round, if nothing happens."""
+        if self._wake_at is None:
+            return ROUND_SECONDS
+        return min(ROUND_SECONDS, max(0.0, self._wake_at - self._now()))
 
-    def _end(self, live: LiveReplica, grace: float) -> None:
-        replica = live.assignment.replica
-        task = asyncio.create_task(live.worker.stop(grace), name=f"stop {replica}")
-        self._stops[task] = live
-
-        def stopped(task: asyncio.Task[None]) -> None:
-            del self._stops[task]
-            if not task.cancelled() and task.exception() is not None:
-                log.error("stopping %s failed", replica, exc_info=task.exception())
-            self.wake()
-
-        task.add_done_callback(stopped)
+    def _due(self, at: float | None) -> None:
+        if at is not None and (self._wake_at is None or at < self._wake_at):
+            self._wake_at = at
 
     def _pulse(self) -> None:
         self.changes += 1
         self._changed.set()
         self._changed = asyncio.Event()
-
-
-def _same_load(planned: Assignment, live: Assignment) -> bool:
-    return (planned.variant, planned.device, planned.settings) == (live.variant, live.device, live.settings)
 
 
 def refusal_error(refusal: Refusal) -> DoesNotFit:

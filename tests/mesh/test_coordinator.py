@@ -244,10 +244,10 @@ async def test_a_file_deleted_during_a_round_does_not_keep_the_others_from_loadi
         Path(bench.catalogue.path_of(gone, gone.variants[0])).unlink(missing_ok=True)
         return good(held)
 
-    bench.coordinator._probe = deleting
+    bench.coordinator.executor.probe = deleting
     await bench.coordinator.reconcile()
     assert [worker.spec.model for worker in bench.workers] == [bench.second]
-    bench.coordinator._probe = good
+    bench.coordinator.executor.probe = good
     await bench.coordinator.reconcile()
     assert isinstance(bench.coordinator.problems[bench.model], ModelFileMissing)
 
@@ -262,7 +262,7 @@ async def test_a_round_that_fails_is_logged_and_the_next_one_works(bench, caplog
             raise failures.pop()
         return good(held)
 
-    bench.coordinator._probe = flaky
+    bench.coordinator.executor.probe = flaky
     running = asyncio.create_task(bench.coordinator.run())
     async with asyncio.timeout(5):
         await asyncio.to_thread(failed.wait)
@@ -344,7 +344,7 @@ async def test_a_worker_is_told_of_the_engines_settings_adapters_and_the_draft_m
     given = (AdapterSource(name="legal", path=adapter, scale=0.5),)
     model = ModelSource(name="mine", path=tiny_gguf, adapters=given, draft=draft)
     bench.coordinator.catalogue = Catalogue.load(builtin=False, extra=[model])
-    bench.coordinator._engines = EnginesSection(inter_token_ms=50.0, exact=True, embedding_backend="onnx")
+    bench.coordinator.executor.engines = EnginesSection(inter_token_ms=50.0, exact=True, embedding_backend="onnx")
     bench.deployments.deploy(Deployment("mine"))
     await bench.coordinator.reconcile()
     spec = bench.workers[0].spec
@@ -373,7 +373,7 @@ async def test_what_a_load_measured_is_told_to_the_next_of_the_same(tmp_path, ti
 
 
 async def test_exact_answers_do_not_share_a_cache_by_default(bench):
-    bench.coordinator._engines = EnginesSection(exact=True)
+    bench.coordinator.executor.engines = EnginesSection(exact=True)
     for model, slots in ((bench.model, None), (bench.second, 3)):
         bench.deployments.deploy(Deployment(model, context=512, slots=slots))
     await bench.coordinator.reconcile()

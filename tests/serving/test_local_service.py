@@ -22,7 +22,7 @@ from tars.errors import (
 )
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams, Generated, Reranked, RerankParams, Timings, Usage
-from tars.messages.node import DeployParams, EngineCounters, LoadProgress, MeasuredSpeeds
+from tars.messages.node import DeployParams, EngineCounters, LoadProgress
 from tars.serving.local_fleet import LocalFleet
 from tars.serving.local_service import LocalNodeService
 
@@ -173,18 +173,9 @@ async def test_a_saved_wish_for_a_model_that_the_catalogue_lost_can_be_removed(b
 
 async def test_those_who_describe_at_the_same_time_share_one_reading_of_the_devices(bench, service):
     readings, read = [], bench.probe
-    bench.coordinator._probe = lambda held: readings.append(held) or read(held)
+    bench.coordinator.executor.probe = lambda held: readings.append(held) or read(held)
     await asyncio.gather(*(service.describe() for _ in range(5)))
     assert len(readings) == 1
-
-
-async def test_the_router_counts_with_the_calls_that_a_worker_serves_at_once_and_not_with_planned_slots(bench):
-    bench.deployments.deploy(Deployment("tiny", slots=4))
-    await bench.coordinator.reconcile()
-    fleet = LocalFleet(bench.coordinator)
-    assert [candidate.slots for candidate in fleet.candidates("tiny")] == [4]
-    bench.workers[0].loaded()
-    assert [candidate.slots for candidate in fleet.candidates("tiny")] == [1]
 
 
 async def test_describe_shows_device_replica_and_errors(bench, service):
@@ -253,17 +244,6 @@ async def test_a_deployment_that_contradicts_itself_is_refused_and_not_wanted(be
     assert bench.deployments.get("tiny") is None
     accepted = await service.deploy(DeployParams(model="tiny", context=512, kv_tokens=1024, gpu_layers=1))
     assert [(each.slots, each.kv_tokens, each.gpu_layers) for each in accepted.assignments] == [(4, 1024, 1)]
-
-
-async def test_a_cold_replica_is_ranked_by_the_speed_that_it_measured(bench, service):
-    await service.deploy(DeployParams(model="tiny"))
-    await bench.coordinator.reconcile()
-    fleet = LocalFleet(bench.coordinator)
-    assert [each.speed for each in fleet.candidates("tiny")] == [None]
-    bench.workers[0].loaded()
-    speeds = MeasuredSpeeds(decode_tokens_per_second=58.5, texts_per_second=3.0)
-    bench.workers[0].info = bench.workers[0].info.model_copy(update={"speeds": speeds})
-    assert [each.speed for each in fleet.candidates("tiny")] == [58.5]
 
 
 async def test_a_model_shows_its_adapters(bench, service):

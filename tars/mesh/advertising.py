@@ -1,0 +1,89 @@
+"""Tells the mesh what this node is, has and runs: its advert, whenever it differs from the one that the peers have.
+
+Law of this file: it gathers and paces, and decides nothing; what is worth telling is `core.advert_changes`. At most one advert a second.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterable
+from functools import cache
+
+from tars import __version__
+from tars.catalogue import Catalogue
+from tars.core.advert_changes import differs
+from tars.core.records import HeldFile, NodeAdvert, ReplicaReport
+from tars.core.replicated_map import NODE
+from tars.core.types import ModelEntry, NodeSnapshot
+from tars.errors import TarsError
+from tars.mesh.replicated_store import Records
+
+log = logging.getLogger(__name__)
+
+PACE_SECONDS = 1.0
+"""Between two adverts of a node: a load that reports every percent is news once a second at most."""
+
+
+@cache
+def _builtin_models() -> frozenset[str]:
+    return frozenset(Catalogue.load().entries)
+
+
+class Advertising:
+    """See the module's law. `held` gives the files that peers may have from here; `client_url` where clients reach this node."""
+
+    def __init__(
+        self,
+        catalogue: Catalogue,
+        records: Records,
+        *,
+        held: Callable[[], Iterable[HeldFile]] = tuple,
+        client_url: Callable[[], str | None] = lambda: None,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self.catalogue = catalogue
+        self._records = records
+        self._held = held
+        self._client_url = client_url
+        self._now = now
+        self._told: NodeAdvert | None = None
+        self._told_at = -PACE_SECONDS
+
+    def advert(self, node: NodeSnapshot, replicas: tuple[ReplicaReport, ...], wanted: Iterable[str]) -> NodeAdvert:
+        """This node now. Files of `wanted` models count from the moment they are there, hashed or not."""
+        files = {(file.model, file.variant): file for file in self._held()}
+        for model in wanted:
+            entry = self.catalogue.find(model)
+            for variant in () if entry is None else entry.variants:
+                key = (model if entry is None else entry.name, variant.name)
+                if key not in files and entry is not None and self.catalogue.path_of(entry, variant) is not None:
+                    files[key] = HeldFile(*key, size=variant.shape.file_bytes)
+        return NodeAdvert(
+            node=node,
+            version=__version__,
+            replicas=replicas,
+            files=tuple(files[key] for key in sorted(files)),
+            models=self._own_models(),
+            client_url=self._client_url(),
+        )
+
+    def tell(self, advert: NodeAdvert) -> float | None:
+        """Write the advert, if it is news; when to try again, where the pace forbids it now."""
+        if not differs(self._told, advert):
+            return None
+        due = self._told_at + PACE_SECONDS
+        # A node that comes, goes or drains does not wait for its turn.
+        if self._now() < due and self._told is not None and self._told.node.draining == advert.node.draining:
+            return due
+        try:
+            self._records.put(f"{NODE}{advert.node.id}", advert, saved=False)
+        except TarsError as error:
+            log.error("this node's advert cannot be told: %s", error)
+        self._told, self._told_at = advert, self._now()
+        return None
+
+    def _own_models(self) -> tuple[ModelEntry, ...]:
+        """Entries that other nodes cannot know: `[[model]]` and `--model` of this one."""
+        known = _builtin_models()
+        return tuple(entry for name, entry in sorted(self.catalogue.entries.items()) if name not in known)

@@ -1,0 +1,458 @@
+"""Carries this node's orders out: fetch, load, wait, measure, unload; again whenever something changed.
+
+Law of this file: it decides nothing; what comes next is `core.node_steps`'s to say. It is level-triggered: every round starts from what is,
+so a lost wake-up or a crash costs at most one round. Loads on one device happen one at a time. Without fresh orders what runs is kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Protocol
+
+from tars.catalogue import Catalogue
+from tars.config import EnginesSection
+from tars.core.coordination_view import FETCH
+from tars.core.node_steps import next_steps
+from tars.core.records import HeldFile, ReplicaReport
+from tars.core.types import (
+    Assignment,
+    Bytes,
+    DeviceId,
+    DeviceKind,
+    DeviceSnapshot,
+    ModelEntry,
+    ModelKind,
+    NodeId,
+    NodeSnapshot,
+    ReplicaId,
+    ReplicaState,
+    Variant,
+)
+from tars.errors import InternalError, ModelFileMissing, TarsError
+from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.tuned_settings import TunedSettingsStore
+from tars.messages.files import TransferDescription
+from tars.messages.node import LoadProgress
+from tars.workers.engine import AdapterSpec, LoadSpec
+from tars.workers.supervisor import ReplicaWorker
+
+log = logging.getLogger(__name__)
+
+STOP_GRACE_SECONDS = 10.0
+"""What a replica that is moved or removed gets to finish its calls."""
+FETCH_AGAIN_SECONDS = 60.0
+"""A file that could not be had is asked for again so much later, where the node is still to have it: what came is kept."""
+ERROR_LENGTH_MOST = 1000
+"""Of an error in a report: every node keeps it."""
+
+BUSY = (ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING)
+
+
+@dataclass(slots=True)
+class LiveReplica:
+    """One assignment that is being carried out, and the worker that does it."""
+
+    assignment: Assignment
+    device: DeviceSnapshot
+    kind: ModelKind
+    worker: ReplicaWorker
+    spec: LoadSpec
+    taken: Bytes | None = None
+    """What the worker with `measured_pid` really took on the device; None before it was measured."""
+    measured_pid: int | None = None
+
+
+@dataclass(slots=True)
+class FileFetch:
+    """The file of an ordered replica on its way to this node, or why it did not come."""
+
+    assignment: Assignment
+    device: DeviceSnapshot
+    kind: ModelKind
+    progress: LoadProgress = field(default_factory=lambda: LoadProgress(stage=FETCH, percent=0.0))
+    task: asyncio.Task[None] | None = None
+    error: TarsError | None = None
+    again_at: float = 0.0
+
+    @property
+    def state(self) -> ReplicaState:
+        """As its replica's."""
+        return ReplicaState.STARTING if self.error is None else ReplicaState.FAILED
+
+
+StartWorker = Callable[[LoadSpec, Callable[[ReplicaWorker], None]], ReplicaWorker]
+"""Makes (does not start) a worker; tests give a fake."""
+
+
+class ModelFiles(Protocol):
+    """The model files of this node; `model_store.FileStore` is the real one."""
+
+    async def ensure(
+        self, entry: ModelEntry, variant: Variant, progress: Callable[[TransferDescription], None]
+    ) -> Path:
+        """The file (or folder), fetched if need be. Raises `TarsError`s."""
+
+    def held(self) -> list[HeldFile]:
+        """What is here."""
+
+
+class Executor:
+    """See the module's law. `probe(held)` reads the devices and may block; it runs in a thread. `on_change` is told of whatever changes."""
+
+    def __init__(
+        self,
+        node: NodeSnapshot,
+        *,
+        probe: Callable[[Mapping[DeviceId, Bytes]], tuple[DeviceSnapshot, ...]],
+        catalogue: Catalogue,
+        measured: MeasuredMemory,
+        make_worker: StartWorker,
+        on_change: Callable[[bool], None],
+        find: Callable[[str], ModelEntry | None],
+        tuned: TunedSettingsStore | None = None,
+        engines: EnginesSection | None = None,
+        process_memory: Callable[[], Mapping[DeviceId, Mapping[int, Bytes | None]]] = dict,
+        files: ModelFiles | None = None,
+        now: Callable[[], float] = time.monotonic,
+    ):
+        self.node = node
+        self.probe = probe
+        self.catalogue = catalogue
+        self._measured = measured
+        self._make_worker = make_worker
+        self._on_change = on_change
+        """`True`: a round should follow."""
+        self._find = find
+        self._tuned = tuned
+        self.engines = EnginesSection() if engines is None else engines
+        self._process_memory = process_memory
+        self._files = files
+        self._now = now
+        self.replicas: dict[ReplicaId, LiveReplica] = {}
+        self.fetches: dict[ReplicaId, FileFetch] = {}
+        self._quiet: dict[DeviceId, DeviceSnapshot] = {}
+        self._stops: dict[asyncio.Task[None], LiveReplica] = {}
+
+    @property
+    def node_id(self) -> NodeId:
+        """This node's id."""
+        return self.node.id
+
+    # --- what is here ------------------------------------------------------------------------------------------------
+
+    async def snapshot(self) -> NodeSnapshot:
+        """This node and its devices now. While a device loads, its memory is in motion: for planning see `quiet_snapshot`."""
+        devices = await asyncio.to_thread(self.probe, self._held())
+        return replace(self.node, devices=devices)
+
+    async def quiet_snapshot(self) -> NodeSnapshot:
+        """The snapshot to plan from: a device whose memory is in motion counts as it was before that began."""
+        now = await self.snapshot()
+        moving = self.moving()
+        devices = []
+        for device in now.devices:
+            if device.id in moving and device.id in self._quiet:
+                devices.append(self._quiet[device.id])
+            else:
+                self._quiet[device.id] = device
+                devices.append(device)
+        return replace(now, devices=tuple(devices))
+
+    def moving(self) -> set[DeviceId]:
+        """Devices whose memory is in motion: something loads there, or is being unloaded."""
+        busy = {live.assignment.device for live in self.replicas.values() if live.worker.state in BUSY}
+        return busy | {live.assignment.device for live in self._stops.values()}
+
+    def settled(self) -> bool:
+        """Whether nothing loads, restarts or is fetched."""
+        return not any(live.worker.state in BUSY for live in self.replicas.values()) and not any(
+            fetch.error is None for fetch in self.fetches.values()
+        )
+
+    def reports(self) -> tuple[ReplicaReport, ...]:
+        """Every replica as peers should know it, those too that are ending: their memory is not free yet."""
+        found = {
+            live.assignment.replica: replace(_report(live), state=ReplicaState.STOPPING)
+            for live in self._stops.values()
+        }
+        for fetch in self.fetches.values():
+            found[fetch.assignment.replica] = ReplicaReport(
+                fetch.assignment,
+                fetch.kind,
+                fetch.state,
+                stage=FETCH,
+                percent=fetch.progress.percent,
+                error=None if fetch.error is None else _short(fetch.error),
+            )
+        for live in self.replicas.values():
+            # One that ends under the same name comes first: its device waits for it.
+            found.setdefault(live.assignment.replica, _report(live))
+        return tuple(found[replica] for replica in sorted(found))
+
+    # --- a round -----------------------------------------------------------------------------------------------------
+
+    async def measure(self) -> None:
+        """Note what each freshly loaded replica really took; the planner counts with it from now on.
+
+        On a card the driver's own word on the process is best. Where it has none (WSL2), the engine's difference of free memory misses
+        what the process took before it looked, its CUDA context, so the estimate's overhead is added.
+        """
+        fresh = [
+            live
+            for live in self.replicas.values()
+            if live.worker.state is ReplicaState.READY and live.worker.pid != live.measured_pid
+        ]
+        if not fresh:
+            return
+        await self.snapshot()  # a reading from after the loads
+        told = self._process_memory()
+        for live in fresh:
+            info, pid = live.worker.info, live.worker.pid
+            if info is None or pid is None:
+                continue
+            on_card = live.device.kind is DeviceKind.CUDA and not live.device.simulated
+            known = told.get(live.assignment.device, {}).get(pid) if on_card else None
+            overhead = live.assignment.memory.overhead if on_card else 0
+            live.taken = known or Bytes(info.memory_bytes + overhead)
+            live.measured_pid = pid
+            if self._tuned is not None:
+                self._tuned.learn(live.spec, live.device, info.tuned)
+            self._measured.learn(live.assignment, live.device, live.taken)
+
+    async def carry_out(self, orders: Sequence[Assignment], devices: Mapping[DeviceId, DeviceSnapshot]) -> None:
+        """The next steps towards `orders`. `devices` are those of this node, as they were planned with."""
+        orders = [each for each in orders if each.device in devices]
+        held = {replica: live.assignment for replica, live in self.replicas.items()}
+        paths = {each.replica: self._path(each) for each in orders if each.replica not in held}
+        for replica in [replica for replica in self.fetches if replica not in paths]:
+            self._give_up(replica)
+        steps = next_steps(
+            orders,
+            held,
+            self.moving(),
+            retry_due=[replica for replica, live in self.replicas.items() if live.worker.retry_due],
+            without_file=[replica for replica, path in paths.items() if path is None],
+        )
+        for replica in steps.stop:
+            self.retire(replica)
+        for assignment in steps.fetch:
+            self._fetch(assignment, devices[assignment.device])
+        for assignment in steps.start:
+            if (known := self.replicas.get(assignment.replica)) is not None:
+                await known.worker.start()
+            elif (path := paths[assignment.replica]) is not None:
+                await self._load(assignment, devices[assignment.device], path)
+
+    def retry_failed(self, model: str) -> None:
+        """Forget a model's failed replicas and fetches, so that the next round begins them again."""
+        for replica, live in list(self.replicas.items()):
+            if live.assignment.model == model and live.worker.state is ReplicaState.FAILED:
+                self.retire(replica)
+        for replica, fetch in list(self.fetches.items()):
+            if fetch.assignment.model == model and fetch.error is not None:
+                self._give_up(replica)
+
+    def retire(self, replica: ReplicaId, grace: float = STOP_GRACE_SECONDS) -> None:
+        """Unload one, giving its calls so many seconds."""
+        log.info("unloading %s", replica)
+        self._end(self.replicas.pop(replica), grace)
+
+    async def stop(self, grace: float) -> None:
+        """Stop every worker, each within `grace` seconds; no worker outlives this call.
+
+        When it is cancelled the workers go on ending; called again it waits for them, with the grace it is given then.
+        """
+        for replica in list(self.fetches):
+            self._give_up(replica)
+        for live in list(self._stops.values()):
+            self._end(live, grace)  # it was given another grace, perhaps a longer one
+        for replica in list(self.replicas):
+            self.retire(replica, grace)
+        if self._stops:
+            await asyncio.wait(self._stops)
+
+    # --- files -------------------------------------------------------------------------------------------------------
+
+    def _entry(self, assignment: Assignment) -> tuple[ModelEntry, Variant] | None:
+        entry = self._find(assignment.model)
+        variant = (
+            None if entry is None else next((each for each in entry.variants if each.name == assignment.variant), None)
+        )
+        return None if entry is None or variant is None else (entry, variant)
+
+    def _path(self, assignment: Assignment) -> Path | None:
+        found = self._entry(assignment)
+        return None if found is None else self.catalogue.path_of(*found)
+
+    def _fetch(self, assignment: Assignment, device: DeviceSnapshot) -> None:
+        known = self.fetches.get(assignment.replica)
+        if known is not None and (known.error is None or self._now() < known.again_at):
+            return
+        found = self._entry(assignment)
+        kind = ModelKind.CHAT if found is None else found[0].kind
+        fetch = self.fetches[assignment.replica] = FileFetch(assignment, device, kind)
+        if found is None:
+            self._did_not_come(
+                fetch, ModelFileMissing(f"this node knows no {assignment.variant} of {assignment.model}")
+            )
+        elif self._files is None:
+            self._did_not_come(fetch, file_missing(self.catalogue, found[0]))
+        else:
+            log.info("fetching the file of %s", assignment.replica)
+            fetch.task = asyncio.create_task(
+                self._fetched(fetch, self._files, *found), name=f"file {assignment.replica}"
+            )
+
+    async def _fetched(self, fetch: FileFetch, files: ModelFiles, entry: ModelEntry, variant: Variant) -> None:
+        def report(transfer: TransferDescription) -> None:
+            share = transfer.bytes_done / transfer.bytes_total if transfer.bytes_total else 0.0
+            fetch.progress = LoadProgress(stage=FETCH, percent=round(100 * max(0.0, min(1.0, share)), 1))
+            self._on_change(False)
+
+        try:
+            await files.ensure(entry, variant, report)
+        except TarsError as error:
+            self._did_not_come(fetch, error)
+        except Exception as error:
+            log.exception("the file of %s could not be fetched", fetch.assignment.replica)
+            self._did_not_come(fetch, InternalError(f"the file of {entry.name} could not be fetched: {error}"))
+        else:
+            self.fetches.pop(fetch.assignment.replica, None)
+            self._on_change(True)
+
+    def _did_not_come(self, fetch: FileFetch, error: TarsError) -> None:
+        fetch.error, fetch.again_at = error, self._now() + FETCH_AGAIN_SECONDS
+        # Without a task it fails within a round: waking another one at once would spin.
+        self._on_change(fetch.task is not None)
+
+    def _give_up(self, replica: ReplicaId) -> None:
+        fetch = self.fetches.pop(replica)
+        if fetch.task is not None:
+            fetch.task.cancel()
+
+    # --- loads -------------------------------------------------------------------------------------------------------
+
+    def _held(self) -> dict[DeviceId, Bytes]:
+        """What this node's replicas hold on each device: measured where it can be, declared on a simulated device."""
+        held: dict[DeviceId, Bytes] = {}
+        for live in self.replicas.values():
+            if live.device.simulated:
+                taken = live.assignment.memory.total
+            elif live.taken is not None and live.worker.state is ReplicaState.READY:
+                taken = live.taken
+            else:
+                continue
+            held[live.assignment.device] = Bytes(held.get(live.assignment.device, 0) + taken)
+        return held
+
+    async def _load(self, assignment: Assignment, device: DeviceSnapshot, path: Path) -> None:
+        found = self._entry(assignment)
+        assert found is not None  # it has a path
+        entry, variant = found
+        settings, kind = assignment.settings, entry.kind
+        try:
+            adapters = [
+                AdapterSpec(name=each.name, path=str(self.catalogue.adapter_path(entry, each)), scale=each.scale)
+                for each in entry.adapters
+            ]
+            draft = self.catalogue.draft_path(entry)
+            if entry.draft is not None and draft is None:
+                raise KeyError(entry.name)
+        except KeyError:
+            fetch = self.fetches[assignment.replica] = FileFetch(assignment, device, kind)
+            why = f"{entry.name} has adapters or a draft model whose files are not on this node: they do not travel yet"
+            self._did_not_come(fetch, ModelFileMissing(why, details={"model": entry.name}))
+            return
+        self.fetches.pop(assignment.replica, None)
+        spec = LoadSpec(
+            replica=assignment.replica,
+            model=assignment.model,
+            engine="llama" if kind is ModelKind.CHAT else "sentence-transformers",
+            path=str(path),
+            sha256=variant.sha256,
+            cuda_device=None if device.simulated or device.index is None else str(device.index),
+            context=settings.context,
+            slots=settings.slots,
+            kv_tokens=settings.kv_tokens or None,
+            gpu_layers=settings.gpu_layers,
+            threads=settings.threads,
+            batch=settings.batch,
+            micro_batch=settings.micro_batch,
+            flash_attention=settings.flash_attention,
+            kv_type=settings.kv_type.value,
+            mmap=settings.mmap,
+            precision=settings.precision.value,
+            batch_tokens=settings.batch_tokens,
+            inter_token_ms=self.engines.inter_token_ms,
+            exact=self.engines.exact,
+            adapters=adapters,
+            draft_path=None if draft is None else str(draft),
+            backend=None if kind is ModelKind.CHAT else self.engines.embedding_backend,
+        )
+        if self._tuned is not None:
+            spec = spec.model_copy(update={"tuned": self._tuned.known(spec, device)})
+        worker = self._make_worker(spec, lambda worker: self._worker_changed(assignment.replica, worker))
+        self.replicas[assignment.replica] = LiveReplica(assignment, device, kind, worker, spec)
+        log.info("loading %s on %s: %s", assignment.replica, device.name, assignment.reason)
+        await worker.start()
+
+    def _worker_changed(self, replica: ReplicaId, worker: ReplicaWorker) -> None:
+        live = self.replicas.get(replica)
+        settled = worker.state not in (ReplicaState.STARTING, ReplicaState.LOADING)
+        self._on_change(live is not None and live.worker is worker and settled)
+
+    def _end(self, live: LiveReplica, grace: float) -> None:
+        replica = live.assignment.replica
+        task = asyncio.create_task(live.worker.stop(grace), name=f"stop {replica}")
+        self._stops[task] = live
+
+        def stopped(task: asyncio.Task[None]) -> None:
+            del self._stops[task]
+            if not task.cancelled() and task.exception() is not None:
+                log.error("stopping %s failed", replica, exc_info=task.exception())
+            self._on_change(True)
+
+        task.add_done_callback(stopped)
+
+
+def file_missing(catalogue: Catalogue, entry: ModelEntry) -> TarsError:
+    """Why no file of the model can be loaded, and where to get one."""
+    if (known := catalogue.missing(entry)) is not None:
+        return known
+    sources = "; ".join(f"{v.file} of {v.repo} on Hugging Face" for v in entry.variants if v.repo and v.file)
+    return ModelFileMissing(
+        f"the catalogue knows {entry.name}, but its file is not on this PC. "
+        + (f"Download {sources or 'it'}, then name it in a [[model]] table (name, path) of the node's ")
+        + "configuration, or start with `tars-node --model FILE`",
+        details={"model": entry.name},
+    )
+
+
+def _report(live: LiveReplica) -> ReplicaReport:
+    worker, info = live.worker, live.worker.info
+    speeds = None if info is None else info.speeds
+    speed = None
+    if speeds is not None:
+        speed = speeds.decode_tokens_per_second if live.kind is ModelKind.CHAT else speeds.texts_per_second
+    return ReplicaReport(
+        assignment=live.assignment,
+        kind=live.kind,
+        state=worker.state,
+        slots=live.assignment.settings.slots if info is None else info.slots,
+        taken=live.taken,
+        file_sha256=None if info is None else info.file_sha256,
+        speed=speed,
+        prefill_speed=None if speeds is None else speeds.prefill_tokens_per_second,
+        stage=None if worker.progress is None else worker.progress.stage,
+        percent=None if worker.progress is None else worker.progress.percent,
+        error=None if worker.last_error is None else _short(worker.last_error),
+    )
+
+
+def _short(error: TarsError) -> str:
+    return error.message[:ERROR_LENGTH_MOST]
