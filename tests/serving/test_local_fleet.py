@@ -1,0 +1,69 @@
+"""This node's replicas as the router sees them, on a coordinator whose workers only pretend to load."""
+
+import pytest
+from coordinator_bench import NODE, make_bench
+
+from tars.core.types import Deployment, ReplicaState
+from tars.errors import BadModelFile, ReplicaFailed, StillLoading
+from tars.messages.node import LoadProgress, MeasuredSpeeds
+from tars.serving.local_fleet import LocalFleet
+
+
+@pytest.fixture
+def bench(tmp_path, tiny_gguf):
+    return make_bench(tmp_path, tiny_gguf)
+
+
+@pytest.fixture
+async def fleet(bench):
+    """One wanted model, whose worker has been started and loads."""
+    bench.deployments.deploy(Deployment("tiny", slots=4))
+    await bench.coordinator.reconcile()
+    return LocalFleet(bench.coordinator)
+
+
+async def test_a_replica_is_offered_with_its_node_its_queue_and_its_cache(bench, fleet):
+    bench.workers[0].active_calls, bench.workers[0].queued_calls = 2, 3
+    (candidate,) = fleet.candidates("tiny")
+    assert (candidate.node, candidate.local, candidate.state) == (NODE.id, True, ReplicaState.LOADING)
+    assert (candidate.active, candidate.queued) == (2, 3)
+    assert candidate.cache_tokens > 0
+    assert fleet.candidates("second") == []
+    assert fleet.target(candidate.replica).served_by.replica == candidate.replica
+    with pytest.raises(KeyError):
+        fleet.target("nobody")
+
+
+async def test_the_router_counts_with_the_calls_that_a_worker_serves_at_once_and_not_with_planned_slots(bench, fleet):
+    assert [candidate.slots for candidate in fleet.candidates("tiny")] == [4]
+    bench.workers[0].loaded()
+    assert [candidate.slots for candidate in fleet.candidates("tiny")] == [1]
+
+
+async def test_a_cold_replica_is_ranked_by_the_speeds_that_it_measured(bench, fleet):
+    assert [(each.speed, each.prefill_speed) for each in fleet.candidates("tiny")] == [(None, None)]
+    bench.workers[0].loaded()
+    speeds = MeasuredSpeeds(decode_tokens_per_second=58.5, prefill_tokens_per_second=900.0, texts_per_second=3.0)
+    bench.workers[0].info = bench.workers[0].info.model_copy(update={"speeds": speeds})
+    assert [(each.speed, each.prefill_speed) for each in fleet.candidates("tiny")] == [(58.5, 900.0)]
+
+
+async def test_peers_hear_of_the_queues_of_ready_replicas_only(bench, fleet):
+    assert fleet.load() == []
+    bench.workers[0].loaded()
+    bench.workers[0].active_calls, bench.workers[0].queued_calls = 2, 3
+    ((replica, active, queued),) = fleet.load()
+    assert (replica, active, queued) == (fleet.candidates("tiny")[0].replica, 2, 3)
+
+
+async def test_without_a_ready_replica_the_error_says_why(bench, fleet):
+    bench.workers[0].progress = LoadProgress(stage="read", percent=40.0)
+    loading = fleet.not_ready("tiny")
+    assert isinstance(loading, StillLoading)
+    assert loading.details == {"stage": "read", "percent": 40.0}
+    bench.workers[0].failed(BadModelFile("the file is corrupt"))
+    assert fleet.not_ready("tiny") is bench.workers[0].last_error
+    bench.workers[0].last_error = None
+    assert isinstance(fleet.not_ready("tiny"), ReplicaFailed)
+    assert fleet.entries() == {}
+    assert [model.name for model in fleet.models()] == ["tiny"]
