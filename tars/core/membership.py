@@ -432,7 +432,7 @@ class Membership:
             and (update.state, update.incarnation) == (MemberState.SUSPECT, peer.incarnation)
             and update.accuser is not None
         ):
-            self._confirm(peer, peer.suspicion, update.accuser)
+            self._confirm(peer, peer.suspicion, update.accuser, now)
         elif update.state not in LIVE and update.incarnation < peer.incarnation:
             return self._update(peer)
         return None
@@ -504,19 +504,18 @@ class Membership:
         timer.due = max(now, peer.suspicion.started + self._length(peer.suspicion))
         self._rumours.add(self._update(peer))
 
-    def _confirm(self, peer: _Peer, suspicion: _Suspicion, accuser: NodeId) -> None:
+    def _confirm(self, peer: _Peer, suspicion: _Suspicion, accuser: NodeId, now: float) -> None:
         if accuser in suspicion.accusers or len(suspicion.accusers) > self._settings.confirmations:
             return
         suspicion.accusers.add(accuser)
         self._rumours.add(replace(self._update(peer), accuser=accuser))
-        self._rearm(peer, suspicion)
+        self._rearm(peer, suspicion, now)
 
-    def _rearm(self, peer: _Peer, suspicion: _Suspicion) -> None:
+    def _rearm(self, peer: _Peer, suspicion: _Suspicion, now: float) -> None:
         """Its end may have come nearer, which a timer that only moves away cannot follow."""
         suspicion.timer.cancelled = True
-        suspicion.timer = self._timers.at(
-            suspicion.started + self._length(suspicion), lambda at: self._expire(peer, at)
-        )
+        due = max(now, suspicion.started + self._length(suspicion))
+        suspicion.timer = self._timers.at(due, lambda at: self._expire(peer, at))
 
     def _length(self, suspicion: _Suspicion) -> float:
         settings = self._settings
@@ -582,11 +581,12 @@ class Membership:
         if peer.suspicion is None:
             self._suspect(peer, self.node, max(0, peer.incarnation), now)
         else:
-            self._confirm(peer, peer.suspicion, self.node)
+            self._confirm(peer, peer.suspicion, self.node, now)
         suspicion = peer.suspicion
         if suspicion is not None and not suspicion.mine:
-            suspicion.mine = True
-            self._rearm(peer, suspicion)
+            # What was only heard before may have been refuted meanwhile, unheard: the time to refute begins now.
+            suspicion.mine, suspicion.started = True, now
+            self._rearm(peer, suspicion, now)
             suspicion.check = self._timers.at(now, lambda at: self._check(peer, suspicion, at))
 
     def _check(self, peer: _Peer, suspicion: _Suspicion, now: float) -> None:

@@ -30,7 +30,7 @@ class Timers:
         self._set = 0
 
     def at(self, due: float, call: Callable[[float], None]) -> Timer:
-        """Call it once, when `due` has come."""
+        """Call it once, when `due` has come. Never give a time that is past: who looks at `next_due` would take itself for late."""
         timer = Timer(due, call)
         self._push(timer)
         return timer
