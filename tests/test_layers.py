@@ -149,6 +149,7 @@ NO_TEST_FILE = {
     "core/mesh_messages.py": "declarations; what they do is held by the tests of the machines that send them",
     "core/records.py": "declarations, likewise",
     "messages/base.py": "declarations; their validation is held by the method table's and the fuzzing tests",
+    "messages/files.py": "declarations, likewise",
     "messages/inference.py": "declarations, likewise",
     "messages/node.py": "declarations, likewise",
     "rpc/options.py": "declarations of bounds; each bound is held by the test of what it bounds",

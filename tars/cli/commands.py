@@ -30,9 +30,11 @@ from tars.cli.connection import (
     read_standard_input,
     report_failure,
 )
+from tars.cli.mesh_commands import key, node, token
 from tars.cli.output import embeddings_view, models_view, not_served, not_served_view, plain, rerank_view, status_view
 from tars.cli.plan_output import deploy_view
 from tars.cli.planning import explain, plan
+from tars.cli.pull import pull
 from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
 from tars.client import Client
 from tars.errors import PeerUnreachable
@@ -329,6 +331,10 @@ def ping(connection: Connection) -> int:
 cli.add_command(chat)
 cli.add_command(plan)
 cli.add_command(explain)
+cli.add_command(token)
+cli.add_command(key)
+cli.add_command(node)
+cli.add_command(pull)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

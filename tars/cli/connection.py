@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import os
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -23,8 +24,10 @@ from rich.console import Console
 
 from tars.cli.output import plain
 from tars.client import Client
+from tars.config import state_folder_of
 from tars.core.types import Bytes
 from tars.errors import ConfigError, TarsError
+from tars.mesh.operator_key import operator_key_for
 from tars.rpc.http_client import NodeNotReachable
 
 Answer = TypeVar("Answer")
@@ -40,8 +43,10 @@ PIPE_WIDTH = 120
 """Columns where standard output is no terminal: a plan's row fits, and it is the same on every machine, so that outputs compare."""
 
 HINTS = {
+    "transfer_failed": "the same command goes on where it was",
     "still_loading": "`tars status --wait` waits until it is loaded",
-    "unauthorized": "give the key with --api-key or in TARS_API_KEY",
+    "unauthorized": "give the key with --api-key or in TARS_API_KEY; on the node's own PC none is needed: `tars` reads the operator key in the "
+    "node's state folder (TARS_STATE_DIR, where that is not the default)",
     "unknown_model": "`tars models` lists the models that this node knows",
     "does_not_fit": "`tars explain MODEL` says why, device by device",
     "replica_failed": "`tars status` shows the reason",
@@ -72,8 +77,9 @@ class Connection:
     """Names that stood on the command line, so that an environment variable never overrides them."""
 
     def client(self) -> Client:
-        """A client for this node; use it as an async context manager."""
-        return Client(self.url, api_key=self.api_key, timeout=self.timeout)
+        """A client for this node; use it as an async context manager. Without a key it takes the operator key, where the node is on this PC."""
+        key = self.api_key if self.api_key is not None else operator_key_for(self.url, state_folder_of(os.environ))
+        return Client(self.url, api_key=key, timeout=self.timeout)
 
     def console(self, *, stderr: bool = False) -> Console:
         """A console for the answer (standard output) or for everything beside it (standard error)."""

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tars.core.types import Bytes
+from tars.messages.files import TransferDescription
 from tars.messages.inference import ChatResult, EmbedResult, RerankResult
 from tars.messages.node import (
     DeviceDescription,
@@ -133,6 +134,11 @@ def status_view(node: NodeDescription) -> Group:
         parts.append(_replicas_table(node.replicas))
     else:
         parts.append(Text("no model is loaded; `tars models` lists what can be, `tars deploy MODEL` deploys one"))
+    if node.transfers:
+        parts += [Text(), Text("model files on their way", style="bold")]
+        parts += [
+            Text(f"  {plain(each.model)} {plain(each.variant)}: {transfer_progress(each)}") for each in node.transfers
+        ]
     if node.recent_errors:
         parts += [Text(), Text("recent errors", style="bold")]
         parts += [
@@ -140,6 +146,20 @@ def status_view(node: NodeDescription) -> Group:
             for error in node.recent_errors[:SHOWN_ERRORS]  # newest first
         ]
     return Group(*parts)
+
+
+def transfer_progress(transfer: TransferDescription) -> str:
+    """How a transfer stands, in words."""
+    if transfer.note and transfer.stage == "look":
+        return plain(transfer.note)
+    if transfer.stage == "verify":
+        return "verifying"
+    if transfer.stage != "fetch":
+        return "looking for it"
+    text = f"{Bytes(transfer.bytes_done)} of {Bytes(transfer.bytes_total)}, {Bytes(int(transfer.bytes_per_second))}/s"
+    if transfer.sources:
+        text += f" from {', '.join(plain(source) for source in transfer.sources)}"
+    return text + (f" ({plain(transfer.note)})" if transfer.note else "")
 
 
 def not_served(models: ModelsResult) -> list[str]:

@@ -43,6 +43,8 @@ class FakeNode:
     hold_after: int | None = None
     """Of a stream: after so many pieces it stays open until the client goes away."""
     held: threading.Event = field(default_factory=threading.Event)
+    hold: dict[str, threading.Event] = field(default_factory=dict)
+    """Methods that are answered once their event is set."""
     left: threading.Event = field(default_factory=threading.Event)
     """Set when a held stream's client went away."""
 
@@ -56,6 +58,8 @@ class FakeNode:
         call = orjson.loads(await request.read())
         method, params = call["method"], call.get("params") or {}
         self.calls.append((method, params, dict(request.headers)))
+        if method in self.hold:
+            await asyncio.to_thread(self.hold[method].wait, 20)
         answer = self.answers.get(method)
         if callable(answer):
             answer = answer(params)
