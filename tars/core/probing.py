@@ -119,8 +119,10 @@ class Prober:
 
     def excuse(self, seconds: float) -> None:
         """Time that this node was not able to listen does not count against anybody."""
-        for waiting in (*self._probes.values(), *self._relays.values()):
-            waiting.timer.due += seconds
+        for timer in [probe.timer for probe in self._probes.values()] + [
+            relay.timer for relay in self._relays.values()
+        ]:
+            timer.due += seconds
         self.doubt(1)
 
     # --- asking -------------------------------------------------------------------------------------------------------
