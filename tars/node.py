@@ -230,7 +230,7 @@ class Node:
         loop = asyncio.get_running_loop()
         ends_at = loop.time() + grace
         if self._listener is not None:
-            await self.service.drain()
+            self.service.refuse_calls()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(ends_at):
                     await self.service.idle()

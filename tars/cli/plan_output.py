@@ -48,6 +48,12 @@ def plan_view(plan: PlanResult) -> Group:
     parts: list[RenderableType] = [table if plan.assignments else Text("nothing is placed")]
     if reasons:
         parts += [Text(), Text("why", style="bold"), *reasons]
+    if plan.moves:
+        parts += [Text(), Text("moving", style="bold")]
+        parts += [
+            Padding(Text(f"{plain(f'{move.model}: from {move.source} to {move.target}: {move.gain}')}"), (0, 0, 0, 2))
+            for move in plan.moves
+        ]
     parts += _idle_devices(plan)
     for refusal in plan.refusals:
         parts += [Text(), refusal_view(refusal)]
@@ -56,13 +62,12 @@ def plan_view(plan: PlanResult) -> Group:
 
 def _idle_devices(plan: PlanResult) -> list[RenderableType]:
     used = {assignment.device for assignment in plan.assignments}
-    names = {assignment.node: assignment.node_name for assignment in plan.assignments}
     lines: list[RenderableType] = []
     for device in plan.devices:
         if device.id not in used:
-            # A device's id begins with its node's; a device's description does not repeat the node's name.
-            node = names.get(device.id.partition("/")[0])
-            label = device_label(device.name, device.simulated) + (f" of {node}" if node else "")
+            label = device_label(device.name, device.simulated) + (
+                f" of {device.node_name}" if device.node_name else ""
+            )
             lines.append(Text(f"  {plain(label)}: {Bytes(device.memory_capacity_bytes)} usable"))
     return [Text(), Text("nothing placed on", style="bold"), *lines] if lines else []
 
@@ -94,7 +99,7 @@ def _verdicts_table(verdicts: Sequence[VerdictDescription]) -> Table:
     table = table_of("  device", "variant", "needed", "free", "verdict", "why", right=("needed", "free"))
     for verdict in verdicts:
         table.add_row(
-            cell(f"  {device_label(verdict.device_name)}"),
+            cell(f"  {_place(verdict)}"),
             cell(verdict.variant),
             cell(Bytes(verdict.needed_bytes)),
             cell(Bytes(verdict.free_bytes)),
@@ -102,6 +107,10 @@ def _verdicts_table(verdicts: Sequence[VerdictDescription]) -> Table:
             cell(verdict.reason),
         )
     return table
+
+
+def _place(verdict: VerdictDescription) -> str:
+    return device_label(verdict.device_name) + (f" of {verdict.node_name}" if verdict.node_name else "")
 
 
 def _accepted(verdict: VerdictDescription) -> Text:
@@ -115,7 +124,7 @@ def explain_view(explanation: ExplainResult) -> Group:
         table = table_of("device", "variant", "needed", "free", "", right=("needed", "free"))
         for verdict in explanation.verdicts:
             table.add_row(
-                cell(device_label(verdict.device_name)),
+                cell(_place(verdict)),
                 cell(verdict.variant),
                 cell(Bytes(verdict.needed_bytes)),
                 cell(Bytes(verdict.free_bytes)),

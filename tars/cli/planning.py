@@ -62,7 +62,7 @@ class Fleet:
             assignments=[
                 describe_assignment(each, self.nodes) for each in plan.assignments if each.model == entry.name
             ],
-            verdicts=[describe_verdict(verdict) for verdict in plan.verdicts.get(entry.name, ())],
+            verdicts=[describe_verdict(verdict, self.nodes) for verdict in plan.verdicts.get(entry.name, ())],
             remedy=next((each.remedy for each in plan.refusals if each.model == entry.name), None),
             replicas=[],
             text=explain_words(entry.name, plan, self.nodes),

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tars.core.coordination_view import Move
 from tars.core.types import Assignment, DeviceId, DeviceVerdict, NodeSnapshot, Plan
 
 
-def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot]) -> str:
-    """Where the model's replicas are and why, why not elsewhere, and what would make missing ones fit."""
+def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot], moves: Sequence[Move] = ()) -> str:
+    """Where the model's replicas are and why, what moves, why not elsewhere, and what would make missing ones fit."""
     names = {node.id: node.name for node in nodes}
     homes = {device.id: (device.name, names[node.id]) for node in nodes for device in node.devices}
     lines: list[str] = []
@@ -25,6 +26,10 @@ def explain(model: str, plan: Plan, nodes: Sequence[NodeSnapshot]) -> str:
         copies = "is" if len(same) == 1 else f"has {len(same)} replicas"
         lines.append(f"{model} ({assignment.variant}) {copies} on {device} of {node}: {assignment.reason}.")
         lines.append(f"  {_parts(assignment)}")
+    for move in moves:
+        if move.model == model:
+            source, target = (" of ".join(homes.get(each, (each, ""))) for each in (move.source, move.target))
+            lines.append(f"{model} moves from {source} to {target}, where it is loaded first: {move.gain}.")
     refusal = next((each for each in plan.refusals if each.model == model), None)
     if refusal is not None:
         count = "1 replica fits" if refusal.replicas_missing == 1 else f"{refusal.replicas_missing} replicas fit"

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from tars.catalogue import Catalogue
 from tars.config import Config, load_config
+from tars.core.coordination_view import Move
 from tars.core.types import (
     Assignment,
     Deployment,
+    DeviceId,
     DeviceSnapshot,
     DeviceVerdict,
     NodeId,
@@ -26,6 +28,7 @@ from tars.errors import ConfigError
 from tars.messages.node import (
     AssignmentDescription,
     DeviceDescription,
+    MoveDescription,
     PlanResult,
     RefusalDescription,
     VerdictDescription,
@@ -35,8 +38,8 @@ NODE_NAMESPACE = uuid.UUID("6a0f0a52-7d0c-5f0e-9d9c-1f4c2f6f3b11")
 """For the ids of nodes that exist only as a file: the same name, the same id, hence the same plan."""
 
 
-def describe_device(snapshot: DeviceSnapshot) -> DeviceDescription:
-    """One device as `node.describe` and `mesh.plan` show it."""
+def describe_device(snapshot: DeviceSnapshot, node_name: str = "") -> DeviceDescription:
+    """One device as `node.describe` and `mesh.plan` show it; the latter with its node's name."""
     capability = snapshot.compute_capability
     return DeviceDescription(
         id=snapshot.id,
@@ -55,6 +58,7 @@ def describe_device(snapshot: DeviceSnapshot) -> DeviceDescription:
         power_watts=snapshot.power_watts,
         driver=snapshot.driver,
         notes=list(snapshot.notes),
+        node_name=node_name,
     )
 
 
@@ -84,8 +88,8 @@ def describe_assignment(assignment: Assignment, nodes: Sequence[NodeSnapshot]) -
     )
 
 
-def describe_verdict(verdict: DeviceVerdict) -> VerdictDescription:
-    """Why a model went, or did not go, to one device."""
+def describe_verdict(verdict: DeviceVerdict, nodes: Sequence[NodeSnapshot] = ()) -> VerdictDescription:
+    """Why a model went, or did not go, to one device, and whose that is."""
     return VerdictDescription(
         device=verdict.device,
         device_name=verdict.device_name,
@@ -94,25 +98,44 @@ def describe_verdict(verdict: DeviceVerdict) -> VerdictDescription:
         needed_bytes=int(verdict.needed),
         free_bytes=int(verdict.free),
         reason=verdict.reason,
+        node_name=_owners(nodes).get(verdict.device, ""),
     )
 
 
-def describe_refusal(refusal: Refusal) -> RefusalDescription:
+def _owners(nodes: Sequence[NodeSnapshot]) -> dict[DeviceId, str]:
+    return {device.id: node.name for node in nodes for device in node.devices}
+
+
+def describe_move(move: Move, nodes: Sequence[NodeSnapshot]) -> MoveDescription:
+    """A replica on its way."""
+    places = {device.id: f"{device.name} of {node.name}" for node in nodes for device in node.devices}
+    return MoveDescription(
+        replica=move.replica,
+        successor=move.successor,
+        model=move.model,
+        source=places.get(move.source, move.source),
+        target=places.get(move.target, move.target),
+        gain=move.gain,
+    )
+
+
+def describe_refusal(refusal: Refusal, nodes: Sequence[NodeSnapshot] = ()) -> RefusalDescription:
     """A model that fits nowhere, and what would help."""
     return RefusalDescription(
         model=refusal.model,
         replicas_missing=refusal.replicas_missing,
         remedy=refusal.remedy,
-        verdicts=[describe_verdict(verdict) for verdict in refusal.verdicts],
+        verdicts=[describe_verdict(verdict, nodes) for verdict in refusal.verdicts],
     )
 
 
-def plan_result(plan: Plan, nodes: Sequence[NodeSnapshot]) -> PlanResult:
+def plan_result(plan: Plan, nodes: Sequence[NodeSnapshot], moves: Sequence[Move] = ()) -> PlanResult:
     """`mesh.plan`'s answer."""
     return PlanResult(
         assignments=[describe_assignment(assignment, nodes) for assignment in plan.assignments],
-        refusals=[describe_refusal(refusal) for refusal in plan.refusals],
-        devices=[describe_device(device) for node in nodes for device in node.devices],
+        refusals=[describe_refusal(refusal, nodes) for refusal in plan.refusals],
+        devices=[describe_device(device, node.name) for node in nodes for device in node.devices],
+        moves=[describe_move(move, nodes) for move in moves],
     )
 
 

@@ -35,6 +35,7 @@ class DeviceDescription(Message):
     power_watts: float | None
     driver: str | None
     notes: list[str]
+    node_name: str = Field("", description="In a plan of several nodes: whose it is.")
 
 
 class LoadProgress(Message):
@@ -179,13 +180,6 @@ class NodeDescription(Message):
     )
 
 
-class DrainResult(Message):
-    """`node.drain` and `node.resume`."""
-
-    state: str
-    active_calls: int
-
-
 class PeerDescription(Message):
     """One node as this node sees it; a single node sees itself."""
 
@@ -241,6 +235,7 @@ class VerdictDescription(Message):
     needed_bytes: int
     free_bytes: int
     reason: str
+    node_name: str = ""
 
 
 class AssignmentDescription(Message):
@@ -266,6 +261,22 @@ class AssignmentDescription(Message):
     reason: str
 
 
+class DrainResult(Message):
+    """`node.drain` and `node.resume`."""
+
+    state: str
+    active_calls: int
+    moved: list[AssignmentDescription] = Field(
+        default_factory=list, description="Where replicas of this node go; those here stay until these are ready."
+    )
+    unloaded: list[str] = Field(
+        default_factory=list,
+        description="Models whose replicas fit nowhere else: they answer again after `node.resume`.",
+    )
+    freed_bytes: int = Field(0, description="What this node's replicas hold, all of which comes back.")
+    message: str = Field("", description="The same for people.")
+
+
 class RefusalDescription(Message):
     """A model that fits nowhere, with bytes needed against bytes free per device."""
 
@@ -275,12 +286,24 @@ class RefusalDescription(Message):
     verdicts: list[VerdictDescription]
 
 
+class MoveDescription(Message):
+    """A healthy replica on its way to another device; it answers here until its successor is ready there."""
+
+    replica: str
+    successor: str
+    model: str
+    source: str = Field(description="`RTX 3060 of pc1`.")
+    target: str
+    gain: str = Field(description="What the move is good for.")
+
+
 class PlanResult(Message):
     """`mesh.plan`: the whole plan, also what `tars plan` prints."""
 
     assignments: list[AssignmentDescription]
     refusals: list[RefusalDescription]
     devices: list[DeviceDescription]
+    moves: list[MoveDescription] = Field(default_factory=list)
 
 
 class ExplainResult(Message):

@@ -177,8 +177,12 @@ _ROWS = (
     MethodSpec("rpc.discover", "The OpenRPC 1.3 document of this node, made from the method table."),
     MethodSpec("node.ping", "Is the node there, and ready? Costs nothing.", result=PingResult),
     MethodSpec("node.describe", "Devices, replicas, measured speeds, counters.", result=NodeDescription),
-    MethodSpec("node.drain", "Take no new inference calls; running ones go on.", result=DrainResult),
-    MethodSpec("node.resume", "Undo `node.drain`.", result=DrainResult),
+    MethodSpec(
+        "node.drain",
+        "Give this node's memory back: replicas go elsewhere where they fit; running calls go on.",
+        result=DrainResult,
+    ),
+    MethodSpec("node.resume", "Undo `node.drain`: the plan decides what is loaded here again.", result=DrainResult),
     MethodSpec("mesh.peers", "The nodes that this node sees, itself included.", result=PeersResult),
     MethodSpec("mesh.plan", "Which replica goes on which device and why; what was refused.", result=PlanResult),
     MethodSpec(

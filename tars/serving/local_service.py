@@ -15,11 +15,11 @@ from typing import Any
 from tars import __version__
 from tars.core.explanation import explain
 from tars.core.placement_cost import contradiction
-from tars.core.types import Deployment, KvType, NodeSnapshot, ReplicaState
+from tars.core.types import Deployment, KvType, ModelEntry, NodeSnapshot, ReplicaState
 from tars.errors import InvalidParams, ModelFileMissing, TarsError
 from tars.mesh.administration import Administration
 from tars.mesh.client_keys import ClientKeys
-from tars.mesh.coordinator import Coordinator, LiveReplica, refusal_error
+from tars.mesh.coordinator import Coordinator, Drained, FileFetch, LiveReplica, refusal_error
 from tars.mesh.model_store import FileStore
 from tars.mesh.plan_report import describe_assignment, describe_device, describe_verdict, plan_result
 from tars.messages.base import CallContext
@@ -101,6 +101,7 @@ class LocalNodeService:
         self._snapshot: tuple[float, int, NodeSnapshot] | None = None
         self._probing = asyncio.Lock()
         self._pong: PingResult | None = None
+        self._closing = False
 
     # --- the node ----------------------------------------------------------------------------------------------------
 
@@ -155,14 +156,30 @@ class LocalNodeService:
         return self._config
 
     async def drain(self) -> DrainResult:
-        """Running calls go on."""
-        self._inference.draining = True
-        return DrainResult(state=self._state(), active_calls=self._calls.active)
+        """Running calls go on; replicas go elsewhere where they fit, and this node's memory comes back."""
+        drained = await self._coordinator.drain()
+        nodes = self._coordinator.nodes()
+        return DrainResult(
+            state=self._state(),
+            active_calls=self._calls.active,
+            moved=[describe_assignment(each, nodes) for each in drained.moves],
+            unloaded=sorted({each.model for each in drained.unloaded}),
+            freed_bytes=int(drained.freed),
+            message=drain_message(drained, nodes, self._name),
+        )
 
     async def resume(self) -> DrainResult:
-        """Take calls again."""
-        self._inference.draining = False
-        return DrainResult(state=self._state(), active_calls=self._calls.active)
+        """Take calls and replicas again."""
+        self._coordinator.resume()
+        return DrainResult(
+            state=self._state(),
+            active_calls=self._calls.active,
+            message=f"{self._name} takes replicas again: what fits nowhere else is loaded now; what moved stays where it is.",
+        )
+
+    def refuse_calls(self) -> None:
+        """The node ends: no new call, and nothing moves because of that."""
+        self._closing = True
 
     # --- the mesh: one node sees itself ------------------------------------------------------------------------------
 
@@ -171,7 +188,7 @@ class LocalNodeService:
         me = PeerDescription(
             node=self.node_id,
             name=self._name,
-            state="DRAINING" if self._inference.draining else "ALIVE",
+            state="DRAINING" if self._coordinator.draining.on else "ALIVE",
             addresses=self._addresses(),
             coordinator=True,
         )
@@ -179,13 +196,13 @@ class LocalNodeService:
 
     async def plan(self) -> PlanResult:
         """The plan in force."""
-        return plan_result(self._coordinator.plan, [await self._recent_snapshot()])
+        return plan_result(self._coordinator.plan, await self._nodes(), self._coordinator.moves)
 
     async def explain(self, model: str) -> ExplainResult:
         """For a deployed model the plan in force; for another one what would happen if it were deployed."""
-        entry = self._coordinator.catalogue.resolve(model)
+        entry = self._entry(model)
         deployment = self._coordinator.deployments.get(entry.name)
-        nodes = [await self._recent_snapshot()]
+        nodes = await self._nodes()
         problem = self._coordinator.problems.get(entry.name)
         if deployment is not None:
             plan = self._coordinator.plan
@@ -196,12 +213,13 @@ class LocalNodeService:
                 plan, problem = self._coordinator.plan, error
         verdicts = plan.verdicts.get(entry.name, ())
         remedy = next((each.remedy for each in plan.refusals if each.model == entry.name), None)
-        text = problem.message if problem is not None and not verdicts else explain(entry.name, plan, nodes)
+        words = explain(entry.name, plan, nodes, self._coordinator.moves)
+        text = problem.message if problem is not None and not verdicts else words
         return ExplainResult(
             model=entry.name,
             deployed=deployment is not None,
             assignments=[describe_assignment(each, nodes) for each in plan.assignments if each.model == entry.name],
-            verdicts=[describe_verdict(verdict) for verdict in verdicts],
+            verdicts=[describe_verdict(verdict, nodes) for verdict in verdicts],
             remedy=remedy or (problem.message if problem else None),
             replicas=[each for each in self._replicas() if each.model == entry.name],
             text="\n".join([text, *self._routing(entry.name)]),
@@ -238,7 +256,7 @@ class LocalNodeService:
 
     async def deploy(self, params: DeployParams) -> DeployResult:
         """Refused, and not wanted, where it fits nowhere."""
-        entry = self._coordinator.catalogue.resolve(params.model)
+        entry = self._entry(params.model)
         deployment = Deployment(
             model=entry.name,
             replicas=params.replicas,
@@ -258,7 +276,7 @@ class LocalNodeService:
             raise refusal_error(refusal)
         self._coordinator.deployments.deploy(deployment)
         self._coordinator.retry_failed(entry.name)
-        nodes = [await self._recent_snapshot()]
+        nodes = await self._nodes()
         return DeployResult(
             model=entry.name,
             accepted=True,
@@ -268,7 +286,7 @@ class LocalNodeService:
     async def remove(self, model: str) -> RemoveResult:
         """Unloading goes on after the answer."""
         # Not `resolve`: a model whose file is bad, or that left the configuration, must still be removable.
-        entry = self._coordinator.catalogue.find(model)
+        entry = self._coordinator.find(model)
         name = model if entry is None else entry.name
         removed = self._coordinator.deployments.remove(name)
         if entry is None and not removed:
@@ -304,23 +322,23 @@ class LocalNodeService:
 
     def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | ChatResult]:
         """See `serving.inference`."""
-        return self._inference.chat(params, call)
+        return self._serving().chat(params, call)
 
     def complete(self, params: CompleteParams, call: CallContext) -> AsyncGenerator[Delta | CompleteResult]:
         """See `serving.inference`."""
-        return self._inference.complete(params, call)
+        return self._serving().complete(params, call)
 
     async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
         """See `serving.inference`."""
-        return await self._inference.embed(params, call)
+        return await self._serving().embed(params, call)
 
     async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
         """See `serving.inference`."""
-        return await self._inference.rerank(params, call)
+        return await self._serving().rerank(params, call)
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """See `serving.inference`."""
-        return await self._inference.tokenize(params, call)
+        return await self._serving().tokenize(params, call)
 
     def call_started(self, method: str) -> None:
         """Count a call."""
@@ -338,7 +356,7 @@ class LocalNodeService:
         return self._files
 
     def _state(self) -> str:
-        if self._inference.draining:
+        if self._closing or self._coordinator.draining.on:
             return "draining"
         return "ready" if self._coordinator.settled() else "loading"
 
@@ -346,6 +364,23 @@ class LocalNodeService:
         """Where a usual call to the model would go now, where there is a choice."""
         reasons = self._router.ranked(model)
         return ["A call now:", *(f"  {replica}: {why}" for replica, why in reasons.items())] if len(reasons) > 1 else []
+
+    def _entry(self, model: str) -> ModelEntry:
+        """By name or alias: this node's own, looked at again where its file was bad; else a peer's. Raises `UnknownModel`."""
+        entry = self._coordinator.find(model)
+        own = self._coordinator.catalogue
+        return own.resolve(model) if entry is None or entry.name in own.entries else entry
+
+    async def _nodes(self) -> list[NodeSnapshot]:
+        """Every live node; this one as it is now, the others as they told last."""
+        own = await self._recent_snapshot()
+        return [own, *(node for node in self._coordinator.nodes() if node.id != own.id)]
+
+    def _serving(self) -> Inference:
+        """In a mesh a node that drains still sends calls to the others; alone it can only refuse them."""
+        alone = all(node.id == self.node_id for node in self._coordinator.nodes())
+        self._inference.draining = self._closing or (self._coordinator.draining.on and alone)
+        return self._inference
 
     async def _recent_snapshot(self) -> NodeSnapshot:
         async with self._probing:  # those who ask meanwhile share the answer, however slow the driver is
@@ -365,7 +400,44 @@ class LocalNodeService:
         return "refused" if not states and model in self._coordinator.problems else "loading"
 
     def _replicas(self) -> list[ReplicaDescription]:
-        return [_describe_replica(live) for live in self._coordinator.replicas.values()]
+        return [
+            *(_describe_replica(live) for live in self._coordinator.replicas.values()),
+            *(_describe_fetch(fetch) for fetch in self._coordinator.fetches.values()),
+        ]
+
+
+def drain_message(drained: Drained, nodes: Sequence[NodeSnapshot], name: str) -> str:
+    """What a person who wants the memory now should know."""
+    names = {node.id: node.name for node in nodes}
+    parts = [f"{name} gives {drained.freed} back" if drained.freed else f"{name} held nothing"]
+    for each in drained.moves:
+        parts.append(f"{each.model} goes to {names.get(each.node, each.node)} and stays here until it is ready there")
+    for model in sorted({each.model for each in drained.unloaded}):
+        parts.append(f"{model} fits nowhere else and is unloaded: it answers again after `node.resume`")
+    return f"{'; '.join(parts)}."
+
+
+def _describe_fetch(fetch: FileFetch) -> ReplicaDescription:
+    assignment = fetch.assignment
+    return ReplicaDescription(
+        id=assignment.replica,
+        model=assignment.model,
+        model_kind=fetch.kind.value,
+        variant=assignment.variant,
+        device=assignment.device,
+        device_name=fetch.device.name,
+        simulated=fetch.device.simulated,
+        state=fetch.state.value,
+        progress=fetch.progress,
+        estimated_bytes=int(assignment.memory.total),
+        info=None,
+        restarts=0,
+        active_calls=0,
+        queued_calls=0,
+        calls_total=0,
+        last_error=None if fetch.error is None else fetch.error.message,
+        reason=assignment.reason,
+    )
 
 
 def _describe_replica(live: LiveReplica) -> ReplicaDescription:

@@ -122,7 +122,7 @@ class NodeService(Protocol):
         ...
 
     async def drain(self) -> DrainResult:
-        """Take no new inference calls; running ones go on. Idempotent."""
+        """Give this node's memory back: replicas go elsewhere where they fit; running calls go on. Outlives restarts. Idempotent."""
         ...
 
     async def resume(self) -> DrainResult:

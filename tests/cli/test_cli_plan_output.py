@@ -73,7 +73,9 @@ def test_free_before_is_what_the_other_replicas_of_the_device_leave(make: Simple
 
 
 def test_a_plan_shows_each_replica_with_its_bytes_and_reason(make: SimpleNamespace) -> None:
-    idle = make.device("NVIDIA GeForce RTX 4090", id="0123456789abcdef/gpu-1", memory_capacity_bytes=20 * GIB)
+    idle = make.device(
+        "NVIDIA GeForce RTX 4090", id="0123456789abcdef/gpu-1", memory_capacity_bytes=20 * GIB, node_name="pc1"
+    )
     simulated = make.device(simulated=True)
     text = drawn(output.plan_view(PlanResult(assignments=[assignment()], refusals=[], devices=[simulated, idle])))
     line = row(text, "mistral-7b")
