@@ -191,10 +191,10 @@ class PretendPeers:
 class MeshNode(FakeNode):
     """A node whose inference is real down to the target."""
 
-    def __init__(self, mesh, name):
+    def __init__(self, mesh, name, id=None):
         super().__init__()
         self.name = name
-        self.id = self.node_id = NodeId(f"id-of-{name}")
+        self.id = self.node_id = id or NodeId(f"id-of-{name}")
         self.replicas = []
         self.wanted = []
         self.draining = False

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tars.core.coordination_view import FETCH
 from tars.core.routing import Candidate
 from tars.core.types import ModelEntry, ModelKind, ReplicaId, ReplicaState
 from tars.errors import StillLoading, TarsError
@@ -41,8 +42,8 @@ class LocalFleet:
         return {}
 
     def candidates(self, model: str) -> Sequence[Candidate]:
-        """The model's replicas on this node."""
-        return [
+        """The model's replicas on this node, those too whose file is still coming."""
+        found = [
             Candidate(
                 replica=replica,
                 model=model,
@@ -60,6 +61,12 @@ class LocalFleet:
             for replica, live in self._coordinator.replicas.items()
             if live.assignment.model == model
         ]
+        found += [
+            Candidate(replica, model, fetch.kind, fetch.state, node=fetch.assignment.node)
+            for replica, fetch in self._coordinator.fetches.items()
+            if fetch.assignment.model == model and replica not in self._coordinator.replicas
+        ]
+        return found
 
     def target(self, replica: ReplicaId) -> LocalTarget:
         """The worker behind a replica."""
@@ -80,9 +87,21 @@ class LocalFleet:
         for each in live:
             if each.worker.state is ReplicaState.FAILED and each.worker.last_error is not None:
                 return each.worker.last_error
-        error = no_replica_error([each.worker.state for each in live] or [ReplicaState.STARTING], model)
-        progress = next((each.worker.progress for each in live if each.worker.progress is not None), None)
+        fetches = [each for each in self._coordinator.fetches.values() if each.assignment.model == model]
+        if not live:
+            for fetch in fetches:
+                if fetch.error is not None:
+                    return fetch.error
+        states = [*(each.worker.state for each in live), *(each.state for each in fetches)]
+        error = no_replica_error(states or [ReplicaState.STARTING], model)
+        told = [*(each.worker.progress for each in live), *(each.progress for each in fetches)]
+        progress = next((each for each in told if each is not None), None)
         if isinstance(error, StillLoading):
+            if progress is not None and progress.stage == FETCH:
+                error = StillLoading(
+                    f"{model} is still loading: its file is being copied, {progress.percent:.0f} %; try again shortly",
+                    retry_after_ms=error.retry_after_ms,
+                )
             error.details.update(
                 stage=progress.stage if progress else "planned", percent=progress.percent if progress else 0.0
             )

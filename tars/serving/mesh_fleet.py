@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
+from tars.core.coordination_view import FETCH
 from tars.core.mesh_messages import MemberState
 from tars.core.records import NodeAdvert, ReplicaReport, Wish
 from tars.core.replicated_map import ReplicatedMap, adverts, wishes
@@ -258,7 +259,7 @@ def _loading(model: str, remote: _Remote) -> StillLoading:
     device = remote.device
     where = remote.advert.node.name + ("" if device is None else f" ({device.name})")
     stage, percent = report.stage or "planned", report.percent or 0.0
-    doing = "its file is being copied" if stage == "fetch" else f"stage {stage}"
+    doing = "its file is being copied" if stage == FETCH else f"stage {stage}"
     return StillLoading(
         f"{model} is still loading on {where}: {doing}, {percent:.0f} %; try again shortly",
         retry_after_ms=1000,

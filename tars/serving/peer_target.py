@@ -144,9 +144,11 @@ class PeerTarget:
         except PeerUnreachable as lost:
             raise self._lost(lost, began) from None
         except _NOT_THE_CALLS_FAULT as refused:
-            raise self._unusable(f"does not take this node's calls ({refused.kind})") from None
+            # It was refused at the door; only what answered nonsense may have run it.
+            sent = isinstance(refused, BadPeerAnswer)
+            raise self._unusable(f"does not take this node's calls ({refused.kind})", sent) from None
         except (ValidationError, KeyError, TypeError, ValueError):
-            raise self._unusable("answered what this version of TARS does not understand") from None
+            raise self._unusable("answered what this version of TARS does not understand", True) from None
 
     def _finished(self, work: Work, result: Any) -> Finished:
         """The peer's answer as the worker there gave it, and who that was."""
@@ -169,10 +171,10 @@ class PeerTarget:
             details={"peer": self.served_by.node, "partial": began},
         )
 
-    def _unusable(self, what: str) -> PeerUnreachable:
+    def _unusable(self, what: str, sent: bool) -> PeerUnreachable:
         return PeerUnreachable(
             f"{self._name} {what}. Both nodes must run the same version, and both must be members of the mesh: see `tars nodes`.",
-            details={"peer": self.served_by.node},
+            details={"peer": self.served_by.node, "sent": sent},
         )
 
 

@@ -3,8 +3,10 @@
 import pytest
 from coordinator_bench import NODE, make_bench
 
+from tars.core.coordination_view import FETCH
 from tars.core.types import Deployment, ReplicaState
-from tars.errors import BadModelFile, ReplicaFailed, StillLoading
+from tars.errors import BadModelFile, DiskFull, ReplicaFailed, StillLoading
+from tars.mesh.executor import FileFetch
 from tars.messages.node import LoadProgress, MeasuredSpeeds
 from tars.serving.local_fleet import LocalFleet
 
@@ -54,6 +56,21 @@ async def test_peers_hear_of_the_queues_of_ready_replicas_only(bench, fleet):
     bench.workers[0].active_calls, bench.workers[0].queued_calls = 2, 3
     ((replica, active, queued),) = fleet.load()
     assert (replica, active, queued) == (fleet.candidates("tiny")[0].replica, 2, 3)
+
+
+async def test_a_replica_whose_file_is_coming_counts_as_loading_and_says_how_far(bench, fleet):
+    (live,) = bench.coordinator.replicas.values()
+    bench.coordinator.executor.replicas.clear()
+    fetch = FileFetch(live.assignment, live.device, live.kind, LoadProgress(stage=FETCH, percent=40.0))
+    bench.coordinator.executor.fetches[live.assignment.replica] = fetch
+    assert [each.state for each in fleet.candidates("tiny")] == [ReplicaState.STARTING]
+    loading = fleet.not_ready("tiny")
+    assert isinstance(loading, StillLoading)
+    assert "its file is being copied, 40 %" in loading.message
+    assert loading.details == {"stage": "fetch", "percent": 40.0}
+    fetch.error = DiskFull("no room for the file")
+    assert fleet.not_ready("tiny") is fetch.error
+    assert [each.state for each in fleet.candidates("tiny")] == [ReplicaState.FAILED]
 
 
 async def test_without_a_ready_replica_the_error_says_why(bench, fleet):
