@@ -114,6 +114,12 @@ def load_config(
     raise ConfigError("\n".join(messages), details={"errors": messages})
 
 
+def state_folder_of(environment: Mapping[str, str]) -> Path:
+    """The state folder of a node that was started in this environment without a file and without --state-dir."""
+    given = environment.get("TARS_STATE_DIR") or environment.get("TARS_NODE_STATE_DIR")
+    return (Path(given) if given else _default_state_dir(environment)).expanduser()
+
+
 def _default_state_dir(environment: Mapping[str, str]) -> Path:
     base = environment.get("XDG_STATE_HOME", "")
     # The XDG specification: a relative path there is invalid and to be ignored.

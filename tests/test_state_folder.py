@@ -2,6 +2,7 @@
 
 import errno
 import os
+import stat
 import uuid
 
 import pytest
@@ -101,3 +102,29 @@ def test_opening_removes_what_a_killed_node_left_half_written(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"deployments.json", "lock", "sequences"}
     assert list((tmp_path / "sequences").iterdir()) == []
     folder.close()
+
+
+def test_a_new_id_replaces_the_old_one_for_good(folder):
+    first = folder.node_id()
+    second = folder.new_node_id()
+    assert uuid.UUID(second)
+    assert first != second == StateFolder(folder.path).node_id()
+
+
+def test_a_secret_is_never_readable_by_others_not_for_a_moment(tmp_path, monkeypatch):
+    modes = []
+
+    def replace(source, target):
+        modes.append(stat.S_IMODE(os.stat(source).st_mode))
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(state_folder.os, "replace", replace)
+    before = os.umask(0)
+    try:
+        write_atomically(tmp_path / "secret", b"x", mode=0o600)
+        write_atomically(tmp_path / "plain", b"x")
+    finally:
+        os.umask(before)
+    assert modes == [0o600, 0o666]
+    assert stat.S_IMODE((tmp_path / "secret").stat().st_mode) == 0o600

@@ -45,8 +45,8 @@ PIPE_WIDTH = 120
 HINTS = {
     "transfer_failed": "the same command goes on where it was",
     "still_loading": "`tars status --wait` waits until it is loaded",
-    "unauthorized": "give the key with --api-key or in TARS_API_KEY; on the node's own PC none is needed: `tars` reads the operator key in the "
-    "node's state folder (TARS_STATE_DIR, where that is not the default)",
+    "unauthorized": "give the key with --api-key or in TARS_API_KEY; on the node's own PC none is needed: `tars` reads the operator "
+    "key in the node's state folder (TARS_STATE_DIR, where that is not the default)",
     "unknown_model": "`tars models` lists the models that this node knows",
     "does_not_fit": "`tars explain MODEL` says why, device by device",
     "replica_failed": "`tars status` shows the reason",
@@ -77,7 +77,7 @@ class Connection:
     """Names that stood on the command line, so that an environment variable never overrides them."""
 
     def client(self) -> Client:
-        """A client for this node; use it as an async context manager. Without a key it takes the operator key, where the node is on this PC."""
+        """A client for this node; use it as an async context manager. Without a key: the operator key of this PC's node."""
         key = self.api_key if self.api_key is not None else operator_key_for(self.url, state_folder_of(os.environ))
         return Client(self.url, api_key=key, timeout=self.timeout)
 

@@ -8,12 +8,18 @@ from collections.abc import Awaitable, Callable
 import aiohttp
 import psutil
 import pytest
+from aiohttp import web
 from fake_node import FakeNode
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from tars.core.types import NodeId
 from tars.errors import Forbidden, Unauthorized, UnsupportedMediaType
-from tars.rpc.access import LOCAL_CALLER, Access
-from tars.rpc.listener import Listener
+from tars.mesh.client_keys import ClientKeys
+from tars.mesh.replicated_store import MemoryStore
+from tars.rpc.access import LOCAL_CALLER, Access, Caller, access_middleware
+from tars.rpc.http_server import add_rpc_routes, refusal_renderer
+from tars.rpc.listener import Listener, listen
+from tars.rpc.method_table import METHODS, Role
 from tars.rpc.options import AccessOptions, RpcOptions
 
 Serve = Callable[..., Awaitable[Listener]]
@@ -171,6 +177,79 @@ def test_no_key_or_a_wrong_one_is_refused_without_a_word_about_the_right_one(aut
         loopback(api_keys={"laptop": KEY}).check("GET", headers(HOST, *given))
     assert KEY not in str(refused.value.to_json())
     assert "laptop" not in str(refused.value.to_json())
+
+
+def bearer(key: str) -> CIMultiDictProxy[str]:
+    return headers(HOST, ("Authorization", f"Bearer {key}"))
+
+
+def test_what_a_key_allows() -> None:
+    keys = ClientKeys(MemoryStore(NodeId("n1")), {"me": KEY})
+    keys.accept_operator_key("operator-key-of-this-start")
+    client, admin = keys.new("laptop"), keys.new("ops", admin=True)
+    access = Access(AccessOptions(), keys)
+    access.allow_address("127.0.0.1", 8000)
+    for key, caller in (
+        (client, Caller("laptop", Role.CLIENT)),
+        (admin, Caller("ops", Role.ADMINISTRATOR)),
+        (KEY, Caller("me", Role.ADMINISTRATOR)),
+        ("operator-key-of-this-start", Caller("operator", Role.ADMINISTRATOR)),
+    ):
+        assert access.check("GET", bearer(key)) == caller
+
+
+def test_a_key_of_the_mesh_works_as_soon_as_it_is_made_and_not_once_it_is_revoked() -> None:
+    keys = ClientKeys(MemoryStore(NodeId("n1")))
+    access = Access(AccessOptions(), keys)
+    access.allow_address("127.0.0.1", 8000)
+    assert access.check("GET", headers(HOST)) == LOCAL_CALLER
+    key = keys.new("laptop")
+    with pytest.raises(Unauthorized):
+        access.check("GET", headers(HOST))
+    assert access.check("GET", bearer(key)).name == "laptop"
+    assert access.check("GET", headers(HOST), needs_key=False) == Caller("local", Role.CLIENT)
+    keys.new("other")
+    keys.revoke("laptop")
+    with pytest.raises(Unauthorized):
+        access.check("GET", bearer(key))
+
+
+def test_where_others_can_reach_the_node_a_key_is_asked_for_though_there_is_none() -> None:
+    keys = ClientKeys(MemoryStore(NodeId("n1")))
+    keys.accept_operator_key("operator-key-of-this-start")
+    access = Access(AccessOptions(), keys, open_without_keys=False)
+    access.allow_address("127.0.0.1", 8000)
+    for given in ((), (("Authorization", "Bearer "),), (("Authorization", "Bearer x"),)):
+        with pytest.raises(Unauthorized, match="tars key new"):
+            access.check("GET", headers(HOST, *given))
+    assert access.check("GET", bearer("operator-key-of-this-start")).role is Role.ADMINISTRATOR
+    # Also after the last key was revoked.
+    keys.new("laptop")
+    keys.revoke("laptop")
+    with pytest.raises(Unauthorized):
+        access.check("GET", headers(HOST))
+
+
+async def test_a_clients_key_runs_what_clients_may_and_an_admins_the_rest(
+    node: FakeNode, session: aiohttp.ClientSession
+) -> None:
+    keys = ClientKeys(MemoryStore(NodeId("n1")))
+    tokens = {Role.CLIENT: keys.new("laptop"), Role.ADMINISTRATOR: keys.new("ops", admin=True)}
+    options = RpcOptions()
+    access = Access(options.access, keys, open_without_keys=False)
+    app = web.Application()
+    app.middlewares.append(access_middleware(access, refusal_renderer(add_rpc_routes(app, node, options))))
+    listener = await listen(app, "127.0.0.1", 0, access, shutdown_seconds=1.0)
+    try:
+        for role, key in tokens.items():
+            for method, spec in METHODS.items():
+                call = {"jsonrpc": "2.0", "method": method, "id": 1}
+                given = {"Authorization": f"Bearer {key}"}
+                async with session.post(listener.url + "/rpc", json=call, headers=given) as response:
+                    error = (await response.json()).get("error", {"data": {"kind": None}})
+                assert (error["data"]["kind"] == "forbidden") is (role not in spec.roles), (role, method)
+    finally:
+        await listener.close()
 
 
 async def test_every_route_is_behind_the_checks(serve: Serve, session: aiohttp.ClientSession) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -19,12 +20,13 @@ from tars.errors import (
     InvalidRequest,
     LimitExceeded,
     MethodNotFound,
+    NotAMember,
     PeerUnreachable,
     StillLoading,
     TarsError,
     Unauthorized,
 )
-from tars.rpc.http_client import BatchCall, RpcConnection
+from tars.rpc.http_client import BatchCall, NodeNotReachable, NotTls, RpcConnection, _distrust
 from tars.rpc.listener import Listener
 from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
 
@@ -340,3 +342,83 @@ async def test_every_error_of_a_broken_peer_is_of_the_tree(peer: Peer) -> None:
     assert raised.value.message == "no"
     assert not isinstance(raised.value, InvalidRequest)  # the peer named no kind
     assert raised.value.code == -32600
+
+
+# --- a peer's: TLS, GET ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_path_of_the_same_node_is_read_as_it_comes(url: str) -> None:
+    async with RpcConnection(url) as connection, connection.get("/health", {"X-Any": "1"}) as response:
+        assert response.status == 200
+        assert orjson.loads(await response.read()) == {"caller": "local"}
+
+
+async def test_a_path_that_does_not_answer_ends_in_time() -> None:
+    held = asyncio.Event()
+
+    async def hold(request: web.Request) -> web.Response:
+        await held.wait()
+        return web.Response()
+
+    app = web.Application()
+    app.router.add_get("/slow", hold)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        async with RpcConnection(f"http://127.0.0.1:{runner.addresses[0][1]}") as connection:
+            with pytest.raises(DeadlineExceeded):
+                async with connection.get("/slow", timeout=0.1):
+                    pass
+    finally:
+        held.set()
+        await runner.cleanup()
+
+
+async def test_a_path_where_nobody_listens_is_a_peer_that_is_not_there() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    async with RpcConnection(f"http://127.0.0.1:{port}") as connection:
+        with pytest.raises(PeerUnreachable):
+            async with connection.get("/x"):
+                pass
+
+
+def unverified() -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
+async def test_plain_http_where_tls_was_expected_is_named(url: str) -> None:
+    async with RpcConnection(url.replace("http:", "https:"), tls=unverified()) as connection:
+        with pytest.raises(NotTls, match="does not speak TLS"):
+            await connection.call("node.ping")
+
+
+async def test_whoever_takes_the_connection_and_does_not_shake_hands_costs_the_connects_time_only() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    async with server, asyncio.timeout(10):
+        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with RpcConnection(url, tls=unverified(), connect_seconds=0.1) as connection:
+            with pytest.raises(NodeNotReachable, match=r"within 0\.1 s"):
+                await connection.call("node.ping", timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(9, "not valid yet"), (10, "has expired"), (20, "not signed by this mesh's CA")]
+)
+def test_a_certificate_that_is_refused_says_why_in_words(code: int, words: str) -> None:
+    fault = ssl.SSLCertVerificationError("certificate verify failed")
+    fault.verify_code = code
+    told = _distrust(fault, "https://box:8001")
+    assert isinstance(told, NotAMember)
+    assert words in told.message
+    assert "https://box:8001" in told.message
+    assert _distrust(OSError("other"), "https://box:8001") is None
