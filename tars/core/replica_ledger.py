@@ -210,13 +210,9 @@ class ReplicaLedger:
             if active + queued:
                 book.used_at = now
 
-    def forget(self, replica: ReplicaId) -> None:
-        """It is gone, or its worker started anew with an empty cache. Calls in flight still count."""
+    def cache_lost(self, replica: ReplicaId) -> None:
+        """Its worker started anew, or it was unloaded: no prefix is there any more."""
         self._prefixes.forget(replica)
-        self._avoided.pop(replica, None)
-        book = self._books.get(replica)
-        if book is not None and not book.calls:
-            del self._books[replica]
 
     def in_flight(self, replica: ReplicaId) -> int:
         """Calls that hold a reservation there."""

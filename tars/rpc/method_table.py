@@ -33,6 +33,7 @@ from tars.errors import (
     PeerUnreachable,
     PromptTooLong,
     ReplicaFailed,
+    StaleRoute,
     StillLoading,
     TarsError,
     TransferFailed,
@@ -169,6 +170,7 @@ _ON_A_REPLICA: tuple[type[TarsError], ...] = (
     ReplicaFailed,
     WorkerCrashed,
     PeerUnreachable,
+    StaleRoute,
     Draining,
 )
 _GENERATING: tuple[type[TarsError], ...] = (*_ON_A_REPLICA, PromptTooLong, BadGrammar, IdempotencyConflict)

@@ -15,7 +15,7 @@ from typing import Any
 from tars import __version__
 from tars.core.explanation import explain
 from tars.core.placement_cost import contradiction
-from tars.core.types import Deployment, KvType, ModelEntry, NodeSnapshot, ReplicaState
+from tars.core.types import Deployment, KvType, ModelEntry, NodeId, NodeSnapshot, ReplicaState
 from tars.errors import InvalidParams, ModelFileMissing, TarsError
 from tars.mesh.administration import Administration
 from tars.mesh.client_keys import ClientKeys
@@ -77,6 +77,7 @@ class LocalNodeService:
         addresses: Callable[[], list[str]],
         mesh: MeshService | None = None,
         peers: Peers | None = None,
+        on_traffic: Callable[[NodeId], None] = lambda node: None,
         files: FileStore | None = None,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -94,7 +95,7 @@ class LocalNodeService:
         self._fleet: LocalFleet | MeshFleet = self._local
         if peers is not None:
             self._fleet = MeshFleet(coordinator.node_id, self._local, peers, coordinator.catalogue.find)
-        self._router = Router(self._fleet, now)
+        self._router = Router(self._fleet, now, on_traffic)
         self._inference = Inference(self._router, now)
         self._started_at = wall_clock()
         self._started = now()

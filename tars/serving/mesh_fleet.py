@@ -103,6 +103,8 @@ class _Index:
     by_replica: Mapping[ReplicaId, _Remote]
     entries: Mapping[str, ModelEntry]
     """Of wanted models that the local fleet may not know."""
+    served: Mapping[str, ServedModel]
+    """The same as the router wants them."""
 
 
 class MeshFleet:
@@ -115,18 +117,14 @@ class MeshFleet:
         self._local = local
         self._peers = peers
         self._find = find
-        self._index = _Index(None, {}, {}, {})
+        self._index = _Index(None, {}, {}, {}, {})
 
     def models(self) -> list[ServedModel]:
         """What is wanted anywhere. A model that cannot be loaded here is still served where a peer has it."""
         index = self._indexed()
         served = [self._served(each, index) for each in self._local.models()]
         known = {each.name for each in served}
-        for name, entry in index.entries.items():
-            if name not in known:
-                adapters = tuple(adapter.name for adapter in entry.adapters)
-                served.append(ServedModel(entry.name, entry.kind, entry.aliases, adapters=adapters))
-        return served
+        return [*served, *(model for name, model in index.served.items() if name not in known)]
 
     def entries(self) -> Mapping[str, ModelEntry]:
         """The wanted models' catalogue entries, also of those that only peers know."""
@@ -228,7 +226,13 @@ class MeshFleet:
             entry = wish.entry or self._find(model) or offered.get(model)
             if entry is not None:
                 entries[model] = entry
-        return _Index(version, {model: tuple(each) for model, each in by_model.items()}, by_replica, entries)
+        served = {
+            name: ServedModel(
+                entry.name, entry.kind, entry.aliases, adapters=tuple(adapter.name for adapter in entry.adapters)
+            )
+            for name, entry in entries.items()
+        }
+        return _Index(version, {model: tuple(each) for model, each in by_model.items()}, by_replica, entries, served)
 
 
 def _candidate(remote: _Remote, standing: MemberState) -> Candidate:

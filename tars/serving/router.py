@@ -91,12 +91,18 @@ class Fleet(Protocol):
 
 
 class Router:
-    """See the module's law. `now` is the monotonic clock. `ledger` is what this node learned of the replicas."""
+    """See the module's law. `now` is the monotonic clock, `on_traffic` hears of each peer that answers: it lives."""
 
-    def __init__(self, fleet: Fleet, now: Callable[[], float] = time.monotonic, ledger: ReplicaLedger | None = None):
+    def __init__(
+        self,
+        fleet: Fleet,
+        now: Callable[[], float] = time.monotonic,
+        on_traffic: Callable[[NodeId], None] = lambda node: None,
+    ):
         self._fleet = fleet
+        self._on_traffic = on_traffic
         self._now = now
-        self._ledger = ReplicaLedger() if ledger is None else ledger
+        self._ledger = ReplicaLedger()
         self._at_peers: Counter[tuple[NodeId, str]] = Counter()
         self._from_peers = 0
         self.draining = False
@@ -211,10 +217,6 @@ class Router:
         """A peer's own word on its replicas, as it rides on its probes' answers: (replica, active calls, queued calls)."""
         self._ledger.told(loads, self._now())
 
-    def forget(self, replica: ReplicaId) -> None:
-        """It was unloaded, or its worker started anew: nothing of its cache is left."""
-        self._ledger.forget(replica)
-
     def ranked(self, model: str) -> Mapping[ReplicaId, str]:
         """For people: how each replica of a model stands for a usual call now, and why."""
         now = self._now()
@@ -271,11 +273,15 @@ class Router:
             wait = (error.retry_after_ms or 0) / 1000
             self._ledger.failed(reservation.replica, min(AVOID_OVERLOADED_SECONDS, max(0.1, wait)), now)
         else:
+            # Whatever it was, its cache is not what it was.
+            self._ledger.cache_lost(reservation.replica)
             self._ledger.failed(reservation.replica, AVOID_FAILED_SECONDS, now)
 
     def _count(self, node: NodeId, local: bool, outcome: str) -> None:
         if not local:
             self._at_peers[node, outcome] += 1
+            if outcome == "answered":
+                self._on_traffic(node)
 
     def _failure(
         self, model: ServedModel, call: CallContext, last: TarsError | None, attempts: Sequence[Attempt]

@@ -238,7 +238,7 @@ def test_a_replica_whose_worker_started_anew_has_no_prefixes():
     blocks = blocks_of("x" * BLOCK_CHARACTERS * 4)
     ledger.release(ledger.choose([one], "k", 0.0, blocks=blocks).reservation, 0.0)
     assert ledger.annotated(one, 0.0, blocks).shared_tokens > 0
-    ledger.forget(one.replica)
+    ledger.cache_lost(one.replica)
     assert ledger.annotated(one, 0.0, blocks).shared_tokens == 0
 
 
@@ -251,7 +251,6 @@ def test_what_is_kept_is_bounded_and_calls_in_flight_are_never_forgotten():
     assert ledger.in_flight(busy.replica) == 1
     assert len(ledger._books) <= MOST_BOOKS
     assert len(ledger._avoided) <= MOST_BOOKS
-    ledger.forget(busy.replica)
     ledger.release(reservation, 1.0)
     assert ledger.in_flight(busy.replica) == 0
 

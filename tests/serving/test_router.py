@@ -5,6 +5,7 @@ from contextlib import aclosing, suppress
 
 import pytest
 
+from tars.core.prefix_affinity import blocks_of
 from tars.core.routing import Candidate
 from tars.core.types import Deadline, ModelKind, NodeId, ReplicaId, ReplicaState
 from tars.errors import (
@@ -25,6 +26,7 @@ from tars.errors import (
 )
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams, Delta, Generated, ServedBy, Timings, Usage
+from tars.serving.demand import prompt_text
 from tars.serving.router import AVOID_UNREACHABLE_SECONDS, MOST_TRIES, Router, ServedModel, no_replica_error
 
 WORK = ChatParams(messages=[ChatMessage(role="user", content="hello")])
@@ -445,7 +447,8 @@ async def test_a_hundred_calls_at_once_do_not_herd():
 
 async def test_chats_with_the_same_beginning_go_to_the_same_replica():
     targets = [FakeTarget(name, DONE) for name in "abcd"]
-    router = Router(NodesFleet(*targets, speed=50.0, prefill_speed=500.0), Clock())
+    fleet = NodesFleet(*targets, speed=50.0, prefill_speed=500.0)
+    router = Router(fleet, Clock())
     system = ChatMessage(role="system", content="You are the help desk. " * 100)
     for number in range(20):
         work = ChatParams(messages=[system, ChatMessage(role="user", content=f"question {number}")])
@@ -453,20 +456,28 @@ async def test_chats_with_the_same_beginning_go_to_the_same_replica():
         async for _ in router.run(CHAT, work, context):
             pass
     assert sorted(target.runs for target in targets) == [0, 0, 0, 20]
-    # What is not at the replica any more draws nobody there: the next-best reason decides.
+    # Its worker starts anew, with an empty cache: another one is as good.
     first = next(target for target in targets if target.runs)
-    router.forget(ReplicaId(first.served_by.replica))
-    assert "tokens of the prompt" not in router.ranked("chat-model")[first.served_by.replica]
+    first.script = (WorkerCrashed("died"),)
+    work = ChatParams(messages=[system, ChatMessage(role="user", content="and now?")])
+    async for _, served_by in router.run(CHAT, work, call()):
+        assert served_by.replica != first.served_by.replica
+    blocks = blocks_of(prompt_text(work))
+    shared = {each.replica: router._ledger.annotated(each, 0.0, blocks).shared_tokens for each in fleet.candidates("")}
+    assert shared[first.served_by.replica] == 0
+    assert sum(tokens > 0 for tokens in shared.values()) == 1
 
 
 async def test_a_peers_word_on_its_queue_sends_calls_elsewhere():
     busy, idle = FakeTarget("busy", DONE), FakeTarget("idle", DONE)
-    router = Router(NodesFleet(busy, idle, remote=["busy", "idle"]), Clock())
+    heard = []
+    router = Router(NodesFleet(busy, idle, remote=["busy", "idle"]), Clock(), heard.append)
     router.load_told([("busy", 4, 20)])
     for number in range(10):
         async for _ in router.run(CHAT, WORK, CallContext(Deadline(10.0), f"call-{number}")):
             pass
     assert (busy.runs, idle.runs) == (0, 10)
+    assert heard == ["node-idle"] * 10, "whoever answers lives"
 
 
 async def test_the_reasons_are_logged_where_somebody_listens(caplog):

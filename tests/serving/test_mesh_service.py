@@ -1,0 +1,96 @@
+"""A whole node's service in a mesh: what it lists, counts and explains of models that its peers hold."""
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+from aiohttp import web
+from coordinator_bench import make_bench
+from mesh_nodes import PretendPeers, ScriptedReplica, mesh_of
+
+from tars.core.types import Deadline, ModelKind, ReplicaState
+from tars.messages.base import CallContext
+from tars.messages.inference import ChatMessage, ChatParams
+from tars.rpc.http_client import RpcConnection
+from tars.rpc.options import RpcOptions
+from tars.serving.local_service import LocalNodeService
+from tars.web.metrics import render
+from tars.web.routes import add_web_routes
+
+CHAT = ChatParams(messages=[ChatMessage(role="user", content="hi")], model="theirs")
+
+
+@pytest.fixture
+async def mesh(tmp_path, tiny_gguf):
+    """`big` holds the chat model `theirs` and loads the embedder `coming`; this node, which has real parts, holds nothing."""
+    bench = make_bench(tmp_path, tiny_gguf)
+    async with mesh_of("big") as mesh:
+        (big,) = mesh.nodes
+        mesh.want("theirs", aliases=("t",))
+        mesh.want("coming", ModelKind.EMBEDDING)
+        loading = ScriptedReplica("coming@big#0", "coming", ModelKind.EMBEDDING, ReplicaState.LOADING)
+        big.replicas += [ScriptedReplica("theirs@big#0", "theirs"), loading]
+        mesh.changed()
+        heard = []
+        for wish in mesh.wishes:
+            bench.deployments.deploy(wish.deployment)
+        async with RpcConnection(big.listener.url) as connection:
+            service = LocalNodeService(
+                bench.coordinator,
+                name="pc",
+                redacted_config={},
+                wsl2=False,
+                addresses=list,
+                peers=PretendPeers(SimpleNamespace(connections={big.id: connection}), mesh),
+                on_traffic=heard.append,
+            )
+            yield SimpleNamespace(service=service, big=big, heard=heard, bench=bench)
+
+
+def call():
+    return CallContext(Deadline(asyncio.get_running_loop().time() + 30), "0af7651916cd43dd8448eb211c80319c")
+
+
+async def test_the_models_of_the_whole_mesh_are_listed_with_their_state(mesh):
+    models = {model.name: model for model in mesh.service.models().models if model.deployed}
+    assert (models["theirs"].state, models["theirs"].replicas_ready, models["theirs"].local) == ("ready", 1, False)
+    assert models["theirs"].aliases == ["t"]
+    assert (models["coming"].state, models["coming"].replicas_ready) == ("loading", 0)
+
+
+async def test_the_openai_api_lists_and_answers_models_that_only_a_peer_holds(mesh, aiohttp_client):
+    app = web.Application()
+    add_web_routes(app, mesh.service, RpcOptions())
+    client = await aiohttp_client(app)
+    listed = await (await client.get("/v1/models")).json()
+    assert {"theirs", "coming"} <= {model["id"] for model in listed["data"]}
+    body = {"model": "t", "messages": [{"role": "user", "content": "hi"}]}
+    answered = await (await client.post("/v1/chat/completions", json=body)).json()
+    assert answered["choices"][0]["message"]["content"] == "Hello"
+    streamed = await (await client.post("/v1/chat/completions", json={**body, "stream": True})).text()
+    assert '"content":"Hel"' in streamed
+    assert streamed.rstrip().endswith("data: [DONE]")
+    refused = await client.post("/v1/embeddings", json={"model": "coming", "input": "x"})
+    assert refused.status == 503
+    assert "still loading on big" in (await refused.json())["error"]["message"]
+
+
+async def test_calls_to_peers_are_counted_and_whoever_answers_is_heard_of(mesh):
+    for _ in range(2):
+        assert [item async for item in mesh.service.chat(CHAT, call())][-1].served_by.node == mesh.big.id
+    described = await mesh.service.describe()
+    assert [(each.peer, each.outcome, each.calls) for each in described.sent_to_peers] == [(mesh.big.id, "answered", 2)]
+    assert f'tars_peer_calls_total{{peer="{mesh.big.id}",outcome="answered"}} 2' in render(described)
+    assert "tars_calls_from_peers_total 0" in render(described)
+    assert mesh.heard == [mesh.big.id] * 2
+    assert mesh.service.load() == []
+
+
+async def test_explain_says_where_a_call_would_go_now_where_there_is_a_choice(mesh):
+    assert "A call now" not in (await mesh.service.explain("tiny")).text
+    mesh.big.replicas += [ScriptedReplica("tiny@big#0", "tiny"), ScriptedReplica("tiny@big#1", "tiny", speed=500.0)]
+    mesh.service.load_told([("tiny@big#0", 3, 1)])
+    mesh.service._fleet._peers.mesh.changed()
+    text = (await mesh.service.explain("tiny")).text
+    assert "A call now:" in text
+    assert "tiny@big#1: rank 1: predicted" in text
