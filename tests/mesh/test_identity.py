@@ -9,12 +9,14 @@ import ssl
 import stat
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
+from raw_server import raw_server
 
 from tars.core.records import Member, Value
 from tars.core.types import NodeId
@@ -75,12 +77,8 @@ async def exchange(
             if not saw.done():
                 saw.set_exception(error)
                 saw.exception()
-        finally:
-            writer.close()
 
-    listener = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=server)
-    async with listener, asyncio.timeout(10):
-        port = listener.sockets[0].getsockname()[1]
+    async with asyncio.timeout(10), raw_server(serve, server) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=client, server_hostname="")
         try:
             writer.write(b"there?\n")
@@ -89,6 +87,8 @@ async def exchange(
             return await saw, peer_of(writer.get_extra_info("ssl_object"))
         finally:
             writer.close()
+            with suppress(OSError):
+                await writer.wait_closed()
 
 
 async def test_two_members_see_each_others_node_over_tls_1_3(first: Identity, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import orjson
 import pytest
 from aiohttp import web
 from fake_node import FakeNode
+from raw_server import raw_server, silent
 
 from tars.errors import (
     BadPeerAnswer,
@@ -399,16 +400,13 @@ async def test_plain_http_where_tls_was_expected_is_named(url: str) -> None:
 
 
 async def test_whoever_takes_the_connection_and_does_not_shake_hands_costs_the_connects_time_only() -> None:
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    async with server, asyncio.timeout(10):
-        url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        async with RpcConnection(url, tls=unverified(), connect_seconds=0.1) as connection:
-            with pytest.raises(NodeNotReachable, match=r"within 0\.1 s"):
-                await connection.call("node.ping", timeout=60)
+    async with (
+        asyncio.timeout(10),
+        raw_server(silent) as port,
+        RpcConnection(f"https://127.0.0.1:{port}", tls=unverified(), connect_seconds=0.1) as connection,
+    ):
+        with pytest.raises(NodeNotReachable, match=r"within 0\.1 s"):
+            await connection.call("node.ping", timeout=60)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ import orjson
 import pytest
 from aiohttp import web
 from mesh_bench import MeshNode, certified, new_id, running_mesh
+from raw_server import raw_server
 
 from tars.config_schema import ListenAddress
 from tars.core.records import Member
@@ -129,18 +130,14 @@ class InTheMiddle:
                     break
         except OSError:
             pass
-        finally:
-            writer.close()
 
     async def __aenter__(self) -> InTheMiddle:
-        context = self.identity.server_context()
-        self._server = await asyncio.start_server(self.serve, "127.0.0.1", 0, ssl=context)
-        self.port = self._server.sockets[0].getsockname()[1]
+        self._serving = raw_server(self.serve, self.identity.server_context())
+        self.port = await self._serving.__aenter__()
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        self._server.close()
-        await self._server.wait_closed()
+        await self._serving.__aexit__(None, None, None)
 
 
 @pytest.mark.parametrize("shows", ["its own CA", "the mesh's CA"])
@@ -234,11 +231,8 @@ async def test_another_program_at_that_port_is_one_clear_error(one: MeshNode, fo
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(said)
         await reader.read(100)
-        writer.close()
 
-    server = await asyncio.start_server(serve, "127.0.0.1", 0)
-    async with server, asyncio.timeout(20):
-        port = server.sockets[0].getsockname()[1]
+    async with asyncio.timeout(20), raw_server(serve) as port:
         with pytest.raises((JoinRefused, PeerUnreachable, BadPeerAnswer)):
             await enter_mesh(invite(one, None, port), folder, APPLICANT, None)
 

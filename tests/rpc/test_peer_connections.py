@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from mesh_bench import MeshNode, certified, new_id, running_mesh
+from raw_server import raw_server, silent
 
 from tars.core.mesh_messages import Ack, Envelope
 from tars.core.records import Member
@@ -162,17 +163,10 @@ async def test_nobody_there_and_somebody_silent_are_told_apart_and_soon(
     with pytest.raises(NodeNotReachable):
         await one.peers.exchange(address, two.id, one.ping())
     monkeypatch.setattr(peer_connections, "CONNECT_SECONDS", 0.2)
-
-    # As a frozen process: its kernel takes the connection, and nobody shakes hands.
-    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    server = await asyncio.start_server(silent, "127.0.0.1", 0)
-    async with server:
+    async with raw_server(silent) as port:
         started = time.monotonic()
         with pytest.raises((NodeNotReachable, DeadlineExceeded)):
-            await one.peers.exchange(f"127.0.0.1:{server.sockets[0].getsockname()[1]}", two.id, one.ping())
+            await one.peers.exchange(f"127.0.0.1:{port}", two.id, one.ping())
         assert time.monotonic() - started < 1.5
 
 
