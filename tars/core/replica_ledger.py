@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from tars.core.prefix_affinity import Block, PrefixAffinity
 from tars.core.routing import UNITS_PER_CALL, USUAL, Candidate, Demand, Ranked, rank
-from tars.core.types import NodeId, ReplicaId
+from tars.core.types import NodeId, ReplicaId, ReplicaState
 
 MEAN_WEIGHT = 0.2
 """Weight of the newest call in the moving means: about the last ten calls count (EWMA, as in TCP's RTT)."""
@@ -111,7 +111,10 @@ class ReplicaLedger:
         without: Collection[ReplicaId] = (),
     ) -> Choice:
         """The best candidate not in `without`, reserved. `blocks`: the prompt's, as `prefix_affinity.blocks_of` makes them."""
-        known = {each.replica: self.annotated(each, now, blocks) for each in candidates}
+        known = {
+            each.replica: self.annotated(each, now, blocks) if each.state is ReplicaState.READY else each
+            for each in candidates
+        }
         ranked = rank(list(known.values()), call_key, demand)
         chosen = next((replica for replica in ranked.order if replica not in without), None)
         if chosen is None:
@@ -140,8 +143,21 @@ class ReplicaLedger:
             age = now - book.told_at
             others = max(0.0, said, book.told_calls * 0.5 ** (age / TOLD_HALF_LIFE_SECONDS))
         recent = book is not None and now - book.measured_at <= MEASURED_SECONDS
-        return replace(
-            candidate,
+        # Spelled out: every call does this for every replica of its model, and with `dataclasses.replace` a choice took twice as long.
+        return Candidate(
+            candidate.replica,
+            candidate.model,
+            candidate.kind,
+            candidate.state,
+            candidate.node,
+            candidate.local,
+            candidate.standing,
+            candidate.active,
+            candidate.queued,
+            candidate.slots,
+            candidate.speed,
+            candidate.prefill_speed,
+            candidate.cache_tokens,
             ahead=own + others * (usual or UNITS_PER_CALL),
             measured=_ratio(book.rate_units, book.rate_seconds) if recent and book else None,
             measured_prefill=_ratio(book.prefill_tokens, book.prefill_seconds) if recent and book else None,
