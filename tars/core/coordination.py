@@ -74,10 +74,16 @@ class Coordination:
         self._foreign: dict[DeviceId, _Foreign] = {}
         self._crowded_since: dict[DeviceId, float] = {}
         self._pending: _Pending | None = None
+        self._last: tuple[CoordinationView, Decision] | None = None
 
     def decide(self, view: CoordinationView) -> Decision:
         """The plan and the orders that come nearest to it now: at most one load a device at a time, in hope never."""
-        scene = Scene(view)
+        if (known := self._last) is not None and _nothing_new(*known, view):
+            return known[1]
+        self._last = (view, decision := self._decided(Scene(view)))
+        return decision
+
+    def _decided(self, scene: Scene) -> Decision:
         self._remember(scene)
         self._follow_move(scene)
         found, circumstances = self._plan(scene)
@@ -106,6 +112,7 @@ class Coordination:
     def forget(self, model: str) -> None:
         """Somebody deploys the model again: loads of it that failed are tried again at once."""
         self._bars.forget(model)
+        self._last = None
 
     # --- what is remembered ------------------------------------------------------------------------------------------
 
@@ -394,6 +401,13 @@ class Coordination:
         if (bar := self._bars.next_end(now)) is not None:
             ends.append(bar)
         return min((end for end in ends if end > now), default=None)
+
+
+def _nothing_new(before: CoordinationView, decision: Decision, view: CoordinationView) -> bool:
+    """Whether the same would be decided again: nobody says anything else, and no hold or patience has ended since."""
+    if decision.wake_at is not None and view.now >= decision.wake_at:
+        return False
+    return replace(before, now=0.0) == replace(view, now=0.0)
 
 
 def _lasted(since: float, hold: float, now: float) -> bool:

@@ -12,10 +12,10 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
-from tars.core.placement_cost import Cost, Measured, MeasuredKey, barred, cost_on, measured_key, wanted_variants
-from tars.core.placement_search import Ground, Option, Wish, hash_fraction, search
+from tars.core.placement_cost import Measured, MeasuredKey, barred, cost_on, measured_key, wanted_variants
+from tars.core.placement_search import Ground, Wish, hash_fraction, search
 from tars.core.placement_verdicts import Scene, with_reasons
-from tars.core.placement_wants import Circumstances, Place, Want, places_of, resolve, want_of
+from tars.core.placement_wants import Circumstances, Place, Want, places_of, resolve
 from tars.core.types import (
     Assignment,
     Deployment,
@@ -63,7 +63,7 @@ def plan(
     known = Circumstances() if circumstances is None else circumstances
     places = places_of(nodes)
     by_model, unknown = resolve(deployments, models)
-    wants = [want_of(deployment, entry, places, measured, known.bars) for deployment, entry in by_model]
+    wants = [Want(deployment, entry, places, measured, known.bars) for deployment, entry in by_model]
     kept = _keep(wants, places, current, measured, known)
     assignments = [*kept, *_search(wants, places, kept, known, orders)]
     fresh: Mapping[str, int] = {}
@@ -194,7 +194,7 @@ def _search(
     made: list[Assignment] = []
     for one in sorted(placed, key=lambda one: (wishes[one.wish].name, wishes[one.wish].rank[one.device])):
         want, place = wants[one.wish], places[one.device]
-        cost = want.costs[one.device][one.option.variant]
+        cost = want.costs(one.device)[one.option.variant]
         replica = replica_id(want.entry.name, place.node.id, place.device.id, names)
         names.add(replica)
         made.append(
@@ -219,7 +219,7 @@ def _ground(places: list[Place], kept: list[Assignment]) -> Ground:
     for assignment in kept:
         load[index[assignment.device]] += assignment.memory.total
     return Ground(
-        free=tuple(place.device.capacity - load[number] for number, place in enumerate(places)),
+        free=tuple(place.capacity - load[number] for number, place in enumerate(places)),
         load=tuple(load),
         node=tuple(node_index[place.node.id] for place in places),
         gpu=tuple(place.device.kind is not DeviceKind.CPU for place in places),
@@ -237,7 +237,6 @@ def _wishes(wants: list[Want], places: list[Place], kept: list[Assignment], know
     by_model: dict[str, list[Assignment]] = {}
     for assignment in kept:
         by_model.setdefault(assignment.model, []).append(assignment)
-    options: dict[int, tuple[Option, ...]] = {}
     wishes = []
     for want in wants:
         own = by_model.get(want.entry.name, [])
@@ -248,21 +247,12 @@ def _wishes(wants: list[Want], places: list[Place], kept: list[Assignment], know
                 chat=want.entry.kind is ModelKind.CHAT,
                 priority=want.deployment.priority,
                 missing=want.deployment.replicas - len(own),
-                options=tuple(_options(costs, options) for costs in want.costs),
+                options=want.options(),
                 rank=_Ties(want.entry.name, places, known.holders.get(want.entry.name, ())),
                 beside=tuple(beside[node] for node in node_ids),
             )
         )
     return wishes
-
-
-def _options(costs: tuple[Cost, ...], known: dict[int, tuple[Option, ...]]) -> tuple[Option, ...]:
-    """Devices of a kind share their costs, and so their options: `known` is by the identity of what `want_of` made once a kind."""
-    found = known.get(id(costs))
-    if found is None:
-        found = tuple(Option(cost.need, cost.variant.quality, number) for number, cost in enumerate(costs))
-        known[id(costs)] = found
-    return found
 
 
 class _Ties(Sequence[int]):

@@ -60,6 +60,7 @@ class Scene:
     ):
         self.wants = {want.entry.name: want for want in wants}
         self._places = places
+        self._numbers = {place.device.id: number for number, place in enumerate(places)}
         self._left = [Bytes(max(0, each)) for each in left]
         self._own: dict[str, dict[DeviceId, tuple[Assignment, ...]]] = {}
         models: dict[DeviceId, set[str]] = {}
@@ -72,13 +73,15 @@ class Scene:
         for (model, variant, device), reason in circumstances.bars.items():
             self._bars.setdefault(model, {}).setdefault(device, {})[variant] = reason
 
-    def standings(self, want: Want) -> list[Standing]:
-        """Every device as this model sees it."""
+    def standings(self, want: Want, *, own_only: bool = False) -> list[Standing]:
+        """Every device as this model sees it; `own_only`: those that it is on."""
         own = self._own.get(want.entry.name, {})
         bars = self._bars.get(want.entry.name, {})
         none: dict[str, str] = {}
         found = []
-        for number, place in enumerate(self._places):
+        numbers = sorted(self._numbers[device] for device in own) if own_only else range(len(self._places))
+        for number in numbers:
+            place = self._places[number]
             device = place.device.id
             here = own.get(device, ())
             there = self._models.get(device, ())
@@ -88,8 +91,8 @@ class Scene:
                     place.device,
                     here,
                     self._left[number],
-                    want.costs[number],
-                    want.smallest[number],
+                    want.costs(number),
+                    want.smallest(number),
                     tuple(each for each in there if each != want.entry.name) if here else there,
                     bars.get(device, none),
                 )
@@ -113,7 +116,10 @@ def with_reasons(
     verdicts = Verdicts(scene)
     for model, want in scene.wants.items():
         mine = own.get(model, [])
-        standings = scene.standings(want)
+        missing = want.deployment.replicas - len(mine)
+        # What stays needs no comparison with other devices.
+        unmoved = missing <= 0 and all(each.replica in stays for each in mine)
+        standings = scene.standings(want, own_only=unmoved)
         by_device = {standing.device.id: standing for standing in standings if standing.here}
         for assignment in mine:
             reason = reason_for(
@@ -125,7 +131,6 @@ def with_reasons(
                 stays=assignment.replica in stays,
             )
             explained.append(replace(assignment, reason=reason))
-        missing = want.deployment.replicas - len(mine)
         if missing > 0:
             gain = fresh.get(model, 0) > len(mine)
             refusals.append(

@@ -18,8 +18,10 @@ from tars.core.placement_cost import (
     too_slow,
     wanted_variants,
 )
+from tars.core.placement_search import Option
 from tars.core.tuning import SLOTS
 from tars.core.types import (
+    Bytes,
     Deployment,
     DeviceId,
     DeviceKind,
@@ -56,25 +58,105 @@ class Place:
     node: NodeSnapshot
     device: DeviceSnapshot
     kind: int
+    capacity: Bytes
+    special: bool
+    """A CPU, a node that drains or a device that some models cannot run on: more decides there than memory."""
 
 
-@dataclass(frozen=True, slots=True)
 class Want:
-    """One deployment with its catalogue entry and, per device, the costs that it allows there, smallest first."""
+    """One deployment with its catalogue entry, and what it costs on each device. Made when asked for: most plans place a few models
+    anew, and look at the devices of the others only where those are.
+    """
 
-    deployment: Deployment
-    entry: ModelEntry
-    costs: tuple[tuple[Cost, ...], ...]
-    """What may go there and fits the empty device."""
-    smallest: tuple[Cost, ...]
-    """The least that it would take there, whether allowed or not."""
+    def __init__(
+        self,
+        deployment: Deployment,
+        entry: ModelEntry,
+        places: Sequence[Place],
+        measured: Measured,
+        bars: Mapping[Load, str],
+    ):
+        self.deployment = deployment
+        self.entry = entry
+        self._places = places
+        self._measured = measured
+        self._bars = {load: reason for load, reason in bars.items() if load[0] == entry.name}
+        self._closed = {load[2] for load in self._bars}
+        self._allowed = wanted_variants(entry, deployment)
+        self._kinds: dict[int, tuple[Cost, ...]] = {}
+        self._fitting: dict[tuple[int, int], tuple[tuple[Cost, ...], tuple[Option, ...]]] = {}
+        self._needs: dict[int, tuple[int, ...]] = {}
+
+    def costs(self, number: int) -> tuple[Cost, ...]:
+        """What may go to a device and fits it when it is empty, smallest first."""
+        return self._allowed_at(number)[0]
+
+    def options(self) -> tuple[tuple[Option, ...], ...]:
+        """`costs` of every device in the words of the search."""
+        return tuple(self._allowed_at(number)[1] for number in range(len(self._places)))
+
+    def _allowed_at(self, number: int) -> tuple[tuple[Cost, ...], tuple[Option, ...]]:
+        place = self._places[number]
+        device = place.device
+        costs = self._of_kind(place)
+        fitting = 0
+        if self._allowed:
+            for need in self._needs[place.kind]:
+                if need > place.capacity:
+                    break
+                fitting += 1
+        if not (place.special or self._closed or self.deployment.device is not None):
+            # Devices of a kind differ only in how many of its costs fit.
+            found = self._fitting.get((place.kind, fitting))
+            if found is None:
+                found = self._fitting[place.kind, fitting] = _with_options(costs[:fitting])
+            return found
+        if barred(place.node, device, self.entry, self.deployment) is not None:
+            fitting = 0
+        return _with_options(
+            tuple(
+                cost
+                for cost in costs[:fitting]
+                if not too_slow(device, self.entry, cost.variant, self.deployment)
+                and (self.entry.name, cost.variant.name, device.id) not in self._bars
+            )
+        )
+
+    def smallest(self, number: int) -> Cost:
+        """The least that it would take on a device, whether allowed or not."""
+        return self._of_kind(self._places[number])[0]
+
+    def _of_kind(self, place: Place) -> tuple[Cost, ...]:
+        """Of all variants that are allowed, or of all where none is; devices of one kind share them."""
+        costs = self._kinds.get(place.kind)
+        if costs is None:
+            variants = self._allowed or self.entry.variants
+            costs = tuple(
+                sorted(
+                    (cost_on(place.device, self.entry, each, self.deployment, self._measured) for each in variants),
+                    key=lambda cost: (cost.need, -cost.variant.quality),
+                )
+            )
+            self._kinds[place.kind] = costs
+            self._needs[place.kind] = tuple(cost.need for cost in costs)
+        return costs
+
+
+def _with_options(costs: tuple[Cost, ...]) -> tuple[tuple[Cost, ...], tuple[Option, ...]]:
+    return costs, tuple(Option(cost.need, cost.variant.quality, index) for index, cost in enumerate(costs))
 
 
 def places_of(nodes: Sequence[NodeSnapshot]) -> list[Place]:
     """Every device, in the order of ids."""
     kinds: dict[tuple[object, ...], int] = {}
     return [
-        Place(node, device, kinds.setdefault(alike(device), len(kinds)))
+        Place(
+            node,
+            device,
+            kinds.setdefault(alike(device), len(kinds)),
+            device.capacity,
+            device.kind is DeviceKind.CPU or node.draining or bool(device.cannot_run),
+        )
         for node in sorted(nodes, key=lambda node: node.id)
         for device in sorted(node.devices, key=lambda device: device.id)
     ]
@@ -107,47 +189,3 @@ def resolve(
 def _size(deployment: Deployment) -> tuple[int, int, int, int, str]:
     slots = SLOTS if deployment.slots is None else deployment.slots
     return (deployment.replicas, slots, deployment.kv_tokens or 0, deployment.context or 0, repr(deployment))
-
-
-def want_of(
-    deployment: Deployment,
-    entry: ModelEntry,
-    places: Sequence[Place],
-    measured: Measured,
-    bars: Mapping[Load, str],
-) -> Want:
-    """The deployment's costs on every device. Devices of one kind share them, so that a large fleet costs little more than its kinds."""
-    variants = wanted_variants(entry, deployment) or entry.variants
-    allowed = bool(wanted_variants(entry, deployment))
-    by_kind: dict[int, tuple[Cost, ...]] = {}
-    closed = {load[2] for load in bars if load[0] == entry.name}
-    fitting: list[tuple[Cost, ...]] = []
-    smallest: list[Cost] = []
-    for place in places:
-        device = place.device
-        costs = by_kind.get(place.kind)
-        if costs is None:
-            costs = tuple(
-                sorted(
-                    (cost_on(device, entry, each, deployment, measured) for each in variants),
-                    key=lambda cost: (cost.need, -cost.variant.quality),
-                )
-            )
-            by_kind[place.kind] = costs
-        smallest.append(costs[0])
-        capacity = device.capacity
-        if not allowed or costs[0].need > capacity or barred(place.node, device, entry, deployment) is not None:
-            fitting.append(())
-            continue
-        least = costs
-        if len(costs) > 1 and costs[-1].need > capacity:
-            least = tuple(cost for cost in costs if cost.need <= capacity)
-        if device.kind is DeviceKind.CPU or device.id in closed:
-            least = tuple(
-                cost
-                for cost in least
-                if not too_slow(device, entry, cost.variant, deployment)
-                and (entry.name, cost.variant.name, device.id) not in bars
-            )
-        fitting.append(least)
-    return Want(deployment, entry, tuple(fitting), tuple(smallest))
