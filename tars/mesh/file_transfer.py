@@ -1,33 +1,25 @@
 """Brings one file here from several sources at once: ranges into a `.partial` file, verified, then renamed into place.
 
-Law of this file: nothing that was not verified ever stands at the target. What came stays through a cancel, a full disk and a kill -9: a
-piece counts once it is on the disk, then a line in the journal says so. Which piece comes from where is `core.transfer`'s decision.
+Law of this file: nothing that was not verified ever stands at the target. What came stays through a cancel, a full disk and a kill -9
+(`partial_file`). Which piece comes from where is `core.transfer`'s decision.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
-import hashlib
-import json
 import logging
-import os
 import threading
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Protocol
 
 from tars.core import transfer as core
-from tars.core.types import Bytes
-from tars.errors import BadModelFile, DiskFull
+from tars.mesh.partial_file import PartialFile, WantedFile
 
 log = logging.getLogger(__name__)
 
-PARTIAL = ".partial"
-JOURNAL = ".journal"
 IDLE_SECONDS = 15.0
 """A source that sends nothing for so long is asked no more for this piece: a PC that sleeps keeps its connections open."""
 MOST_LANES = 8
@@ -36,7 +28,6 @@ TICK_SECONDS = 0.25
 """How often progress is told and slow pieces are looked at."""
 RATE_SECONDS = 3.0
 """The rate that people see is the mean of so long."""
-HASH_CHUNK = 4 * 2**20
 
 
 class SourceFailed(Exception):
@@ -77,30 +68,6 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Digest:
-    """What the whole file must hash to. `algorithm`: `sha256`, or `git-sha1`: git's name of a blob, which the hub gives for small files."""
-
-    algorithm: str
-    value: str
-
-    def start(self, size: int) -> Any:
-        """A hash object, ready for the file's bytes."""
-        if self.algorithm == "sha256":
-            return hashlib.sha256()
-        # Source: git's object format: sha1 of "blob <size>\0" and the content.
-        return hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-
-
-@dataclass(frozen=True, slots=True)
-class WantedFile:
-    """What is to be fetched, and where it shall stand. Beside it stand `<name>.partial` and `<name>.journal` meanwhile."""
-
-    target: Path
-    size: int
-    digest: Digest
-
-
-@dataclass(frozen=True, slots=True)
 class Progress:
     """How far a transfer is. `stage`: `fetch`, then `verify`."""
 
@@ -123,28 +90,6 @@ class Outcome:
     """Names of those that gave wrong bytes."""
 
 
-@dataclass(slots=True)
-class _Journal:
-    """Which pieces are in the partial file, from whom, and what they hashed to."""
-
-    now: dict[int, tuple[str, str]] = field(default_factory=dict)
-    """piece -> (source's name, digest): what lies in the partial file."""
-    claims: dict[tuple[str, int], str] = field(default_factory=dict)
-    """(source's name, piece) -> digest: what each one ever gave."""
-
-    def note(self, piece: int, source: str, digest: str) -> None:
-        self.now[piece] = (source, digest)
-        self.claims[source, piece] = digest
-
-
-def held_on_disk(target: Path) -> int:
-    """Bytes that an earlier attempt at `target` already takes on the disk; 0 where there was none."""
-    try:
-        return os.stat(_beside(target, PARTIAL)).st_blocks * 512
-    except OSError:
-        return 0
-
-
 class FileTransfer:
     """One file on its way; `run` once. After a failure or a cancel make another one, which goes on where this one was."""
 
@@ -164,30 +109,28 @@ class FileTransfer:
         self._report = report
         self._piece = piece
         self._idle_seconds = idle_seconds
-        self._journal = _Journal()
-        self._saving = threading.Lock()
+        self._file = PartialFile(wanted, piece)
         self._saves: set[asyncio.Future[None]] = set()
         self._reasons: dict[str, str] = {}
         self._note = ""
         self._rates: deque[tuple[float, int]] = deque()
         self._came = 0
-        self._partial_descriptor = self._journal_descriptor = -1
 
     async def run(self) -> Outcome:
         """Fetch, verify, rename. Raises `SourcesExhausted`, `DiskFull` (what came is kept) or `BadModelFile` (this disk fails)."""
-        await asyncio.to_thread(self._open)
+        await asyncio.to_thread(self._file.open)
         try:
             liars = await self._until_right()
         except OSError as error:
-            raise self._failed_here(error) from error
+            raise self._file.failed(error) from error
         finally:
             try:
                 if self._saves:
                     await asyncio.wait(self._saves)  # a thread that writes must end before its descriptor does
             finally:
-                self._close()
-        await asyncio.to_thread(self._move)
-        from_whom = {self._title(source) for source, _ in self._journal.now.values()}
+                self._file.close()
+        await asyncio.to_thread(self._file.move)
+        from_whom = {self._title(source) for source, _ in self._file.journal.now.values()}
         return Outcome(tuple(sorted(from_whom)), liars)
 
     # --- rounds -------------------------------------------------------------------------------------------------------
@@ -197,11 +140,11 @@ class FileTransfer:
         await self._round(self._sources)
         if await self._verified():
             return ()
-        damaged = await asyncio.to_thread(self._damaged_here)
+        damaged = await asyncio.to_thread(self._file.damaged)
         if damaged:
             log.warning("%s: %d pieces changed on this disk since they came", self._wanted.target.name, len(damaged))
             for piece in damaged:
-                del self._journal.now[piece]
+                del self._file.journal.now[piece]
             await self._round(self._sources)
             if await self._verified():
                 return ()
@@ -212,30 +155,30 @@ class FileTransfer:
         for name, source in self._sources.items():
             mine = {
                 piece: row
-                for piece, row in self._journal.now.items()
-                if self._journal.claims.get((name, piece)) == row[1]
+                for piece, row in self._file.journal.now.items()
+                if self._file.journal.claims.get((name, piece)) == row[1]
             }
-            if len(mine) < self._pieces():
+            if len(mine) < self._file.pieces:
                 self._note = f"what came together was wrong; fetching from {source.title} alone"
-                self._journal.now = mine
+                self._file.journal.now = mine
                 try:
                     await self._round({name: source})
                 except SourcesExhausted:
                     continue
                 if await self._verified():
-                    truth = {piece: digest for piece, (_, digest) in self._journal.now.items()}
-                    claims = [(who, piece, digest) for (who, piece), digest in self._journal.claims.items()]
+                    truth = {piece: digest for piece, (_, digest) in self._file.journal.now.items()}
+                    claims = [(who, piece, digest) for (who, piece), digest in self._file.journal.claims.items()]
                     return tuple(sorted(liars | set(core.liars(claims, truth))))
             liars.add(name)
             self._reasons[name] = "it gave wrong bytes: they do not hash to what it says that they are"
         # Nothing of it is worth keeping: the next attempt starts afresh.
-        await asyncio.to_thread(self._discard)
+        await asyncio.to_thread(self._file.discard)
         raise SourcesExhausted(self._told(), sorted(liars))
 
     async def _round(self, sources: Mapping[str, Source]) -> None:
         """Fetch what is missing. Raises `SourcesExhausted`."""
         loop = asyncio.get_running_loop()
-        scheduler = core.PieceScheduler(self._wanted.size, self._piece, set(self._journal.now))
+        scheduler = core.PieceScheduler(self._wanted.size, self._piece, set(self._file.journal.now))
         events: asyncio.Queue[core.Event | Exception] = asyncio.Queue()
         tasks: dict[str, asyncio.Task[None]] = {}
         every: set[asyncio.Task[None]] = set()
@@ -329,7 +272,7 @@ class FileTransfer:
             if got < len(buffer):
                 raise SourceFailed("it ended in the middle of a piece")
             save = asyncio.ensure_future(
-                asyncio.to_thread(self._save, fetch.piece, fetch.start, bytes(buffer), source.name)
+                asyncio.to_thread(self._file.save, fetch.piece, fetch.start, bytes(buffer), source.name)
             )
             self._saves.add(save)
             save.add_done_callback(self._saved)
@@ -365,51 +308,6 @@ class FileTransfer:
         source = self._sources.get(name)
         return name if source is None else source.title
 
-    # --- the disk; what follows runs in threads -------------------------------------------------------------------------
-
-    def _open(self) -> None:
-        """Take up what an earlier attempt left, if it was at the same file."""
-        partial, journal = _beside(self._wanted.target, PARTIAL), _beside(self._wanted.target, JOURNAL)
-        head = {
-            "digest": f"{self._wanted.digest.algorithm}:{self._wanted.digest.value}",
-            "size": self._wanted.size,
-            "piece": self._piece,
-        }
-        try:
-            self._wanted.target.parent.mkdir(parents=True, exist_ok=True)
-            self._journal = _read_journal(journal, head, partial)
-            fresh = not self._journal.claims
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_TRUNC if fresh else 0)
-            self._partial_descriptor = os.open(partial, flags, 0o600)
-            # Always written anew: the torn last line of a crash must not join the next one.
-            self._journal_descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-            rows = [{"piece": p, "source": s, "digest": d} for p, (s, d) in self._journal.now.items()]
-            _write_all(self._journal_descriptor, b"".join(_line(row) for row in [head, *rows]))
-        except OSError as error:
-            self._close()
-            raise self._failed_here(error) from error
-
-    def _close(self) -> None:
-        for descriptor in (self._partial_descriptor, self._journal_descriptor):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._partial_descriptor = self._journal_descriptor = -1
-
-    def _save(self, piece: int, start: int, content: bytes, source: str) -> None:
-        digest = hashlib.sha256(content).hexdigest()
-        with self._saving:
-            if piece in self._journal.now:
-                # Two brought it; the first one's bytes stand, and the second's are remembered as its word.
-                self._journal.claims[source, piece] = digest
-                return
-            done = 0
-            while done < len(content):
-                done += os.pwrite(self._partial_descriptor, content[done:] if done else content, start + done)
-            # The data first: a line about a piece that a power cut takes away would be a lie.
-            os.fdatasync(self._partial_descriptor)
-            _write_all(self._journal_descriptor, _line({"piece": piece, "source": source, "digest": digest}))
-            self._journal.note(piece, source, digest)
-
     async def _verified(self) -> bool:
         self._report(Progress("verify", 0, self._wanted.size, note=self._note))
         stop = threading.Event()
@@ -424,103 +322,10 @@ class FileTransfer:
                 with suppress(RuntimeError):  # the loop was closed meanwhile
                     loop.call_soon_threadsafe(self._report, progress)
 
-        hashing = asyncio.ensure_future(asyncio.to_thread(self._digest, stop, report))
+        hashing = asyncio.ensure_future(asyncio.to_thread(self._file.matches, stop, report))
         try:
             return await asyncio.shield(hashing)
         except asyncio.CancelledError:
             stop.set()
             await asyncio.wait({hashing})
             raise
-
-    def _digest(self, stop: threading.Event, report: Callable[[int], None]) -> bool:
-        found = self._wanted.digest.start(self._wanted.size)
-        done = 0
-        while not stop.is_set() and (
-            chunk := os.pread(self._partial_descriptor, min(HASH_CHUNK, self._wanted.size - done), done)
-        ):
-            found.update(chunk)
-            done += len(chunk)
-            report(done)
-        return bool(done == self._wanted.size and found.hexdigest() == self._wanted.digest.value)
-
-    def _damaged_here(self) -> list[int]:
-        """Pieces whose bytes on the disk are not those that came."""
-        damaged = []
-        for piece, (_, digest) in self._journal.now.items():
-            start = piece * self._piece
-            size = min(self._piece, self._wanted.size - start)
-            if hashlib.sha256(os.pread(self._partial_descriptor, size, start)).hexdigest() != digest:
-                damaged.append(piece)
-        return damaged
-
-    def _discard(self) -> None:
-        for suffix in (PARTIAL, JOURNAL):
-            _beside(self._wanted.target, suffix).unlink(missing_ok=True)
-
-    def _move(self) -> None:
-        target = self._wanted.target
-        try:
-            partial = _beside(target, PARTIAL)
-            # A file that an earlier attempt with other ends left longer is cut; then everything is on the disk before it has its name.
-            with open(partial, "rb+") as file:
-                file.truncate(self._wanted.size)
-                os.fsync(file.fileno())
-            os.replace(partial, target)
-            _beside(target, JOURNAL).unlink(missing_ok=True)
-        except OSError as error:
-            raise self._failed_here(error) from error
-
-    def _failed_here(self, error: OSError) -> DiskFull | BadModelFile:
-        log.warning("%s: %s", self._wanted.target, error)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            kept = sum(min(self._piece, self._wanted.size - piece * self._piece) for piece in list(self._journal.now))
-            return DiskFull(
-                f"The disk became full while {self._wanted.target.name} was fetched. What came ({Bytes(kept)} of "
-                f"{Bytes(self._wanted.size)}) is kept: free {Bytes(self._wanted.size - kept)}, then ask again, and it goes on from there."
-            )
-        return BadModelFile(
-            f"{self._wanted.target.name} cannot be written to the folder of fetched model files "
-            f"({os.strerror(error.errno) if error.errno else 'unknown reason'}). Let the user that runs tars-node write there, or set "
-            "`folder` in [files]."
-        )
-
-    def _pieces(self) -> int:
-        return -(-self._wanted.size // self._piece)
-
-
-def _beside(target: Path, suffix: str) -> Path:
-    return target.with_name(target.name + suffix)
-
-
-def _line(row: Mapping[str, Any]) -> bytes:
-    return json.dumps(row).encode() + b"\n"
-
-
-def _write_all(descriptor: int, content: bytes) -> None:
-    done = 0
-    while done < len(content):
-        done += os.write(descriptor, content[done:])
-
-
-def _read_journal(path: Path, head: Mapping[str, Any], partial: Path) -> _Journal:
-    """What the journal says, if it is about the same file in the same pieces; a line that is no whole one ends it."""
-    journal = _Journal()
-    try:
-        there = os.stat(partial).st_size
-        lines = path.read_bytes().split(b"\n")
-        if json.loads(lines[0]) != head:
-            return journal
-    except (OSError, ValueError):
-        return journal
-    for line in lines[1:-1]:
-        try:
-            row = json.loads(line)
-            piece, source, digest = row["piece"], row["source"], row["digest"]
-        except (ValueError, KeyError, TypeError):
-            break
-        if type(piece) is not int or not isinstance(source, str) or not isinstance(digest, str):
-            break
-        stop = min(head["size"], (piece + 1) * head["piece"])
-        if piece >= 0 and piece * head["piece"] < head["size"] and stop <= there:
-            journal.note(piece, source, digest)
-    return journal

@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from tars.errors import ModelError, ModelFileMissing, TransferFailed
-from tars.mesh.file_transfer import Digest, SourceFailed
+from tars.mesh.file_transfer import SourceFailed
+from tars.mesh.partial_file import Digest
 
 TITLE = "Hugging Face"
 ENDPOINT = "https://huggingface.co"
@@ -116,8 +117,7 @@ class Hub:
     async def _asked(self, repo: str, path: str | None, ask: Any, *arguments: Any) -> Any:
         if self._environment.get("HF_HUB_OFFLINE", "").upper() in TRUE_WORDS:
             raise ModelFileMissing(
-                f"{TITLE} is not asked, because HF_HUB_OFFLINE is set where tars-node was started. Unset it there, or bring the file "
-                "with `tars pull MODEL --from-file PATH`."
+                f"{TITLE} is not asked, because HF_HUB_OFFLINE is set where tars-node was started. Unset it there."
             )
         try:
             async with asyncio.timeout(METADATA_SECONDS):
@@ -207,7 +207,7 @@ class Hub:
             return TransferFailed(f"{TITLE} has a fault of its own (it answered {status}). Ask again in some minutes.")
         return TransferFailed(
             f"{TITLE} cannot be reached from this node: no network, a firewall, or a proxy that HTTPS_PROXY does not name. Correct that; "
-            "or set HF_ENDPOINT to a mirror; or bring the file with `tars pull MODEL --from-file PATH`."
+            "or set HF_ENDPOINT to a mirror."
         )
 
     # --- inside: in the loop ------------------------------------------------------------------------------------------

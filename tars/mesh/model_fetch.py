@@ -21,18 +21,10 @@ from tars.core.types import ModelEntry, ModelKind, NodeId, Variant
 from tars.errors import BadModelFile, InvalidParams, ModelFileMissing
 from tars.mesh import folder_manifest
 from tars.mesh.fetched_folder import FetchedFolder, file_name, is_name
-from tars.mesh.file_transfer import (
-    Digest,
-    FileTransfer,
-    Progress,
-    Source,
-    SourceFailed,
-    SourcesExhausted,
-    WantedFile,
-    held_on_disk,
-)
+from tars.mesh.file_transfer import FileTransfer, Progress, Source, SourceFailed, SourcesExhausted
 from tars.mesh.folder_manifest import Manifest
 from tars.mesh.hub import TITLE, Hub, HubFile, HubName
+from tars.mesh.partial_file import Digest, WantedFile, held_on_disk
 
 log = logging.getLogger(__name__)
 

@@ -388,7 +388,7 @@ def _nowhere(
     places = "; ".join(f"{each['place']}: {each['reason'].rstrip('.')}" for each in tried)
     message = (
         f"The file of {entry.name} ({variant.name}) is not on this PC and could not be fetched. Tried: {places}. "
-        f"What else helps: `tars pull {entry.name} --from-file PATH` on this PC, with a copy of the file."
+        f"A copy of the file helps too: `tars pull {entry.name} --from-file PATH` on this PC."
     )
     kind = TransferFailed if retryable else ModelFileMissing
     return kind(message, details={"model": entry.name, "variant": variant.name, "tried": tried})

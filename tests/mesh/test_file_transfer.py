@@ -19,7 +19,8 @@ import pytest
 
 from tars.core.transfer import TokenBucket
 from tars.errors import BadModelFile, DiskFull
-from tars.mesh.file_transfer import Digest, FileTransfer, SourceFailed, SourcesExhausted, WantedFile, held_on_disk
+from tars.mesh.file_transfer import FileTransfer, SourceFailed, SourcesExhausted
+from tars.mesh.partial_file import Digest, WantedFile, held_on_disk
 
 PIECE = 1000
 CONTENT = bytes(range(256)) * 40  # 10,240 bytes: ten whole pieces and a short one

@@ -16,9 +16,10 @@ from pretended_hub import COMMIT, PretendedHub, git_sha1
 from tars.catalogue import Catalogue
 from tars.core.types import ModelKind
 from tars.errors import BadModelFile, DiskFull, InvalidParams, ModelFileMissing, TransferFailed
-from tars.mesh.file_transfer import Digest, SourceFailed
+from tars.mesh.file_transfer import SourceFailed
 from tars.mesh.hub import Hub, HubName, hub_name
 from tars.mesh.model_store import FileStore
+from tars.mesh.partial_file import Digest
 from tars.model_files import FileHashes
 from tars.state_folder import StateFolder
 
@@ -211,7 +212,7 @@ async def test_no_network_is_one_sentence():
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
         hub = Hub({"HF_ENDPOINT": f"http://127.0.0.1:{nobody.getsockname()[1]}"})
-        with pytest.raises(TransferFailed, match=r"cannot be reached .* --from-file"):
+        with pytest.raises(TransferFailed, match=r"cannot be reached .* HF_ENDPOINT"):
             await hub.file(REPO, "x.gguf")
 
 
