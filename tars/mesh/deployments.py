@@ -21,7 +21,7 @@ from tars.core.mesh_messages import Record, Stamp
 from tars.core.records import Wish
 from tars.core.replicated_map import DEPLOYMENT, wishes
 from tars.core.types import Deployment, ModelEntry
-from tars.errors import InvalidParams, TarsError
+from tars.errors import DiskFull, InvalidParams, TarsError
 from tars.mesh.record_codec import decode_stamp, encode_stamp
 from tars.mesh.replicated_store import Records
 from tars.state_folder import StateFolder
@@ -121,9 +121,7 @@ class Deployments:
         key, wish = DEPLOYMENT + deployment.model, self._wish(deployment)
         try:
             return self._records.put(key, wish)
-        except InvalidParams:
-            raise
-        except (TarsError, OSError) as error:
+        except (DiskFull, OSError) as error:
             # The configuration is on the disk, so nothing is lost by going on.
             log.warning(
                 "the configuration's deployment of %s is in force, but was not saved yet: %s", deployment.model, error

@@ -1,5 +1,6 @@
 """The map that is the same on every node."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -116,6 +117,18 @@ def test_merging_is_commutative_associative_and_idempotent(records, data):
     assert one.root == other.root == third.root
     assert one.hashes() == other.hashes() == third.hashes()
     assert one.merge(list(one.records()), NOW) == []
+
+
+@pytest.mark.parametrize("key", ["deployment/m", "member/a", "node/a", "key/k"])
+def test_two_writes_with_one_stamp_end_the_same_everywhere(key):
+    """No sound node makes them, but one whose folder was copied does."""
+    records = [Record(key, Stamp(NOW, 0, A), value) for value in values(key)]
+    ends = set()
+    for order in itertools.permutations(records):
+        each = ReplicatedMap(B)
+        each.merge(order, NOW)
+        ends.add(repr(each.get(key)))
+    assert len(ends) == 1
 
 
 @given(st.lists(RECORDS, max_size=12))

@@ -9,7 +9,7 @@ from tars import state_folder
 from tars.core.records import Wish
 from tars.core.replicated_map import SETTLED_SECONDS, TOMBSTONE_SECONDS
 from tars.core.types import Deployment, KvType, ModelEntry, ModelKind, NodeId
-from tars.errors import DiskFull
+from tars.errors import DiskFull, InvalidParams
 from tars.mesh.deployments import FILE, OLD_FILE, Deployments
 from tars.mesh.replicated_store import DURABLE_FILE, MemoryStore, ReplicatedStore, wall_ms
 from tars.state_folder import StateFolder
@@ -60,6 +60,11 @@ def test_an_entry_that_was_taken_out_takes_its_wish_with_it(folder):
     started(folder, [Deployment("a"), Deployment("b")])
     assert names(started(folder, [Deployment("b")])) == ["b"]
     assert names(started(folder, [Deployment("a"), Deployment("b")])) == ["a", "b"]
+
+
+def test_an_entry_that_no_node_would_take_stops_the_start(folder):
+    with pytest.raises(InvalidParams, match="replicas"):
+        started(folder, [Deployment("a", replicas=10**9)])
 
 
 def test_an_entry_that_was_taken_out_leaves_what_somebody_decided_since(folder):
@@ -174,6 +179,7 @@ def test_a_single_nodes_decisions_are_taken_over(folder):
         changed=(Deployment("changed", replicas=2), Deployment("changed")),
         edited=(Deployment("edited", replicas=2), Deployment("edited", replicas=3)),
         added=(Deployment("added"), None),
+        dropped=(Deployment("dropped", replicas=2), Deployment("dropped")),
     )
     declared = [Deployment("removed"), Deployment("changed"), Deployment("edited")]
     expected = (Deployment("changed", replicas=2), Deployment("edited"), Deployment("added"))

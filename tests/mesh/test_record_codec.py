@@ -207,6 +207,8 @@ DEVICES = ["value", "node", "devices"]
         (ADVERT, DEVICES, [1] * (MOST_ITEMS + 1), "value.node.devices", "at most"),
         (ADVERT, ["value", "node"], {str(number): 1 for number in range(300)}, "value.node", "300 fields"),
         (ADVERT, ["value", "node", "name"], b"bytes", "value.node.name", "no JSON value"),
+        (ADVERT, ["value", "node"], {"\ud800": [-1]}, "value.node", "surrogate"),
+        (ADVERT, ["value", "node"], {5: 5}, "value.node", "name should be a text"),
     ],
 )
 def test_a_bad_record_is_refused_with_its_place(record, path, value, at, problem):
@@ -216,6 +218,7 @@ def test_a_bad_record_is_refused_with_its_place(record, path, value, at, problem
     assert error["at"] == at
     assert problem in error["problem"]
     assert at in refused.value.message
+    refused.value.message.encode()  # it can be answered
 
 
 def test_temperatures_and_priorities_may_be_below_zero():
