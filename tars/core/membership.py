@@ -23,7 +23,7 @@ from tars.core.mesh_messages import Ack, Body, Envelope, MemberState, Nack, News
 from tars.core.probe_order import Dice, ProbeOrder
 from tars.core.probing import Prober, ProbeSettings
 from tars.core.suspicion import overrules, suspicion_seconds
-from tars.core.timers import NEVER, Timer, Timers
+from tars.core.timers import Timer, Timers
 from tars.core.types import NodeId
 
 LIVE = frozenset({MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING})
@@ -121,6 +121,8 @@ class _Suspicion:
     timer: Timer
     mine: bool = False
     """This node's own probe failed."""
+    private: bool = False
+    """It follows from a death that was told here out of the blue: nobody is told before this node has seen for itself."""
     check: Timer | None = None
 
 
@@ -418,12 +420,17 @@ class Membership:
         if peer is None:
             return None
         if overrules(update.incarnation, update.state, peer.incarnation, peer.state):
-            unprepared = peer.state in OWN and peer.state in LIVE and peer.incarnation != UNHEARD
+            unprepared = peer.incarnation != UNHEARD and (
+                peer.state in (MemberState.ALIVE, MemberState.DRAINING)
+                or (peer.suspicion is not None and peer.suspicion.private)
+            )
             if update.state is MemberState.SUSPECT:
                 self._suspect(peer, update.accuser, max(0, update.incarnation), now)
             elif update.state is MemberState.DEAD and unprepared:
-                # Told across a partition that heals, most of all: see for oneself first, at once (as memberlist's merge does).
-                self._suspect(peer, update.accuser, max(0, update.incarnation), now, already_seconds=NEVER)
+                # Told across a partition that heals, most of all: see for oneself first, at once, and say nothing (memberlist's merge
+                # suspects then, too).
+                if peer.suspicion is None:
+                    self._suspect(peer, update.accuser, max(0, update.incarnation), now, private=True)
             else:
                 addresses = update.addresses if update.state in OWN else peer.told
                 self._set(peer, update.state, update.incarnation, addresses, now)
@@ -496,13 +503,16 @@ class Membership:
                 del self._gone[node]
 
     def _suspect(
-        self, peer: _Peer, accuser: NodeId | None, incarnation: int, now: float, already_seconds: float = 0.0
+        self, peer: _Peer, accuser: NodeId | None, incarnation: int, now: float, private: bool = False
     ) -> None:
         self._set(peer, MemberState.SUSPECT, incarnation, peer.told, now)
         timer = self._timers.at(now, lambda at: self._expire(peer, at))
-        peer.suspicion = _Suspicion(now - already_seconds, set() if accuser is None else {accuser}, timer)
-        timer.due = max(now, peer.suspicion.started + self._length(peer.suspicion))
-        self._rumours.add(self._update(peer))
+        peer.suspicion = _Suspicion(now, set() if accuser is None else {accuser}, timer, private=private)
+        if private:
+            self._rumours.forget(peer.node)
+        else:
+            timer.due = now + self._length(peer.suspicion)
+            self._rumours.add(self._update(peer))
 
     def _confirm(self, peer: _Peer, suspicion: _Suspicion, accuser: NodeId, now: float) -> None:
         if accuser in suspicion.accusers or len(suspicion.accusers) > self._settings.confirmations:
@@ -544,7 +554,7 @@ class Membership:
         if self._heard_anybody < suspicion.started and len(self._live) >= 2:
             self.isolated = True
         due = suspicion.started + self._length(suspicion)
-        if now < due:
+        if now < due and not (suspicion.private and not suspicion.mine):
             suspicion.timer = self._timers.at(due, lambda at: self._expire(peer, at))
             return
         if not suspicion.mine:
@@ -585,7 +595,8 @@ class Membership:
         suspicion = peer.suspicion
         if suspicion is not None and not suspicion.mine:
             # What was only heard before may have been refuted meanwhile, unheard: the time to refute begins now.
-            suspicion.mine, suspicion.started = True, now
+            suspicion.mine, suspicion.private, suspicion.started = True, False, now
+            self._rumours.add(replace(self._update(peer), accuser=self.node))
             self._rearm(peer, suspicion, now)
             suspicion.check = self._timers.at(now, lambda at: self._check(peer, suspicion, at))
 

@@ -105,8 +105,8 @@ class Prober:
 
     def start(self, now: float, phase: float) -> None:
         """Begin; `phase` in [0, 1) spreads nodes that start together."""
-        for _ in range(min(self._settings.first_burst, len(self._order))):
-            self._probe_next(now)
+        for node in self._order.sample(self._settings.first_burst):
+            self.probe(node, now)
         self._clock = self._timers.at(now + self._settings.interval * phase, self._next)
 
     def stop(self) -> None:
