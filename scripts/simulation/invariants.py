@@ -235,7 +235,7 @@ def why_not_placed(up: Sequence[VirtualNode]) -> str | None:
     # What the devices hold now, not what was told of them.
     told = [node.advert() for node in up]
     wanted = [wish.deployment for wish in wishes(coordinator.map).values()]
-    view = coordinator.coordination_view()
+    view = coordinator.coordination_view(coordinator.advert())
     better = plan([advert.node for advert in told], coordinator.world.models, wanted, running, view.measured, orders=40)
     planned, held = {each.replica for each in better.assignments}, {each.replica for each in running}
     if planned != held:

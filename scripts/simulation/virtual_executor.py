@@ -13,6 +13,7 @@ from breach import Breach
 from virtual_fleet import MOST_ERROR
 from virtual_time import VirtualTime
 
+from tars.core.node_steps import next_steps
 from tars.core.records import ReplicaReport
 from tars.core.types import Assignment, Bytes, DeviceId, DeviceSnapshot, ModelKind, ReplicaId, ReplicaState
 
@@ -137,26 +138,31 @@ class VirtualExecutor:
     # --- what the node does -------------------------------------------------------------------------------------------
 
     def obey(self, wanted: Sequence[Assignment]) -> None:
-        """Come nearer to `wanted`: stop what is not in it, load what is missing where nothing is in motion."""
-        target = {assignment.replica: assignment for assignment in wanted}
-        for card in self.cards.values():
-            for running in list(card.running.values()):
-                kept = target.get(running.assignment.replica)
-                if running.state is not ReplicaState.STOPPING and (
-                    kept is None or not _same_load(kept, running.assignment)
-                ):
-                    self._stop(card, running)
-        for assignment in wanted:
-            found = self.cards.get(assignment.device)
-            if found is None or found.moving:
-                continue
-            known = found.running.get(assignment.replica)
+        """The next steps towards `wanted`."""
+        held = {
+            replica: running
+            for card in self.cards.values()
+            for replica, running in card.running.items()
+            if running.state is not ReplicaState.STOPPING
+        }
+        steps = next_steps(
+            [each for each in wanted if each.device in self.cards],
+            {replica: running.assignment for replica, running in held.items()},
+            {device for device, card in self.cards.items() if card.moving},
+            retry_due=[
+                replica
+                for replica, running in held.items()
+                if running.state is ReplicaState.FAILED and self._time.now >= running.again_at
+            ],
+        )
+        for replica in steps.stop:
+            self._stop(held[replica])
+        for assignment in steps.start:
+            known = held.get(assignment.replica)
             if known is None:
-                self._load(found, assignment)
-            elif known.state is ReplicaState.FAILED and self._time.now >= known.again_at:
-                found.snapshot()
-                self.activity += 1
-                self._begin(found, known)
+                self._load(self.cards[assignment.device], assignment)
+            else:
+                self._again(known)
 
     def stop_all(self) -> None:
         """The node ends: its workers end with it, at once."""
@@ -206,7 +212,11 @@ class VirtualExecutor:
         self._begin(card, running)
 
     def _begin(self, card: Card, running: Running) -> None:
-        if sum(each.state is ReplicaState.LOADING for each in card.running.values()) > 0:
+        # A worker that died is started again by its supervisor, whatever else its device does: what it takes is promised to it.
+        if (
+            running.state is not ReplicaState.RESTARTING
+            and sum(each.state is ReplicaState.LOADING for each in card.running.values()) > 0
+        ):
             raise Breach(
                 f"{running.assignment.replica} begins to load on {card.bought.id} while another one loads there"
             )
@@ -237,7 +247,14 @@ class VirtualExecutor:
         self._loaded(running, card.bought)
         self._changed(f"{running.assignment.replica} is ready")
 
-    def _stop(self, card: Card, running: Running) -> None:
+    def _again(self, running: Running) -> None:
+        card = self.cards[running.assignment.device]
+        card.snapshot()
+        self.activity += 1
+        self._begin(card, running)
+
+    def _stop(self, running: Running) -> None:
+        card = self.cards[running.assignment.device]
         card.snapshot()
         self.activity += 1
         self._set(running, ReplicaState.STOPPING)
@@ -253,8 +270,6 @@ class VirtualExecutor:
     def _account(self, card: Card) -> None:
         if card.held > card.bought.memory_total:
             raise Breach(f"{card.bought.id} is over-committed: TARS holds {Bytes(card.held)}")
-        if sum(each.state is ReplicaState.LOADING for each in card.running.values()) > 1:
-            raise Breach(f"{card.bought.id} has two loads at once")
 
     @staticmethod
     def _set(running: Running, state: ReplicaState) -> None:
@@ -269,7 +284,3 @@ class VirtualExecutor:
                 action()
 
         self._time.after(seconds, due)
-
-
-def _same_load(planned: Assignment, live: Assignment) -> bool:
-    return (planned.variant, planned.device, planned.settings) == (live.variant, live.device, live.settings)

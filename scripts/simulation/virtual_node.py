@@ -1,7 +1,7 @@
 """One simulated node: the real machines of `tars.core`, driven as `tars.mesh` drives them, on virtual time, with a disk that can be lost.
 
-Law of this file: it decides nothing that the core decides. What the drivers of `tars.mesh` add (saving before it counts, obeying only
-one's own coordinator, one advert a second) it does in the same order; everything that could go wrong is done to it from outside.
+Law of this file: it decides nothing that the core decides. What the drivers of `tars.mesh` add (saving before it counts, rounds, obeying
+only one's own coordinator) it does in the same order, or by their own code; everything that could go wrong is done to it from outside.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from breach import Breach
 from virtual_executor import Running, VirtualExecutor
 from virtual_fleet import Pc
 from virtual_network import Answer
 
+from tars.catalogue import Catalogue
 from tars.core.coordination import Coordination
 from tars.core.coordination_view import CoordinationView, Decision
 from tars.core.hybrid_clock import HybridClock
@@ -54,7 +55,9 @@ from tars.core.replicated_map import (
     prefix_of,
     wishes,
 )
-from tars.core.types import Assignment, DeviceSnapshot, NodeId, NodeSnapshot, ReplicaId
+from tars.core.types import Assignment, DeviceSnapshot, NodeId, NodeSnapshot
+from tars.mesh.advertising import Advertising
+from tars.mesh.coordinator import DEBOUNCE_SECONDS, ISOLATED_SECONDS, ROUND_SECONDS, TAKE_OVER_SECONDS
 
 if TYPE_CHECKING:
     from world import World
@@ -63,13 +66,10 @@ SAVE_SECONDS = 2.0
 """What was heard is on the disk so much later (`mesh.replicated_store`: 5 s)."""
 SAVE_VOLATILE_SECONDS = 12.0
 """What nodes say of themselves, and orders, are on the disk so much later (there: 60 s)."""
-ADVERT_SECONDS = 1.0
-"""Between two adverts of one node."""
-ADVERT_SHARE = 0.02
-ADVERT_BYTES = 256 * 2**20
-"""A device's memory that moved by less than both publishes nothing."""
-DECIDE_SECONDS = 0.05
-"""News that come together make one decision."""
+
+
+NO_CATALOGUE = cast(Catalogue, None)
+"""Simulated nodes build their adverts themselves; only the telling of them is the real one."""
 
 
 class Power(StrEnum):
@@ -154,21 +154,20 @@ class VirtualNode:
             if device in self.executor.cards:
                 self.executor.foreign(device, wanted)
         self.coordinator: NodeId | None = None
-        self.last_decision: Decision | None = None
+        self.decision: Decision | None = None
+        self.advertising = Advertising(NO_CATALOGUE, self, now=lambda: self.time.now)
         self._tick_at = float("inf")
         self._unsaved: tuple[dict[str, None], dict[str, None]] = ({}, {})
         """Durable keys, volatile keys."""
-        self._advert_at = float("-inf")
-        self._advert_due = False
-        self._decide_due = False
-        self._decide_at = float("inf")
+        self._round_due = False
+        self._round_at = float("inf")
+        self._coordinates_since: float | None = None
         self.world.network.listen(self.pc.address, self._serve)
         self.world.log(self.name, "starts as %s with %d records", self.id, len(self.map))
         if self.draining:
             self.tell(Drain(True))
         self.tell(Tick())
-        self._advertise()
-        self.wake()
+        self._round()
 
     def found(self) -> None:
         """Make a mesh of which this is the first member, and start."""
@@ -313,7 +312,6 @@ class VirtualNode:
             case CoordinatorChanged(node):
                 self.world.log(self.name, "takes %s for the coordinator", self.world.name_of(node))
                 self.coordinator = node
-                self._obey()
                 self.wake()
             case RecordsChanged(keys):
                 changed.extend(keys)
@@ -332,14 +330,14 @@ class VirtualNode:
         self.tell(Changed((record,)))
         return record
 
+    def put(self, key: str, value: Value, *, saved: bool = True) -> Record:
+        """As `mesh.replicated_store.Records.put`, for what is used of `tars.mesh` itself."""
+        return self.write(key, value)
+
     def _records_changed(self, keys: Sequence[str]) -> None:
         self._save_soon(keys)
-        prefixes = {prefix_of(key) for key in keys}
-        if ORDERS + self.id in keys:
-            self._obey()
-        if NODE + self.id in keys:
-            self._advertise()  # perhaps an older word of this very node came back
-        if not prefixes.isdisjoint((NODE, DEPLOYMENT, MEASURED, MEMBER, ORDERS)):
+        mine = ORDERS + self.id
+        if any(key == mine or key.startswith((NODE, DEPLOYMENT, MEASURED)) for key in keys):
             self.wake()
 
     def _save_soon(self, keys: Sequence[str]) -> None:
@@ -359,47 +357,51 @@ class VirtualNode:
                 self.disk.records[key] = record
         unsaved.clear()
 
-    # --- what this node says of itself --------------------------------------------------------------------------------
+    # --- the rounds, as `mesh.coordinator` makes them -----------------------------------------------------------------
+
+    def wake(self) -> None:
+        """Ask for a round soon."""
+        if not self._round_due:
+            self._round_due = True
+            self.later(DEBOUNCE_SECONDS, self._round)
+
+    def _round(self) -> None:
+        """Tell what is here, decide where it is this node's to decide, and carry its own orders out."""
+        self._round_due = False
+        if not self._admits(self.id):
+            return  # it knows that it was removed
+        self._due(self.time.now + ROUND_SECONDS)
+        advert = self.advert()
+        self._due(self.advertising.tell(advert))
+        if self._decides():
+            self._decide(advert)
+        orders = self._orders()
+        if orders is not None:
+            self.executor.obey(orders)
+        if self.executor.reports() != advert.replicas:
+            self._due(self.advertising.tell(replace(advert, replicas=self.executor.reports())))
+
+    def _due(self, when: float | None) -> None:
+        """A round at that time at the latest."""
+        if when is not None and (when < self._round_at or self._round_at <= self.time.now):
+            self._round_at = when
+            self.later(when - self.time.now, lambda: self._round_comes(when))
+
+    def _round_comes(self, when: float) -> None:
+        if when == self._round_at:
+            self._round_at = float("inf")
+            self.wake()
 
     def advert(self) -> NodeAdvert:
+        """This node now."""
         snapshot = NodeSnapshot(
             self.id, self.name, self.executor.devices(), draining=self.draining, priority=self.pc.priority
         )
         return NodeAdvert(snapshot, replicas=self.executor.reports())
 
-    def _advertise(self) -> None:
-        """Publish now, or as soon as a second has passed since the last time, where something is different."""
-        if self._advert_due:
-            return
-        wait = self._advert_at + ADVERT_SECONDS - self.time.now
-        if wait > 0:
-            self._advert_due = True
-            self.later(wait, self._publish)
-        else:
-            self._publish()
-
-    def _publish(self) -> None:
-        self._advert_due = False
-        if not self._admits(self.id):
-            return  # it knows that it was removed
-        fresh = self.advert()
-        told = self.map.get(NODE + self.id)
-        if isinstance(told, NodeAdvert) and not _differs(told, fresh):
-            return
-        self._advert_at = self.time.now
-        self.write(NODE + self.id, fresh)
-
     def _executor_changed(self, what: str) -> None:
         self.world.log(self.name, "%s", what)
-        if self.power is Power.PAUSED:
-            self.backlog.append(self._in_process(self._after_change))
-        else:
-            # Not at once: what was done just now is done to the end first.
-            self.later(0.0, self._after_change)
-
-    def _after_change(self) -> None:
-        self._obey()
-        self._advertise()
+        self._in_process(self.wake)()
 
     def _loaded(self, running: Running, device: DeviceSnapshot) -> None:
         """Note what the load really took, for all that have this card."""
@@ -423,50 +425,48 @@ class VirtualNode:
         """Somebody wants the PC for himself, or gives it back."""
         self.disk.draining = on
         self.tell(Drain(on))
-        self._advertise()
+        self.wake()
 
     def foreign_changed(self) -> None:
-        """A foreign program's memory changed; the next reading of the devices shows it."""
-        self.later(0.5, self._advertise)
+        """A foreign program's memory changed; some later reading of the devices shows it."""
+        self.later(0.5, self.wake)
 
-    # --- orders -------------------------------------------------------------------------------------------------------
+    def _decides(self) -> bool:
+        if self.coordinator != self.id:
+            self._coordinates_since = None
+            return False
+        if self._coordinates_since is None:
+            self._coordinates_since = self.time.now
+        view = self.machine.view()
+        hold = 0.0 if not view.members else ISOLATED_SECONDS if view.isolated else TAKE_OVER_SECONDS
+        due = self._coordinates_since + hold
+        if self.time.now < due:
+            self._due(due)
+            return False
+        return True
 
-    def _obey(self) -> None:
-        orders = orders_for(self.map, self.id)
-        if orders is not None and orders.coordinator == self.coordinator:
-            self.executor.obey(orders.assignments)
-
-    def wake(self) -> None:
-        """Decide soon, where this node coordinates."""
-        if not self._decide_due:
-            self._decide_due = True
-            self.later(DECIDE_SECONDS, self._decide)
-
-    def _decide(self) -> None:
-        self._decide_due = False
-        if self.coordinator != self.id or not self._admits(self.id):
-            return
+    def _decide(self, advert: NodeAdvert) -> None:
         self.decisions += 1
-        view = self.coordination_view()
-        before = self.last_decision
-        decision = self.coordination.decide(view)
-        self.last_decision = decision
-        self.world.decided(self, view, before, decision)
-        for node, assignments in decision.orders.items():
-            told = orders_for(self.map, node)
-            if told is None or told.coordinator != self.id or _loads(told.assignments) != _loads(assignments):
+        view = self.coordination_view(advert)
+        before, self.decision = self.decision, self.coordination.decide(view)
+        self.world.decided(self, view, before, self.decision)
+        self._due(self.decision.wake_at)
+        for node, assignments in self.decision.orders.items():
+            orders = Orders(node, self.id, assignments)
+            if orders_for(self.map, node) != orders:
                 if not self._admits(node):
                     raise Breach(f"{self.name} gives orders to {node}, which is no member")
                 self.orders_written += 1
                 self.world.ordered(self, node, assignments)
-                self.write(ORDERS + node, Orders(node, self.id, assignments))
-        if decision.wake_at is not None and decision.wake_at < self._decide_at:
-            self._decide_at = decision.wake_at
-            self.later(max(0.0, decision.wake_at - self.time.now), self._wake_due)
+                self.write(ORDERS + node, orders)
 
-    def _wake_due(self) -> None:
-        self._decide_at = float("inf")
-        self.wake()
+    def _orders(self) -> Sequence[Assignment] | None:
+        orders = orders_for(self.map, self.id)
+        if orders is None or orders.coordinator != self.coordinator:
+            return None
+        if self.coordinator == self.id and self.decision is None:
+            return None  # its own, of before its restart
+        return orders.assignments
 
     def alive(self) -> list[NodeId]:
         """This node and those that it sees alive, sorted."""
@@ -474,25 +474,22 @@ class VirtualNode:
         seen = [member.node for member in self.machine.view().members.values() if member.state in live]
         return sorted([self.id, *seen])
 
-    def coordination_view(self) -> CoordinationView:
-        told = adverts(self.map)
+    def coordination_view(self, advert: NodeAdvert) -> CoordinationView:
+        """What this node would decide from: its own advert as it is now, the others' as they told them."""
+        told = {**adverts(self.map), self.id: advert}
         alive = [node for node in self.alive() if node in told]
         given = {node: orders for node in alive if (orders := orders_for(self.map, node)) is not None}
+        wanted = wishes(self.map)
+        versions = {name: record.stamp for name in wanted if (record := self.map.record(DEPLOYMENT + name)) is not None}
         return CoordinationView(
             adverts=tuple(told[node] for node in alive),
-            wishes=tuple(wishes(self.map).values()),
+            wishes=tuple(wanted.values()),
             now=self.time.now,
             orders=given,
             models=self.world.models,
             measured=self.world.measured_for([told[node] for node in alive], measured(self.map)),
             hub=True,
-            versions={
-                key.removeprefix(DEPLOYMENT): record.stamp
-                for key, record in (
-                    (DEPLOYMENT + name, self.map.record(DEPLOYMENT + name)) for name in wishes(self.map)
-                )
-                if record is not None
-            },
+            versions=versions,
         )
 
     def seed(self, address: str) -> None:
@@ -501,22 +498,3 @@ class VirtualNode:
     def member_ids(self) -> list[NodeId]:
         """Every member that is not removed, by this node's map."""
         return [member.node for member in members(self.map).values() if not member.removed]
-
-
-def _loads(assignments: Sequence[Assignment]) -> dict[ReplicaId, tuple[object, ...]]:
-    """What of orders a node acts upon: not the words."""
-    return {each.replica: (each.variant, each.device, each.settings) for each in assignments}
-
-
-def _differs(told: NodeAdvert, fresh: NodeAdvert) -> bool:
-    """Whether others would do something else for it: any difference but a little memory."""
-    if told.replicas != fresh.replicas or len(told.node.devices) != len(fresh.node.devices):
-        return True
-    levelled = []
-    for before, after in zip(told.node.devices, fresh.node.devices, strict=True):
-        moved = abs((before.memory_free + before.memory_held) - (after.memory_free + after.memory_held))
-        small = moved < max(ADVERT_BYTES, ADVERT_SHARE * after.memory_total)
-        if small:
-            after = replace(after, memory_free=before.memory_free, memory_held=before.memory_held)
-        levelled.append(after)
-    return replace(fresh.node, devices=tuple(levelled)) != told.node

@@ -225,34 +225,35 @@ class World:
 
         Raises `Breach` where it takes too long.
         """
-        began = quiet_since = self.time.now
-        acts: list[tuple[int, int]] = []
+        began = self.time.now
         while self.time.now - began < SETTLE_SECONDS:
             self.time.run_until(self.time.now + 1.0)
-            before, acts = acts, [(node.orders_written, node.executor.activity) for node in self.running()]
-            why = why_not_settled(self.nodes) if acts == before else "something moves"
-            if why is not None:
-                quiet_since = self.time.now
-            elif self.time.now - quiet_since > PATIENCE_SECONDS:
+            why = why_not_settled(self.nodes)
+            quiet_since, acts = self.time.now, self._acts()
+            while why is None and self.time.now - quiet_since < PATIENCE_SECONDS:
+                self.time.run_until(self.time.now + 1.0)
+                why = "something moves" if self._acts() != acts else None
+            if why is None:
                 return quiet_since - began
         raise Breach(f"not settled {SETTLE_SECONDS:.0f} s after the last fault: {why}")
 
     def stay_settled(self, seconds: float) -> None:
         """Nothing moves for so long."""
-        up = self.running()
-        before = [(node.orders_written, node.executor.activity) for node in up]
+        before = self._acts()
         end = self.time.now + seconds
         while self.time.now < end:
             self.time.run_until(min(end, self.time.now + 5.0))
-            for node, (orders, activity) in zip(up, before, strict=True):
-                if node.orders_written != orders:
-                    raise Breach(f"{node.name} changed its orders though nothing had happened")
-                if node.executor.activity != activity:
-                    raise Breach(f"{node.name} loads or unloads though nothing has happened")
+            if (after := self._acts()) != before:
+                moved = next(name for name in after if after[name] != before.get(name))
+                raise Breach(f"{moved} changes its orders, or loads or unloads, though nothing has happened")
         if (why := why_not_settled(self.nodes)) is not None:
             raise Breach(f"settled, and then no longer: {why}")
-        for node in up:
+        for node in self.running():
             self.writes.check(node)
+
+    def _acts(self) -> dict[str, tuple[int, int]]:
+        """What each node has done so far about replicas."""
+        return {node.name: (node.orders_written, node.executor.activity) for node in self.running()}
 
     def outcome(self, failure: str | None, settled_after: float) -> Outcome:
         return Outcome(

@@ -279,6 +279,8 @@ def estimate_replica(
             kv_cache=Bytes(found.kv_cache + beside.kv_cache),
             compute=Bytes(found.compute + beside.compute),
         )
+    if not adapters:
+        return found
     return replace(found, weights=Bytes(found.weights + sum(adapter.file_bytes for adapter in adapters)))
 
 

@@ -24,6 +24,7 @@ from tars.core.types import (
     ModelKind,
     NodeSnapshot,
     Refusal,
+    Variant,
 )
 
 REMEDIES_MOST = 3
@@ -397,20 +398,31 @@ def _partly_on_a_card(
         )
         variant = min(wanted_variants(entry, deployment), key=lambda each: each.shape.tensor_bytes)
         every = all_gpu_layers(variant.shape)
-        for layers in range(every - 1, every // GPU_SHARE_LEAST - 1, -1):
-            changed = replace(deployment, gpu_layers=layers)
-            cost = cost_on(standing.device, entry, variant, changed, {})
-            if cost.need > standing.left:
-                continue
-            if variant.shape.tensor_bytes - cost.memory.weights <= host:
-                more = f', variant = "{variant.name}"' if len(wanted_variants(entry, deployment)) > 1 else ""
-                text = (
-                    f"set gpu_layers = {layers}{more}: {layers} of {every} layers fit on {standing.place} "
-                    f"({cost.need} of {standing.left} free), the rest runs on its processor, slower"
-                )
-                found.append((-layers, standing.device.id, text))
-            break
+        layers, cost = _most_layers(standing, entry, variant, deployment, every)
+        if cost is not None and variant.shape.tensor_bytes - cost.memory.weights <= host:
+            more = f', variant = "{variant.name}"' if len(wanted_variants(entry, deployment)) > 1 else ""
+            text = (
+                f"set gpu_layers = {layers}{more}: {layers} of {every} layers fit on {standing.place} "
+                f"({cost.need} of {standing.left} free), the rest runs on its processor, slower"
+            )
+            found.append((-layers, standing.device.id, text))
     return [text for _, _, text in sorted(found)[:1]]
+
+
+def _most_layers(
+    standing: Standing, entry: ModelEntry, variant: Variant, deployment: Deployment, every: int
+) -> tuple[int, Cost | None]:
+    """The most layers, fewer than all, that fit what is left, and their cost; each layer more needs more. No cost: too few would fit."""
+    fits: tuple[int, Cost | None] = (0, None)
+    least, most = every // GPU_SHARE_LEAST, every - 1
+    while least <= most:
+        layers = (least + most) // 2
+        cost = cost_on(standing.device, entry, variant, replace(deployment, gpu_layers=layers), {})
+        if cost.need <= standing.left:
+            fits, least = (layers, cost), layers + 1
+        else:
+            most = layers - 1
+    return fits
 
 
 def _contexts(usable: Sequence[Standing]) -> Iterator[int]:
