@@ -74,7 +74,7 @@ def percentile(values, part):
 
 
 @pytest.mark.parametrize(
-    ("count", "loss", "runs"), [(2, 0.0, 40), (2, 0.1, 40), (3, 0.0, 30), (10, 0.0, 25), (10, 0.1, 12)]
+    ("count", "loss", "runs"), [(2, 0.0, 20), (2, 0.1, 10), (3, 0.0, 10), (10, 0.0, 5), (10, 0.1, 2)]
 )
 def test_a_dead_node_is_known_to_all_within_five_seconds(count, loss, runs):
     seconds = [detection(count, seed, loss=loss) for seed in range(runs)]
@@ -83,19 +83,33 @@ def test_a_dead_node_is_known_to_all_within_five_seconds(count, loss, runs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "loss", "runs"), [(100, 0.0, 30), (100, 0.1, 10), (300, 0.0, 4), (1000, 0.0, 1)])
+@pytest.mark.parametrize(
+    ("count", "loss", "runs"),
+    [
+        (2, 0.1, 300),
+        (3, 0.1, 200),
+        (10, 0.0, 200),
+        (10, 0.1, 100),
+        (100, 0.0, 30),
+        (100, 0.1, 10),
+        (300, 0.0, 4),
+        (1000, 0.0, 1),
+    ],
+)
 def test_a_dead_node_of_many_is_known_to_all_within_five_seconds(count, loss, runs):
     assert percentile([detection(count, seed, loss=loss) for seed in range(runs)], 0.99) < 5.0
 
 
 def test_a_killed_process_on_a_living_pc_is_known_sooner():
-    assert percentile([detection(10, seed, refuses=True) for seed in range(10)], 0.99) < 4.0
+    assert percentile([detection(10, seed, refuses=True) for seed in range(3)], 0.99) < 4.0
 
 
 # --- no false deaths ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("count", [2, 3, 10])
+@pytest.mark.parametrize(
+    "count", [2, 3, pytest.param(10, marks=pytest.mark.slow), pytest.param(30, marks=pytest.mark.slow)]
+)
 def test_a_node_that_stands_still_for_two_seconds_now_and_then_is_not_dead(count):
     for seed in range(4):
         mesh = Network(count, seed)
@@ -108,7 +122,7 @@ def test_a_node_that_stands_still_for_two_seconds_now_and_then_is_not_dead(count
         assert all(each.state is ALIVE for each in mesh.machines[name((seed + 1) % count)].view().members.values())
 
 
-@pytest.mark.parametrize(("count", "seconds"), [(2, 300), (10, 60), (40, 10)])
+@pytest.mark.parametrize(("count", "seconds"), [(2, 100), (10, 15)])
 def test_a_tenth_of_all_packets_may_be_lost(count, seconds):
     mesh = Network(count, 7, loss=0.1)
     mesh.run(seconds)
@@ -116,7 +130,7 @@ def test_a_tenth_of_all_packets_may_be_lost(count, seconds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "seconds"), [(10, 3600), (100, 120)])
+@pytest.mark.parametrize(("count", "seconds"), [(2, 3600), (10, 1800), (40, 120), (100, 60)])
 def test_a_tenth_of_all_packets_may_be_lost_for_long(count, seconds):
     mesh = Network(count, 11, loss=0.1)
     mesh.run(seconds)
@@ -126,12 +140,11 @@ def test_a_tenth_of_all_packets_may_be_lost_for_long(count, seconds):
 def test_slow_links_are_no_deaths():
     """Through a tailnet's relay: 100 to 250 ms each way, so that many an answer comes after others were asked."""
     mesh = Network(6, 3, delay=lambda dice: dice.uniform(0.1, 0.25))
-    mesh.run(60)
+    mesh.run(20)
     assert deaths(mesh) == []
 
 
-@settings(max_examples=25, deadline=None)
-@given(
+TROUBLES = given(
     count=st.integers(2, 6),
     seed=st.integers(0, 10**6),
     troubles=st.lists(
@@ -140,7 +153,22 @@ def test_slow_links_are_no_deaths():
     ),
     loss=st.sampled_from([0.0, 0.05, 0.2]),
 )
+
+
+@settings(max_examples=8, deadline=None)
+@TROUBLES
 def test_whatever_happened_soon_after_all_live_nodes_see_each_other_alive(count, seed, troubles, loss):
+    settled(count, seed, troubles, loss)
+
+
+@pytest.mark.slow
+@settings(max_examples=300, deadline=None)
+@TROUBLES
+def test_whatever_happened_in_hundreds_of_ways(count, seed, troubles, loss):
+    settled(count, seed, troubles, loss)
+
+
+def settled(count, seed, troubles, loss):
     """No live, reachable node is held for dead longer than 20 s, and all name one coordinator."""
     mesh = Network(count, seed, loss=loss)
     mesh.run(1)
@@ -170,7 +198,7 @@ def test_whatever_happened_soon_after_all_live_nodes_see_each_other_alive(count,
 # --- coming back --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("away", [0.3, 3.0, 30.0])
+@pytest.mark.parametrize("away", [0.3, 10.0])
 def test_a_node_that_comes_back_is_back_in_a_second(away):
     mesh = Network(10, 3)
     mesh.run(3)
@@ -182,7 +210,7 @@ def test_a_node_that_comes_back_is_back_in_a_second(away):
     assert mesh.all_see(4, ALIVE)
 
 
-@pytest.mark.parametrize("count", [2, 3, 4, 10, 30])
+@pytest.mark.parametrize("count", [2, 3, 6, pytest.param(30, marks=pytest.mark.slow)])
 def test_halves_of_a_partition_have_a_coordinator_each_and_find_each_other_by_themselves(count):
     mesh = Network(count, 1)
     mesh.run(2)
@@ -209,7 +237,7 @@ def test_halves_of_a_partition_have_a_coordinator_each_and_find_each_other_by_th
 def test_a_link_that_works_one_way_only_is_helped_by_others():
     mesh = Network(4, 5)
     mesh.cut = lambda sender, to: (sender, to) == (name(0), name(1))
-    mesh.run(60)
+    mesh.run(20)
     assert deaths(mesh) == []
 
 
@@ -264,11 +292,17 @@ def cost(count, seconds):
 
 
 def test_a_nodes_cost_does_not_grow_with_the_mesh():
-    messages, size = cost(10, 10)
-    many_messages, many_size = cost(100, 3)
+    messages, size = cost(10, 5)
+    many_messages, many_size = cost(40, 2)
     assert messages == pytest.approx(4.0, rel=0.05), "a probe each half second, and as many answers"
     assert many_messages == pytest.approx(messages, rel=0.05)
     assert many_size == pytest.approx(size, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_nodes_cost_is_the_same_among_ten_and_among_a_thousand():
+    few, many = cost(10, 20), cost(1000, 2)
+    assert many == pytest.approx(few, rel=0.1)
 
 
 # --- records and the coordinator ----------------------------------------------------------------------------------------
