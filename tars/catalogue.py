@@ -120,17 +120,20 @@ class Catalogue:
         name: str | None = None,
         kind: ModelKind | str | None = None,
         *,
+        variant: str | None = None,
         aliases: Iterable[str] = (),
         description: str = "",
     ) -> ModelEntry:
         """Take a GGUF file, or a sentence-transformers folder, as a model (or as one more variant of the model `name`).
 
         Without a name: the built-in model whose file it is, else the name in its metadata (the file's own name becomes an alias), else the
-        file's name. The same path twice is the same entry. Raises `BadModelFile`, `ModelFileMissing`, or `ConfigError` for a kind that the
-        file cannot be or a name that is taken by another model.
+        file's name. `variant`: what it is called here, where its header may say otherwise. The same path twice is the same entry. Raises
+        `BadModelFile`, `ModelFileMissing`, or `ConfigError` for a kind that the file cannot be or a name that is taken by another model.
         """
         path = Path(path).expanduser().absolute()
         found = _look_into(path, None if kind is None else _kind(kind))
+        if variant is not None:
+            found = replace(found, variant=replace(found.variant, name=variant))
         return self._place(path, found, name, tuple(aliases), description)
 
     # --- inside -------------------------------------------------------------------------------------------------------

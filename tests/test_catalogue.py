@@ -375,3 +375,10 @@ def test_a_folder_has_no_adapters(folder, tmp_path):
     given = (AdapterSource(name="legal", path=tmp_path / "legal.gguf"),)
     with pytest.raises(ConfigError, match="adapters and draft are for chat models"):
         Catalogue.load(builtin=False, extra=[source(folder, adapters=given)])
+
+
+def test_a_file_may_be_called_otherwise_than_its_header_says(tiny_gguf):
+    catalogue = Catalogue.load(builtin=False)
+    entry = catalogue.add_file(tiny_gguf, "tiny", variant="Q8_XL")
+    assert [each.name for each in entry.variants] == ["Q8_XL"]
+    assert catalogue.path_of(entry, entry.variants[0]) == tiny_gguf

@@ -170,18 +170,17 @@ class FetchedFolder:
         if known is not None and mine is not None and self._catalogue.path_of(known, mine) is not None:
             self._fetched[known.name, mine.name] = path
             return known, mine.name
+        # A kind is not told to a folder: only it knows whether it ranks or embeds. The catalogue may call the quantisation otherwise than
+        # the file's header does; its word is the one that plans are made with.
+        word = None if path.is_dir() else variant
+        told = None if path.is_dir() else kind
         try:
-            # A kind is not told to a folder: only it knows whether it ranks or embeds.
-            entry = self._catalogue.add_file(path, model, None if path.is_dir() else kind, aliases=aliases)
+            entry = self._catalogue.add_file(path, model, told, variant=word, aliases=aliases)
         except ConfigError:
-            entry = self._catalogue.add_file(path, model, None if path.is_dir() else kind)
-        added = next(
-            (each.name for each in entry.variants if self._catalogue.path_of(entry, each) == path), variant or "file"
-        )
+            entry = self._catalogue.add_file(path, model, told, variant=word)
+        added = next(each.name for each in entry.variants if self._catalogue.path_of(entry, each) == path)
         self._fetched[entry.name, added] = path
-        # The catalogue may call the quantisation otherwise than the file's header does.
-        self._fetched[entry.name, variant or added] = path
-        return entry, variant or added
+        return entry, added
 
 
 def is_name(name: Any) -> bool:

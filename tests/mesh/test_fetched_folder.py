@@ -60,12 +60,16 @@ async def test_a_file_that_would_take_more_memory_than_was_planned_is_refused(ma
     assert not target.parent.exists()
 
 
-async def test_the_name_that_the_catalogue_gives_a_quantisation_leads_to_the_file_too(make, entry, tiny_gguf):
-    folder = make()
+async def test_a_file_is_called_what_the_catalogue_calls_it_whatever_its_header_says(make, entry, tiny_gguf):
+    catalogue = Catalogue.load(builtin=False)
+    called = replace(entry, variants=(replace(entry.variants[0], name="Q8_XL", local=False),))
+    catalogue._register(called)
+    folder = make(catalogue)
     target = put(folder, tiny_gguf)
-    called = replace(entry.variants[0], name="Q8_XL")
-    await folder.arrived(target, digest(target), entry, called)
-    assert folder.path_of(entry, called) == target
+    await folder.arrived(target, digest(target), called, called.variants[0])
+    known = catalogue.resolve(NAME)
+    assert [each.name for each in known.variants] == ["Q8_XL"]
+    assert catalogue.path_of(known, known.variants[0]) == target
 
 
 def test_an_operators_own_file_stays_where_it_is(make, entry, tiny_gguf):
