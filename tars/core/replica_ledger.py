@@ -110,15 +110,19 @@ class ReplicaLedger:
         blocks: Sequence[Block] = (),
         without: Collection[ReplicaId] = (),
     ) -> Choice:
-        """The best candidate not in `without`, reserved. `blocks`: the prompt's, as `prefix_affinity.blocks_of` makes them."""
+        """The best candidate not in `without` (those that the call has tried), reserved.
+
+        `blocks`: the prompt's, as `prefix_affinity.blocks_of` makes them.
+        """
         known = {
             each.replica: self.annotated(each, now, blocks) if each.state is ReplicaState.READY else each
             for each in candidates
+            if each.replica not in without
         }
         ranked = rank(list(known.values()), call_key, demand)
-        chosen = next((replica for replica in ranked.order if replica not in without), None)
-        if chosen is None:
+        if not ranked.order:
             return Choice(None, ranked)
+        chosen = ranked.order[0]
         candidate, book = known[chosen], self._book(chosen)
         assert candidate.ahead is not None
         calls_ahead = max(book.calls, candidate.active + candidate.queued)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tars.core.coordination_view import FETCH
+from tars.core.mesh_messages import MemberState
 from tars.core.routing import Candidate
 from tars.core.types import ModelEntry, ModelKind, ReplicaId, ReplicaState
 from tars.errors import StillLoading, TarsError
@@ -42,7 +43,11 @@ class LocalFleet:
         return {}
 
     def candidates(self, model: str) -> Sequence[Candidate]:
-        """The model's replicas on this node, those too whose file is still coming."""
+        """The model's replicas on this node, those too whose file is still coming.
+
+        While the node gives its memory back they answer what no peer can: a replica stays until it is ready elsewhere.
+        """
+        standing = MemberState.DRAINING if self._coordinator.draining.on else MemberState.ALIVE
         found = [
             Candidate(
                 replica=replica,
@@ -50,6 +55,7 @@ class LocalFleet:
                 kind=live.kind,
                 state=live.worker.state,
                 node=live.assignment.node,
+                standing=standing,
                 active=live.worker.active_calls,
                 queued=live.worker.queued_calls,
                 # What the worker really serves at once, which may be less than the slots that were planned.

@@ -78,6 +78,8 @@ class LocalNodeService:
         mesh: MeshService | None = None,
         peers: Peers | None = None,
         on_traffic: Callable[[NodeId], None] = lambda node: None,
+        on_drain: Callable[[bool], None] = lambda draining: None,
+        others: Callable[[], list[PeerDescription]] = list,
         files: FileStore | None = None,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -88,6 +90,9 @@ class LocalNodeService:
         self.mesh = mesh or Administration(ClientKeys())
         self._wsl2 = wsl2
         self._addresses = addresses
+        self._on_drain = on_drain
+        self._others = others
+        """The peers as this node sees them."""
         self._files = files
         self._now = now
         self._calls = CallLog(wall_clock)
@@ -159,6 +164,7 @@ class LocalNodeService:
     async def drain(self) -> DrainResult:
         """Running calls go on; replicas go elsewhere where they fit, and this node's memory comes back."""
         drained = await self._coordinator.drain()
+        self._on_drain(True)
         nodes = self._coordinator.nodes()
         return DrainResult(
             state=self._state(),
@@ -172,6 +178,7 @@ class LocalNodeService:
     async def resume(self) -> DrainResult:
         """Take calls and replicas again."""
         self._coordinator.resume()
+        self._on_drain(False)
         return DrainResult(
             state=self._state(),
             active_calls=self._calls.active,
@@ -185,15 +192,16 @@ class LocalNodeService:
     # --- the mesh: one node sees itself ------------------------------------------------------------------------------
 
     def peers(self) -> PeersResult:
-        """This node."""
+        """This node first, then its peers."""
         me = PeerDescription(
             node=self.node_id,
             name=self._name,
             state="DRAINING" if self._coordinator.draining.on else "ALIVE",
             addresses=self._addresses(),
-            coordinator=True,
+            coordinator=self._coordinator.coordinates,
+            version=__version__,
         )
-        return PeersResult(peers=[me])
+        return PeersResult(peers=[me, *self._others()])
 
     async def plan(self) -> PlanResult:
         """The plan in force."""
@@ -379,9 +387,11 @@ class LocalNodeService:
 
     def _serving(self) -> Inference:
         """In a mesh a node that drains still sends calls to the others; alone it can only refuse them."""
-        alone = all(node.id == self.node_id for node in self._coordinator.nodes())
-        self._inference.draining = self._closing or (self._coordinator.draining.on and alone)
+        self._inference.draining = self._closing or (self._coordinator.draining.on and self._alone())
         return self._inference
+
+    def _alone(self) -> bool:
+        return all(node.id == self.node_id for node in self._coordinator.nodes())
 
     async def _recent_snapshot(self) -> NodeSnapshot:
         async with self._probing:  # those who ask meanwhile share the answer, however slow the driver is

@@ -88,9 +88,14 @@ def test_those_who_were_tried_are_not_chosen_again():
     first = ledger.choose(both, "k", 0.0).reservation.replica
     second = ledger.choose(both, "k", 0.0, without={first}).reservation.replica
     assert {first, second} == {"a", "b"}
-    last = ledger.choose(both, "k", 0.0, without={first, second})
-    assert last.reservation is None
-    assert last.ranked.order
+    assert ledger.choose(both, "k", 0.0, without={first, second}).reservation is None
+
+
+def test_a_draining_node_is_asked_once_all_others_were():
+    ledger = ReplicaLedger()
+    both = [candidate("draining", standing=MemberState.DRAINING), candidate("other", standing=MemberState.SUSPECT)]
+    assert ledger.choose(both, "k", 0.0).reservation.replica == "other"
+    assert ledger.choose(both, "k", 0.0, without={"other"}).reservation.replica == "draining"
 
 
 # --- queues ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 from coordinator_bench import NODE, make_bench
 
 from tars.core.coordination_view import FETCH
+from tars.core.mesh_messages import MemberState
 from tars.core.types import Deployment, ReplicaState
 from tars.errors import BadModelFile, DiskFull, ReplicaFailed, StillLoading
 from tars.mesh.executor import FileFetch
@@ -48,6 +49,14 @@ async def test_a_cold_replica_is_ranked_by_the_speeds_that_it_measured(bench, fl
     speeds = MeasuredSpeeds(decode_tokens_per_second=58.5, prefill_tokens_per_second=900.0, texts_per_second=3.0)
     bench.workers[0].info = bench.workers[0].info.model_copy(update={"speeds": speeds})
     assert [(each.speed, each.prefill_speed) for each in fleet.candidates("tiny")] == [(58.5, 900.0)]
+
+
+async def test_a_replica_that_is_to_move_is_asked_where_nobody_else_can(bench, fleet):
+    bench.workers[0].loaded()
+    bench.coordinator.draining.set(True)
+    assert [each.standing for each in fleet.candidates("tiny")] == [MemberState.DRAINING]
+    bench.coordinator.draining.set(False)
+    assert [each.standing for each in fleet.candidates("tiny")] == [MemberState.ALIVE]
 
 
 async def test_peers_hear_of_the_queues_of_ready_replicas_only(bench, fleet):

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 import pytest
 from aiohttp import web
 from coordinator_bench import make_bench
-from mesh_nodes import PretendPeers, ScriptedReplica, mesh_of
+from mesh_nodes import PretendPeers, ScriptedReplica, generated, mesh_of
 
 from tars.core.types import Deadline, ModelKind, ReplicaState
+from tars.errors import Overloaded
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams
+from tars.messages.node import DeployParams
 from tars.rpc.http_client import RpcConnection
 from tars.rpc.options import RpcOptions
 from tars.serving.local_service import LocalNodeService
@@ -94,3 +96,25 @@ async def test_explain_says_where_a_call_would_go_now_where_there_is_a_choice(me
     text = (await mesh.service.explain("tiny")).text
     assert "A call now:" in text
     assert "tiny@big#1: rank 1: predicted" in text
+
+
+async def test_a_node_that_drains_asks_its_peers_first_and_serves_what_only_it_has_until_it_is_gone(mesh):
+    await mesh.service.deploy(DeployParams(model="tiny"))
+    await mesh.bench.coordinator.reconcile()
+    mesh.bench.workers[0].loaded()
+    mesh.bench.workers[0].script = [generated("from here")]
+    tiny = CHAT.model_copy(update={"model": "tiny"})
+
+    async def answer():
+        return [item async for item in mesh.service.chat(tiny, call())][-1].served_by.node
+
+    assert await answer() == mesh.bench.coordinator.node_id
+    mesh.bench.coordinator.draining.set(True)
+    mesh.service._alone = lambda: False
+    assert await answer() == mesh.bench.coordinator.node_id
+    there = ScriptedReplica("tiny@big#0", "tiny", speed=1.0)
+    mesh.big.replicas.append(there)
+    mesh.service._fleet._peers.mesh.want("tiny")
+    assert await answer() == mesh.big.id
+    there.failures = [Overloaded("full")]
+    assert await answer() == mesh.bench.coordinator.node_id
