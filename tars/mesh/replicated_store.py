@@ -19,7 +19,7 @@ import orjson
 from tars.core.hybrid_clock import HybridClock
 from tars.core.mesh_messages import Record, Stamp
 from tars.core.records import Value
-from tars.core.replicated_map import KINDS, TOMBSTONE_SECONDS, VOLATILE, ReplicatedMap, prefix_of
+from tars.core.replicated_map import KINDS, TOMBSTONE_SECONDS, VOLATILE, Refused, ReplicatedMap, prefix_of
 from tars.core.types import NodeId
 from tars.errors import InvalidParams, TarsError
 from tars.mesh.record_codec import checked, decode_record, decode_stamp, encode_record, encode_stamp
@@ -51,7 +51,7 @@ class Records(Protocol):
     """True where the durable records were missing or damaged at this start, so that what is not there was not removed."""
 
     def put(self, key: str, value: Value, *, saved: bool = True) -> Record:
-        """Write, saved before it counts. Raises `DiskFull` (nothing changed), `Refused` or `InvalidParams` (no node would take it).
+        """Write, saved before it counts. Raises `DiskFull` (nothing changed) or `InvalidParams` (no node would take it).
 
         `saved` False is for what can be had again (an advert, a measurement, an entry of the configuration file): it counts at once.
         """
@@ -94,7 +94,10 @@ class MemoryStore:
 
     def _write(self, key: str, value: Value | None, saved: bool) -> Record:
         now = self._clock()
-        record = checked(self.map.draft(key, value, now))
+        try:
+            record = checked(self.map.draft(key, value, now))
+        except Refused as refusal:
+            raise InvalidParams(f"{refusal}. Nothing was changed.") from None
         self._before(record, saved)
         self.map.merge([record], now)
         for told in self._subscribers:

@@ -10,7 +10,7 @@ from tars import state_folder
 from tars.core.hybrid_clock import MOST_AHEAD_MS
 from tars.core.mesh_messages import Record, Stamp
 from tars.core.records import Member, NodeAdvert, Orders, Wish
-from tars.core.replicated_map import TOMBSTONE_SECONDS, Refused, wishes
+from tars.core.replicated_map import TOMBSTONE_SECONDS, wishes
 from tars.core.types import Deployment, NodeId, NodeSnapshot
 from tars.errors import DiskFull, InvalidParams
 from tars.mesh import replicated_store
@@ -82,17 +82,18 @@ def test_a_full_disk_changes_nothing(folder, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "error"),
+    ("key", "value", "said"),
     [
-        ("node/b", advert(), Refused),
-        ("deployment/m", wish("n"), Refused),
-        ("deployment/m", wish("m", 10**9), InvalidParams),
-        ("member/b", Member(B, "x" * 10_000, "f"), InvalidParams),
+        ("node/b", advert(), "only a node itself"),
+        ("deployment/m", wish("n"), "holds the record of 'n'"),
+        ("deployment/" + "m" * 600, wish("m" * 600), "611 characters"),
+        ("deployment/m", wish("m", 10**9), "replicas: should be 0 to 64"),
+        ("member/b", Member(B, "x" * 10_000, "f"), "10000 characters"),
     ],
 )
-def test_what_no_peer_would_take_is_not_written(folder, key, value, error):
+def test_what_no_peer_would_take_is_not_written(folder, key, value, said):
     store = opened(folder)
-    with pytest.raises(error):
+    with pytest.raises(InvalidParams, match=said):
         store.put(key, value)
     assert len(store.map) == 0
     assert on_disk(folder) == set()
