@@ -74,10 +74,10 @@ class PretendMesh:
             adverts=tuple(pc.advert() for pc in self.pcs.values() if pc.alive),
             wishes=tuple(Wish(each) for each in self.wanted),
             now=self.now,
-            orders=self.orders,
+            orders=dict(self.orders),
             models=self.models,
             hub=self.everywhere,
-            versions=self.versions,
+            versions=dict(self.versions),
         )
 
     def decide(self) -> Decision:
