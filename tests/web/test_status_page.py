@@ -13,6 +13,7 @@ from importlib.resources import files
 import pytest
 
 from tars.errors import InternalError, UnknownModel
+from tars.messages.files import TransferDescription
 from tars.messages.node import CallCounters, EngineCounters, LoadProgress, MeasuredSpeeds
 from tars.web.status_page import CONTENT_TYPES
 
@@ -182,6 +183,27 @@ async def test_the_page_shows_the_node_and_follows_it_without_reload(node, servi
     assert await page.locator(".device").count() == 1
     assert await page.evaluate("window.stillTheSamePage")
     assert {url.startswith(node.url + "/") for url in page.asked} == {True}, page.asked
+
+
+@pytest.mark.browser
+async def test_the_page_shows_model_files_on_their_way(node, service, page):
+    await page.goto(node.url)
+    await page.wait_for_selector("text=living-room")
+    assert not await page.is_visible("#transfers-section")
+    transfer = TransferDescription(
+        model="mistral-7b",
+        variant="Q4_K_M",
+        stage="fetch",
+        bytes_done=2**30,
+        bytes_total=4 * 2**30,
+        bytes_per_second=100.0 * 2**20,
+        sources=["attic", "<b>evil</b>"],
+    )
+    service.description = service.description.model_copy(update={"transfers": [transfer]})
+    await page.wait_for_selector("text=1.0 GiB of 4.0 GiB, 100 MiB/s from attic, <b>evil</b>")
+    assert await page.locator(".transfer .meter span").get_attribute("style") == "width: 25%;"
+    service.description = service.description.model_copy(update={"transfers": []})
+    await page.wait_for_selector("#transfers-section", state="hidden")
 
 
 @pytest.mark.browser

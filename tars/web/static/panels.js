@@ -250,6 +250,38 @@ export function showReplicas(node) {
   keyed(byId("replicas"), rows, (row) => row.id, (row) => (row.absent ? absentRow(row) : replicaRow()), "No model is deployed here.");
 }
 
+/* ---- model files ---- */
+
+const STAGES = { look: "looking for it", verify: "verifying" };
+
+function transferState(transfer) {
+  if (transfer.stage !== "fetch") return (transfer.stage === "look" && transfer.note) || (STAGES[transfer.stage] ?? transfer.stage);
+  const from = transfer.sources.length ? ` from ${transfer.sources.join(", ")}` : "";
+  const note = transfer.note ? ` (${transfer.note})` : "";
+  return `${bytes(transfer.bytes_done)} of ${bytes(transfer.bytes_total)}, ${bytes(transfer.bytes_per_second)}/s${from}${note}`;
+}
+
+function transferRow() {
+  const name = h("span", { class: "mono" });
+  const state = h("span", { class: "small muted" });
+  const fill = h("span");
+  const element = h("div", { class: "method transfer" }, name, state, h("div", { class: "meter" }, fill));
+  return {
+    element,
+    update(transfer) {
+      setText(name, `${transfer.model} ${transfer.variant}`);
+      setText(state, transferState(transfer));
+      fill.style.width = `${((100 * transfer.bytes_done) / Math.max(1, transfer.bytes_total)).toFixed(1)}%`;
+    },
+  };
+}
+
+export function showTransfers(node) {
+  const transfers = node.transfers ?? [];
+  byId("transfers-section").hidden = transfers.length === 0;
+  keyed(byId("transfers"), transfers, (transfer) => `${transfer.model} ${transfer.variant}`, transferRow);
+}
+
 /* ---- calls and errors ---- */
 
 function methodRow() {
