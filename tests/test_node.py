@@ -14,6 +14,7 @@ import aiohttp
 import psutil
 import pytest
 from click.testing import CliRunner
+from model_stores import store_in
 from running_node import node_command, running_node
 
 from tars.client import Client
@@ -77,6 +78,15 @@ def test_check_takes_a_file_under_an_alias_of_the_catalogue(tmp_path):
     assert done.exit_code == 2
     assert "Traceback" not in done.stderr
     assert "tars-node: The model's file is not where it was said to be" in done.stderr
+
+
+def test_check_takes_a_model_that_was_fetched_before(tmp_path, tiny_gguf):
+    (tmp_path / "c.toml").write_text('[[deploy]]\nmodel = "mine"\n')
+    arguments = ("--check", "--config", tmp_path / "c.toml", "--state-dir", tmp_path / "state")
+    assert run_here(*arguments).exit_code == 2
+    asyncio.run(store_in(tmp_path / "state").add_file("mine", tiny_gguf))
+    done = run_here(*arguments)
+    assert (done.exit_code, "models: mine" in done.stdout) == (0, True)
 
 
 def test_an_unknown_model_in_the_configuration_is_refused(tmp_path):
