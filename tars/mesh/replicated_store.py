@@ -19,7 +19,16 @@ import orjson
 from tars.core.hybrid_clock import HybridClock
 from tars.core.mesh_messages import Record, Stamp
 from tars.core.records import Value
-from tars.core.replicated_map import KINDS, TOMBSTONE_SECONDS, VOLATILE, Refused, ReplicatedMap, prefix_of
+from tars.core.replicated_map import (
+    KINDS,
+    SETTLED_SECONDS,
+    TOMBSTONE_SECONDS,
+    VOLATILE,
+    Refused,
+    ReplicatedMap,
+    members,
+    prefix_of,
+)
 from tars.core.types import NodeId
 from tars.errors import InvalidParams, TarsError
 from tars.mesh.record_codec import checked, decode_record, decode_stamp, encode_record, encode_stamp
@@ -33,6 +42,9 @@ SAVE_SECONDS = 5.0
 """Between hearing a decision and saving it: a burst is written once. Its author has it on disk already."""
 SAVE_VOLATILE_SECONDS = 60.0
 """Adverts change every few seconds somewhere; after a start they are minutes old at any rate."""
+
+CONTACT_GAP_MS = 60_000
+"""Peers are heard every second: a longer silence by the wall clock was a sleep, a cut, or a jump of the clock."""
 
 Changed = Callable[[Sequence[Record]], None]
 """Told of each write of this node, after it counts."""
@@ -132,6 +144,7 @@ class ReplicatedStore(MemoryStore):
         self.lost = not durable
         self.last_contact_ms: int | None = _moment(durable.get("last_contact_ms"))
         """When this node last heard of a peer; None where it never did."""
+        self._contact_since_ms: int | None = None
         # The durable ones first: whether an advert still counts depends on the members.
         for content, name in ((durable, DURABLE_FILE), (volatile, VOLATILE_FILE)):
             self._load(content, name)
@@ -146,6 +159,9 @@ class ReplicatedStore(MemoryStore):
     def contact(self) -> None:
         """A peer was heard just now. Costs nothing; it is on disk with the next save, an hour old at most while the node runs."""
         now = max(self._clock(), 0)
+        unbroken = self.last_contact_ms is not None and 0 <= now - self.last_contact_ms <= CONTACT_GAP_MS
+        if self._contact_since_ms is None or not unbroken:
+            self._contact_since_ms = now
         if self.last_contact_ms is None or now - self.last_contact_ms > 3_600_000:
             self._dirty.add(DURABLE_FILE)
             self._wake.set()
@@ -159,8 +175,17 @@ class ReplicatedStore(MemoryStore):
         return changed
 
     def collect(self, alive_since_ms: Mapping[NodeId, int]) -> list[str]:
-        """Forget stable tombstones, see `ReplicatedMap.collect`."""
-        gone = self.map.collect(self._clock(), alive_since_ms)
+        """Forget stable tombstones, see `ReplicatedMap.collect`.
+
+        A PC that slept for weeks, or whose clock jumped, would take fresh tombstones for old ones at once: it forgets nothing before it
+        has been among its peers for `SETTLED_SECONDS` without a break by its own clock.
+        """
+        now = self._clock()
+        among_peers = any(not each.removed and each.node != self.map.node for each in members(self.map).values())
+        settled_ms = now - SETTLED_SECONDS * 1000
+        if among_peers and (self._contact_since_ms is None or self._contact_since_ms > settled_ms):
+            return []
+        gone = self.map.collect(now, alive_since_ms)
         self.changed(gone)
         return gone
 

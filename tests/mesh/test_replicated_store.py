@@ -10,7 +10,7 @@ from tars import state_folder
 from tars.core.hybrid_clock import MOST_AHEAD_MS
 from tars.core.mesh_messages import Record, Stamp
 from tars.core.records import Member, NodeAdvert, Orders, Wish
-from tars.core.replicated_map import TOMBSTONE_SECONDS, wishes
+from tars.core.replicated_map import SETTLED_SECONDS, TOMBSTONE_SECONDS, wishes
 from tars.core.types import Deployment, NodeId, NodeSnapshot
 from tars.errors import DiskFull, InvalidParams
 from tars.mesh import replicated_store
@@ -307,6 +307,33 @@ def test_a_forgotten_tombstone_is_forgotten_on_the_disk_too(folder):
     assert later.collect({}) == ["deployment/m"]
     later.close()
     assert on_disk(folder) == set()
+
+
+def test_a_pc_that_slept_for_weeks_forgets_nothing_before_it_has_told(folder):
+    """A clock that stands still in sleep says that its peers have been alive all the while."""
+    now = [NOW]
+    store = ReplicatedStore(folder, A, clock=lambda: now[0])
+    store.put("member/b", Member(B, "pc", "f"))
+    store.put("deployment/m", wish("m"))
+
+    def among_peers(seconds):
+        for _ in range(seconds // 30):
+            now[0] += 30_000
+            store.contact()
+
+    store.contact()
+    store.close()
+    store = ReplicatedStore(folder, A, clock=lambda: now[0])  # a quick restart is no reason to wait for ever
+    among_peers(2 * SETTLED_SECONDS)
+    store.remove("deployment/m")
+    now[0] += 40 * DAY
+    store.contact()
+    alive_all_the_while = {B: now[0] - 3 * SETTLED_SECONDS * 1000}
+    assert store.collect(alive_all_the_while) == []
+    among_peers(SETTLED_SECONDS - 60)
+    assert store.collect(alive_all_the_while) == []
+    among_peers(120)
+    assert store.collect(alive_all_the_while) == ["deployment/m"]
 
 
 # --- damage -------------------------------------------------------------------------------------------------------------
