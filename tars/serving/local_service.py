@@ -325,6 +325,11 @@ class LocalNodeService:
         """This node's queues, for its answers to peers' probes: (replica, active calls, queued calls)."""
         return self._local.load()
 
+    def peer_died(self, node: NodeId) -> None:
+        """Membership gives a peer up: calls that wait for it are answered elsewhere."""
+        if isinstance(self._fleet, MeshFleet):
+            self._fleet.peer_died(node)
+
     def load_told(self, loads: Iterable[tuple[str, int, int]]) -> None:
         """A peer's queues, likewise: the router reckons with them."""
         self._router.load_told(loads)

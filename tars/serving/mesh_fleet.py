@@ -18,7 +18,7 @@ from tars.core.routing import Candidate
 from tars.core.types import DeviceSnapshot, ModelEntry, NodeId, ReplicaId, ReplicaState
 from tars.errors import PeerUnreachable, ReplicaFailed, StillLoading, TarsError
 from tars.messages.inference import ServedBy
-from tars.serving.peer_target import PeerConnection, PeerTarget
+from tars.serving.peer_target import Lifeline, PeerConnection, PeerTarget
 from tars.serving.router import Fleet, ServedModel
 from tars.serving.targets import Target
 
@@ -118,6 +118,7 @@ class MeshFleet:
         self._peers = peers
         self._find = find
         self._index = _Index(None, {}, {}, {}, {})
+        self._lifelines: dict[NodeId, Lifeline] = {}
 
     def models(self) -> list[ServedModel]:
         """What is wanted anywhere. A model that cannot be loaded here is still served where a peer has it."""
@@ -151,7 +152,14 @@ class MeshFleet:
             device=remote.report.assignment.device if device is None else device.name,
             simulated=device is not None and device.simulated,
         )
-        return PeerTarget(served_by, remote.advert.node.name, self._peers.connection(remote.node))
+        lifeline = self._lifelines.setdefault(remote.node, Lifeline())
+        return PeerTarget(served_by, remote.advert.node.name, self._peers.connection(remote.node), lifeline)
+
+    def peer_died(self, node: NodeId) -> None:
+        """Membership gives a peer up: what waits for it is answered elsewhere, or told so."""
+        lifeline = self._lifelines.pop(node, None)
+        if lifeline is not None:
+            lifeline.cut()
 
     def not_ready(self, model: str) -> TarsError:
         """The clearest error for a model that nobody can answer now.

@@ -8,12 +8,13 @@ breaks, an answer that is none, a peer that does not take this node for one of i
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 from pydantic import ValidationError
 
@@ -79,6 +80,7 @@ _NOT_THE_CALLS_FAULT = (
 """The call was checked here before it was sent: these are between the two nodes (another version, a node that was removed)."""
 
 
+_Awaited = TypeVar("_Awaited")
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -98,6 +100,38 @@ class PeerConnection(Protocol):
         ...
 
 
+class Lifeline:
+    """What all calls at one peer hang on: `cut` ends their waits at once.
+
+    A PC that lost its power or its cable closes no connection, and a call would wait there for all of its time; membership knows after
+    seconds.
+    """
+
+    def __init__(self) -> None:
+        self._waits: set[asyncio.Timeout] = set()
+
+    async def hold(self, waiting: Awaitable[_Awaited]) -> _Awaited:
+        """What `waiting` gives. Raises `PeerUnreachable` when the line is cut meanwhile; `waiting` is cancelled then."""
+        scope = asyncio.timeout(None)  # no timer: it costs two method calls a delta
+        self._waits.add(scope)
+        try:
+            async with scope:
+                return await waiting
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            raise PeerUnreachable("the mesh takes it for dead") from None
+        finally:
+            self._waits.discard(scope)
+
+    def cut(self) -> None:
+        """The peer is dead."""
+        waits, self._waits = self._waits, set()
+        now = asyncio.get_running_loop().time()
+        for scope in waits:
+            scope.reschedule(now)
+
+
 class PeerTarget:
     """Runs one call at one peer; see `targets.Target`. `served_by` is the replica that was chosen, and once the answer came, the one that
     answered. `name` is the peer's, for people.
@@ -108,11 +142,13 @@ class PeerTarget:
         served_by: ServedBy,
         name: str,
         connection: PeerConnection,
+        lifeline: Lifeline | None = None,
         now: Callable[[], float] = time.monotonic,
     ):
         self.served_by = served_by
         self._name = name
         self._connection = connection
+        self._lifeline = lifeline or Lifeline()
         self._now = now
 
     async def run(self, work: Work, call: CallContext) -> AsyncGenerator[Event]:
@@ -130,17 +166,21 @@ class PeerTarget:
             if isinstance(work, ChatParams | CompleteParams):
                 stream = self._connection.stream(method, params_of(work), timeout=budget, **meta)
                 async with aclosing(cast("AsyncGenerator[tuple[str | None, Any]]", stream)) as messages:
-                    async for name, body in messages:
+                    # Not `async for`: the line is held while the peer is waited for, and not while the caller reads.
+                    while not ended:
+                        try:
+                            name, body = await self._lifeline.hold(anext(messages))
+                        except StopAsyncIteration:
+                            raise PeerUnreachable("the stream ended without an answer") from None
                         if name is None:
                             ended = True
                             yield self._finished(work, body)
                         elif name == DELTA:
                             began = True
                             yield Delta.model_validate(body)
-                if not ended:
-                    raise PeerUnreachable("the stream ended without an answer")
             else:
-                yield self._finished(work, await self._connection.call(method, params_of(work), timeout=budget, **meta))
+                calling = self._connection.call(method, params_of(work), timeout=budget, **meta)
+                yield self._finished(work, await self._lifeline.hold(calling))
         except PeerUnreachable as lost:
             raise self._lost(lost, began) from None
         except _NOT_THE_CALLS_FAULT as refused:

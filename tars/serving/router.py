@@ -255,7 +255,8 @@ class Router:
         self._count(reservation.node, local, "answered")
         seen = observed(event, now - started)
         if seen is not None:
-            self._ledger.learn(reservation, seen, now, 0.0 if local else HOP_SECONDS)
+            # What the replica measured itself has no way in it.
+            self._ledger.learn(reservation, seen, now, 0.0 if local or not seen.waited else HOP_SECONDS)
         self._ledger.release(reservation, now)
         served_by = target.served_by
         if served_by.calls_left is not None:

@@ -275,6 +275,19 @@ async def test_a_peer_that_dies_over_an_embedding_costs_a_retry_and_not_the_call
     assert result["served_by"]["node"] == slow.id
 
 
+async def test_a_call_at_a_peer_that_lost_its_power_is_answered_elsewhere_once_membership_knows(three):
+    """Nothing closes its connections: only membership can tell."""
+    entry, fast, slow = three.nodes
+    fast.replicas[1].gate = asyncio.Event()
+    embedding = asyncio.create_task(entry.client.call("inference.embed", {"input": "x"}))
+    await asyncio.wait_for(fast.replicas[1].started.wait(), SECONDS)
+    entry.peers.states[fast.id] = MemberState.DEAD
+    entry.router._fleet.peer_died(fast.id)
+    result = await asyncio.wait_for(embedding, SECONDS)
+    assert [each["outcome"] for each in result["served_by"]["attempts"]] == ["peer_unreachable", "answered"]
+    assert result["served_by"]["node"] == slow.id
+
+
 async def test_a_stream_whose_peer_dies_after_the_first_piece_says_so_and_is_worth_a_retry(three):
     entry, fast, slow = three.nodes
     fast.replicas[0].gate = asyncio.Event()

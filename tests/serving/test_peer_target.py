@@ -31,7 +31,15 @@ from tars.messages.inference import (
     TokenizeParams,
 )
 from tars.rpc.http_client import NodeNotReachable
-from tars.serving.peer_target import NEVER_SENT, SHARE_MOST_SECONDS, SHARE_PART, PeerTarget, finished_of, meta_of
+from tars.serving.peer_target import (
+    NEVER_SENT,
+    SHARE_MOST_SECONDS,
+    SHARE_PART,
+    Lifeline,
+    PeerTarget,
+    finished_of,
+    meta_of,
+)
 from tars.workers.engine import SaveParams
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -249,6 +257,52 @@ async def test_cancelling_it_cancels_the_call():
     await asyncio.wait({running})
     assert running.cancelled()
     assert cancelled.is_set()
+
+
+@pytest.mark.parametrize("work", [CHAT, EmbedParams(input="x", model="m")])
+async def test_when_the_peer_is_given_up_those_who_wait_for_it_hear_it_at_once(work):
+    waiting, cancelled = asyncio.Event(), asyncio.Event()
+
+    class Frozen(Connection):
+        async def call(self, method, params=None, *, timeout=None, **meta):
+            waiting.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                cancelled.set()
+
+        async def stream(self, method, params=None, *, timeout=None, **meta):
+            yield None, await self.call(method)
+
+    lifeline = Lifeline()
+    frozen = PeerTarget(ServedBy(node="big", replica="r", device="card"), "big-pc", Frozen(), lifeline, lambda: 0.0)
+    running = asyncio.create_task(anext(frozen.run(work, call())))
+    await waiting.wait()
+    lifeline.cut()
+    lifeline.cut()
+    with pytest.raises(PeerUnreachable, match="big-pc broke before"):
+        await asyncio.wait_for(running, 5)
+    assert cancelled.is_set()
+    assert not lifeline._waits
+
+
+async def test_a_peer_that_is_given_up_while_the_caller_reads_is_noticed_with_the_next_piece():
+    lifeline = Lifeline()
+    connection = Connection(("inference.delta", {"text": "h"}), (None, ANSWER))
+    one = PeerTarget(ServedBy(node="big", replica="r", device="card"), "big-pc", connection, lifeline, lambda: 0.0)
+    running = one.run(CHAT, call())
+    assert (await anext(running)).text == "h"
+    lifeline.cut()
+    assert (await anext(running)).text == "hi", "what came all the same is not thrown away"
+    await running.aclose()
+
+
+async def test_a_time_out_of_the_callers_own_stays_one():
+    async def late():
+        raise TimeoutError
+
+    with pytest.raises(TimeoutError):
+        await Lifeline().hold(late())
 
 
 async def test_what_only_a_worker_can_do_is_not_sent():
