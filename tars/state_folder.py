@@ -75,13 +75,13 @@ class StateFolder:
         try:
             return NodeId(str(uuid.UUID(stored["id"])))
         except (KeyError, TypeError, ValueError):
-            return self.new_node_id()
+            made = fresh_node_id()
+            self.set_node_id(made)
+            return made
 
-    def new_node_id(self) -> NodeId:
+    def set_node_id(self, node: NodeId) -> None:
         """Another id from now on: for a node whose old one was removed from its mesh for ever. Raises `DiskFull`."""
-        made = NodeId(str(uuid.uuid4()))
-        self.write_json("node.json", {"id": made})
-        return made
+        self.write_json("node.json", {"id": node})
 
     def read_json(self, name: str) -> Any:
         """The value in the file, or {} where it is missing, unreadable or damaged."""
@@ -93,6 +93,11 @@ class StateFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Replace the file's content in one step. Raises `DiskFull`; then the old content stands."""
         write_atomically(self.path / name, orjson.dumps(value, option=orjson.OPT_INDENT_2))
+
+
+def fresh_node_id() -> NodeId:
+    """An id that no node has."""
+    return NodeId(str(uuid.uuid4()))
 
 
 def write_atomically(path: Path, content: bytes, *, mode: int = 0o666) -> None:

@@ -97,7 +97,9 @@ def certified(by: Identity, folder: Path, node: NodeId | None = None) -> Identit
     folder.mkdir(parents=True, exist_ok=True)
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = by.issue(node or new_id(), key.public_key())
-    return Identity.accept(folder, key, certificate, by.ca_certificate_pem, by.ca_key_pem)
+    identity = Identity.accept(folder, key, certificate, by.ca_certificate_pem, by.ca_key_pem)
+    identity.save()
+    return identity
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ import pytest
 
 from tars import state_folder
 from tars.errors import ConfigError, DiskFull
-from tars.state_folder import StateFolder, write_atomically
+from tars.state_folder import StateFolder, fresh_node_id, write_atomically
 
 
 @pytest.fixture
@@ -106,7 +106,8 @@ def test_opening_removes_what_a_killed_node_left_half_written(tmp_path):
 
 def test_a_new_id_replaces_the_old_one_for_good(folder):
     first = folder.node_id()
-    second = folder.new_node_id()
+    second = fresh_node_id()
+    folder.set_node_id(second)
     assert uuid.UUID(second)
     assert first != second == StateFolder(folder.path).node_id()
 

@@ -33,20 +33,15 @@ SHOWN_ID = 8
 """Characters of a NodeId in a table: enough to name it to `tars node remove`, and two of ten nodes never share them."""
 
 
-class Lifetime(click.ParamType):
-    """`90s`, `30m`, `1h`, `7d`, or seconds."""
-
-    name = "TIME"
-
-    def convert(self, value: object, parameter: click.Parameter | None, context: click.Context | None) -> int:
-        """Seconds, from one second to 30 days."""
-        match = re.fullmatch(r"([0-9]{1,7})([smhd]?)", str(value).strip().lower())
-        seconds = int(match[1]) * _SECONDS[match[2] or "s"] if match else 0
-        if not 1 <= seconds <= 30 * 86_400:
-            self.fail(
-                f"{plain(str(value))!r} is no time from 1s to 30d; write it like 90s, 30m, 1h or 7d", parameter, context
-            )
-        return seconds
+def _lifetime(context: click.Context, parameter: click.Parameter, value: str) -> int:
+    """Seconds, from one second to 30 days."""
+    match = re.fullmatch(r"([0-9]{1,7})([smhd]?)", value.strip().lower())
+    seconds = int(match[1]) * _SECONDS[match[2] or "s"] if match else 0
+    if not 1 <= seconds <= 30 * 86_400:
+        raise click.BadParameter(
+            f"{plain(value)!r} is no time from 1s to 30d; write it like 90s, 30m, 1h or 7d", context, parameter
+        )
+    return seconds
 
 
 # --- tokens -------------------------------------------------------------------------------------------------------------
@@ -59,7 +54,12 @@ def token() -> None:
 
 @token.command("new")
 @click.option(
-    "--ttl", type=Lifetime(), default="1h", show_default=True, help="How long it can be used: 90s, 30m, 1h, 7d."
+    "--ttl",
+    default="1h",
+    show_default=True,
+    metavar="TIME",
+    callback=_lifetime,
+    help="How long it can be used: 90s, 30m, 1h, 7d.",
 )
 @connection_options
 @pass_connection

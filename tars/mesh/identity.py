@@ -163,23 +163,23 @@ class Identity:
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = issue(ca_certificate, ca_key, node, key.public_key(), now)
         identity = cls(path, key, certificate, ca_certificate, ca_key)
-        identity._save()
+        identity.save()
         return identity
 
     @classmethod
     def accept(
         cls, folder: Path, key: ec.EllipticCurvePrivateKey, certificate: bytes, ca_certificate: bytes, ca_key: bytes
     ) -> Identity:
-        """What a join gave (PEM), checked and saved in place of what was there. Raises `ValueError` where it does not fit together."""
+        """What a join gave (PEM), checked; `save` it. Raises `ValueError` where it does not fit together."""
         blocks = [_pem_key(key), certificate, ca_certificate, ca_key]
         try:
             identity = cls(folder / IDENTITY_FILE, *_parsed(b"".join(blocks)))
         except (InvalidSignature, NotAMember, TypeError):
             raise ValueError("the certificate, its key and the CA do not fit together") from None
-        identity._save()
         return identity
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """In place of what was there, in one step. Raises `DiskFull`."""
         # The node's key and certificate first: what OpenSSL loads of a file with several is its first key and the chain of certificates.
         blocks = [_pem_key(self._key), self.certificate_pem, self.ca_certificate_pem, self.ca_key_pem]
         write_atomically(self._path, b"".join(blocks), mode=0o600)
@@ -246,7 +246,7 @@ class Identity:
         if self._certificate.not_valid_before_utc <= now < self._certificate.not_valid_after_utc - RENEW_BEFORE:
             return False
         self._certificate = issue(self._ca_certificate, self._ca_key, self.node, self._key.public_key(), now)
-        self._save()
+        self.save()
         for context in self._contexts:
             context.load_cert_chain(self._path)
         log.info("this node's certificate was renewed; it ends on %s", self.expires.date())
@@ -390,8 +390,9 @@ def check_member(records: MemberRecords, peer: PeerCertificate) -> Member:
 class MemberCheck:
     """`check_member` for as long as a node runs, on every connection and request.
 
-    `lost` (`Records.lost`) is a node whose records were damaged: for its first `FORGIVING_SECONDS` the CA's signature is enough, so that
-    its peers can send everything back. All it risks is a removed node that kept the CA's key and comes within these minutes.
+    `lost` (`Records.lost`, of a node that was a member before this start) is one whose records were damaged: for its first
+    `FORGIVING_SECONDS` the CA's signature is enough, so that its peers can send everything back. All it risks is a removed node that kept
+    the CA's key and comes within these minutes.
     """
 
     def __init__(
@@ -400,6 +401,7 @@ class MemberCheck:
         self._records = records
         self._now = now
         self._forgiving_until = now() + FORGIVING_SECONDS if lost else None
+        self._let_in: set[NodeId] = set()
 
     def __call__(self, peer: PeerCertificate) -> None:
         """Raises `NotAMember`."""
@@ -407,7 +409,9 @@ class MemberCheck:
             if self._now() >= self._forgiving_until:
                 self._forgiving_until = None
             elif self._records.get(MEMBER + peer.node) is None:
-                log.warning("node %s is let in by its certificate alone: this node has lost its records", peer.node)
+                if peer.node not in self._let_in:
+                    log.warning("node %s is let in by its certificate alone: this node has lost its records", peer.node)
+                    self._let_in.add(peer.node)
                 return
         check_member(self._records, peer)
 

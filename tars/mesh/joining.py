@@ -9,8 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from cryptography import x509
 from cryptography.exceptions import InvalidSignature
@@ -24,11 +23,12 @@ from tars.core.records import Member
 from tars.core.replicated_map import MEMBER
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, InvalidParams, JoinRefused
-from tars.mesh.identity import Identity, fingerprint_of, hash_of_ca
+from tars.mesh.identity import IDENTITY_FILE, Identity, PeerCertificate, check_member, fingerprint_of, hash_of_ca
 from tars.mesh.join_tokens import JoinTokens, Token, decode_secret, encode
 from tars.mesh.record_codec import decode_record, encode_record
 from tars.mesh.replicated_store import Records
 from tars.messages.admission import JoinParams, JoinResult
+from tars.state_folder import StateFolder
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +110,22 @@ class Admitting:
             )
 
 
+def take_place(identity: Identity, records: Records, name: str, addresses: tuple[str, ...]) -> None:
+    """At each start: have this node's own member record in the map, with its name and addresses of now.
+
+    The first node of a mesh writes its own so; a joiner has it from the member that admitted it. Raises `NotAMember` where this node was
+    removed, or joined again since with another key (a copied state folder): it cannot take part, and the message says what to do.
+    """
+    member = records.map.get(MEMBER + identity.node)
+    if isinstance(member, Member) and member.fingerprint:
+        check_member(records.map, PeerCertificate(identity.node, identity.fingerprint))
+        own = replace(member, name=name, addresses=addresses)
+    else:
+        own = identity.member(name, addresses)
+    if own != member:
+        records.put(MEMBER + identity.node, own)
+
+
 @dataclass(frozen=True, slots=True)
 class Grant:
     """What a join gave, checked. Give `records` to the store first, then `save` the identity: who crashes in between has joined nothing."""
@@ -121,15 +137,21 @@ class Grant:
     _key: ec.EllipticCurvePrivateKey
     _answer: JoinResult
 
-    def save(self, folder: Path) -> Identity:
-        """This node is a member from now on. Raises `DiskFull`."""
+    def save(self, folder: StateFolder) -> Identity:
+        """This node is a member from now on. Raises `DiskFull`, or `BadPeerAnswer`; then it is what it was before."""
         answer = self._answer
+        pems = (answer.certificate.encode(), answer.ca_certificate.encode(), answer.ca_key.encode())
         try:
-            return Identity.accept(
-                folder, self._key, answer.certificate.encode(), answer.ca_certificate.encode(), answer.ca_key.encode()
-            )
+            identity = Identity.accept(folder.path, self._key, *pems)
         except ValueError:
             raise _bad_grant("its certificates do not fit together") from None
+        if folder.node_id() != self.node:
+            # The old identity belongs to an id that was removed for ever. It goes first: a crash between the two writes must not leave one
+            # node's identity beside another one's id.
+            (folder.path / IDENTITY_FILE).unlink(missing_ok=True)
+            folder.set_node_id(self.node)
+        identity.save()
+        return identity
 
 
 class JoinRequest:

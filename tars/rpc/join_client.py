@@ -26,7 +26,7 @@ from tars.mesh.joining import REMOVED, Grant, JoinRequest
 from tars.messages.admission import JoinResult
 from tars.rpc.http_client import NotTls, RpcConnection
 from tars.rpc.mesh_listener import CA_PATH, HINT_PATH
-from tars.state_folder import StateFolder
+from tars.state_folder import StateFolder, fresh_node_id
 
 log = logging.getLogger(__name__)
 
@@ -74,21 +74,21 @@ async def enter_mesh(
 
 
 async def join(invitation: Invitation, folder: StateFolder, applicant: Applicant) -> Grant:
-    """Join with the NodeId of the state folder, or, where that was thrown out of the mesh before, with a new one."""
+    """Join with the NodeId of the state folder, or, where that was thrown out of the mesh before, with a new one.
+
+    The state folder stays as it is until the grant is saved.
+    """
     address, certificate = await _mesh_port(invitation)
     context = trusting(certificate, _is_a_node)
-    for _ in range(2):
-        request = JoinRequest(invitation.token, folder.node_id(), applicant.name, applicant.addresses)
+    for node in (folder.node_id(), fresh_node_id()):
+        request = JoinRequest(invitation.token, node, applicant.name, applicant.addresses)
         async with RpcConnection(f"https://{address}", tls=context, connect_seconds=CONNECT_SECONDS) as connection:
             try:
                 answer = await connection.call("mesh.join", request.params().model_dump(), timeout=JOIN_SECONDS)
             except JoinRefused as refusal:
                 if refusal.details.get("reason") != REMOVED:
                     raise
-                former = folder.node_id()
-                log.warning(
-                    "node %s was removed from this mesh; this PC joins as node %s", former, folder.new_node_id()
-                )
+                log.warning("node %s was removed from this mesh, so this PC joins it as a new node", node)
                 continue
         try:
             return request.granted(JoinResult.model_validate(answer))

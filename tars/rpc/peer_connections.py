@@ -7,6 +7,7 @@ sent: the node that was asked for, a member, with the key that it was admitted w
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 from tars.core.mesh_messages import Envelope
 from tars.core.replicated_map import MEMBER
 from tars.core.types import NodeId
-from tars.errors import BadPeerAnswer, DeadlineExceeded, NotAMember, PeerUnreachable, TarsError
+from tars.errors import BadPeerAnswer, DeadlineExceeded, InvalidParams, NotAMember, PeerUnreachable, TarsError
 from tars.mesh.identity import Identity, MemberCheck, PeerCertificate
 from tars.mesh.record_codec import decode_envelope, encode_envelope
 from tars.messages.mesh import MOST_ANSWERS
 from tars.rpc.http_client import NodeNotReachable, RpcConnection
+
+log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 1.0
 """TCP and TLS. On a LAN 3 ms, over a tailnet's relay 200; a peer that takes longer is asked at its next address meanwhile."""
@@ -96,7 +99,12 @@ class PeerConnections:
         envelopes = answer.get("envelopes") if isinstance(answer, dict) else None
         if not isinstance(envelopes, list) or len(envelopes) > MOST_ANSWERS:
             raise BadPeerAnswer(f"What node {peer.node} answered to a packet is none. Update the older of the two.")
-        answers = [decode_envelope(each, []) for each in envelopes]
+        problems: list[InvalidParams] = []
+        answers = [decode_envelope(each, problems) for each in envelopes]
+        if problems:
+            log.warning(
+                "node %s sent %d records that were not taken: %s", peer.node, len(problems), problems[0].message
+            )
         if any(each.sender != peer.node for each in answers):
             raise BadPeerAnswer(f"Node {peer.node} answered in another's name, so it was not believed.")
         return peer.node, answers

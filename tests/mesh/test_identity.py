@@ -54,7 +54,9 @@ def admitted(by: Identity, folder: Path, node: NodeId | None = None, now: dates.
     """Another node's identity in the same mesh."""
     key = ec.generate_private_key(ec.SECP256R1())
     certificate = by.issue(node or new_id(), key.public_key(), now)
-    return Identity.accept(in_folder(folder), key, certificate, by.ca_certificate_pem, by.ca_key_pem)
+    identity = Identity.accept(in_folder(folder), key, certificate, by.ca_certificate_pem, by.ca_key_pem)
+    identity.save()
+    return identity
 
 
 def trust_all(peer: PeerCertificate) -> None:

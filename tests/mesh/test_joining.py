@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,10 @@ from mesh_bench import MeshNode, certified, new_id
 
 from tars.core.records import ClientKey, Member
 from tars.core.types import NodeId
-from tars.errors import BadPeerAnswer, DiskFull, InvalidParams, JoinRefused, Overloaded
+from tars.errors import BadPeerAnswer, DiskFull, InvalidParams, JoinRefused, NotAMember, Overloaded
 from tars.mesh.identity import Identity
 from tars.mesh.join_tokens import FAILURES_PER_SOURCE, Token, encode
-from tars.mesh.joining import Grant, JoinRequest, requested_key
+from tars.mesh.joining import Grant, JoinRequest, requested_key, take_place
 from tars.mesh.replicated_store import MemoryStore
 from tars.messages.admission import JoinParams, JoinResult
 from tars.state_folder import StateFolder
@@ -34,6 +36,12 @@ def ask(one: MeshNode, node: NodeId | None = None, token: Token | None = None) -
     return JoinRequest(token or one.tokens.new()[0], node or new_id(), "two", ("192.0.2.2:8001",))
 
 
+def joining(path: Path, node: NodeId) -> StateFolder:
+    folder = StateFolder(path)
+    folder.set_node_id(node)
+    return folder
+
+
 def reason(one: MeshNode, params: JoinParams, source: str = HERE) -> object:
     with pytest.raises(JoinRefused) as refused:
         one.admitting.admit(params, source)
@@ -48,7 +56,7 @@ def test_whoever_has_a_token_becomes_a_member_with_all_that_members_have(one: Me
     store = MemoryStore(node)
     store.map.adopt(grant.records, int(time.time() * 1000), None)
     (tmp_path / "two").mkdir()
-    identity = grant.save(tmp_path / "two")
+    identity = grant.save(joining(tmp_path / "two", node))
     assert grant.admitted_by == one.id
     assert (identity.node, identity.ca_hash, identity.ca_key_pem) == (
         node,
@@ -64,6 +72,42 @@ def test_whoever_has_a_token_becomes_a_member_with_all_that_members_have(one: Me
     two = MeshNode(tmp_path / "two", "two", again)
     further = ask(two)
     assert further.granted(two.admitting.admit(further.params(), HERE)).admitted_by == node
+
+
+def test_a_new_id_and_its_identity_are_never_mixed_with_the_old_ones(
+    one: MeshNode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A node that was thrown out joins as a new one, and the PC loses its power after each write in turn."""
+    old, new = new_id(), new_id()
+
+    class PowerLoss(Exception):
+        pass
+
+    for survives in range(4):
+        (tmp_path / str(survives)).mkdir()
+        folder = joining(tmp_path / str(survives), old)
+        first = ask(one, old)
+        first.granted(one.admitting.admit(first.params(), HERE)).save(folder)
+        second = ask(one, new)
+        grant = second.granted(one.admitting.admit(second.params(), HERE))
+        left = [survives]
+
+        def step(real: object, left: list[int] = left) -> object:
+            def counted(*arguments: object, **options: object) -> object:
+                left[0] -= 1
+                if left[0] < 0:
+                    raise PowerLoss
+                return real(*arguments, **options)  # type: ignore[operator]  # a method
+
+            return counted
+
+        with monkeypatch.context() as patched:
+            for owner, name in ((Path, "unlink"), (StateFolder, "set_node_id"), (Identity, "save")):
+                patched.setattr(owner, name, step(getattr(owner, name)))
+            with suppress(PowerLoss):
+                grant.save(folder)
+        found = Identity.load_or_none(folder.path, folder.node_id())
+        assert (None if found is None else found.node) == (old, None, None, new)[survives]
 
 
 def test_a_replayed_request_is_refused(one: MeshNode) -> None:
@@ -173,6 +217,44 @@ def test_guesses_are_bounded(one: MeshNode) -> None:
     one.admitting.admit(ask(one).params(), "192.0.2.8")
 
 
+# --- one's own place ----------------------------------------------------------------------------------------------------
+
+
+def test_a_node_tells_its_name_and_addresses_of_now_and_writes_nothing_where_they_are_known(one: MeshNode) -> None:
+    store = MemoryStore(one.id)
+    take_place(one.identity, store, "one", ("192.0.2.1:8001",))
+    first = store.map.record(f"member/{one.id}")
+    assert first is not None
+    assert first.value == one.identity.member("one", ("192.0.2.1:8001",))
+    take_place(one.identity, store, "one", ("192.0.2.1:8001",))
+    assert store.map.record(f"member/{one.id}") == first
+    take_place(one.identity, store, "renamed", ())
+    assert store.map.get(f"member/{one.id}") == one.identity.member("renamed")
+
+
+def test_who_admitted_a_node_stays_known_and_a_node_without_a_mesh_gets_its_key(one: MeshNode) -> None:
+    store, admitter = MemoryStore(one.id), new_id()
+    store.put(f"member/{one.id}", replace(one.identity.member("x"), admitted_by=admitter))
+    take_place(one.identity, store, "one", ())
+    assert store.map.get(f"member/{one.id}") == replace(one.identity.member("one"), admitted_by=admitter)
+    alone = MemoryStore(one.id)
+    alone.put(f"member/{one.id}", Member(one.id, "one", ""))
+    take_place(one.identity, alone, "one", ())
+    assert alone.map.get(f"member/{one.id}") == one.identity.member("one")
+
+
+def test_a_node_that_was_removed_or_replaced_cannot_take_part(one: MeshNode) -> None:
+    for member, words in (
+        (Member(one.id, "one", one.identity.fingerprint, removed=True), "removed from the mesh; join again"),
+        (Member(one.id, "one", "0" * 64), "under another key"),
+    ):
+        store = MemoryStore(one.id)
+        store.put(f"member/{one.id}", member)
+        with pytest.raises(NotAMember, match=words):
+            take_place(one.identity, store, "one", ())
+        assert store.map.get(f"member/{one.id}") == member
+
+
 # --- the joiner ---------------------------------------------------------------------------------------------------------
 
 
@@ -206,7 +288,7 @@ def test_a_grant_of_another_ca_or_for_another_key_is_not_believed(one: MeshNode,
     grant = request.granted(answer.model_copy(update={"ca_key": far.ca_key_pem.decode()}))
     (tmp_path / "two").mkdir()
     with pytest.raises(BadPeerAnswer, match="do not fit"):
-        grant.save(tmp_path / "two")
+        grant.save(StateFolder(tmp_path / "two"))
     assert not list((tmp_path / "two").iterdir())
 
 

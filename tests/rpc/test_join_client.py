@@ -55,7 +55,7 @@ async def test_one_token_brings_a_pc_in_and_a_restart_needs_none(one: MeshNode, 
     assert grant is not None
     store = ReplicatedStore(folder, grant.node)
     store.adopt(grant.records)
-    identity = grant.save(folder.path)
+    identity = grant.save(folder)
     two = MeshNode(folder.path, "two", identity)
     two.store.map.merge(store.map.records(), 2**41)
     await two.listener.start("127.0.0.1", 0)
@@ -289,7 +289,7 @@ async def test_a_joiner_some_days_ahead_is_refused_by_the_member_and_keeps_its_t
 async def joined(one: MeshNode, folder: StateFolder) -> Identity:
     grant = await enter_mesh(invite(one), folder, APPLICANT, None)
     assert grant is not None
-    return grant.save(folder.path)
+    return grant.save(folder)
 
 
 async def test_a_removed_pc_comes_back_with_a_new_token_under_a_new_id(one: MeshNode, folder: StateFolder) -> None:
@@ -301,11 +301,14 @@ async def test_a_removed_pc_comes_back_with_a_new_token_under_a_new_id(one: Mesh
     one.tokens.spend(used.secret, "x", new_id())
     with pytest.raises(JoinRefused, match=r"removed from the mesh.*used already"):
         await enter_mesh(invite(one, used), folder, APPLICANT, identity)
+    # What was refused has changed nothing: the next start finds what it had.
+    assert Identity.load_or_none(folder.path, folder.node_id()) is not None
     grant = await enter_mesh(invite(one, token), folder, APPLICANT, identity)
     assert grant is not None
     assert grant.node != identity.node
+    assert folder.node_id() == identity.node
+    fresh = grant.save(folder)
     assert folder.node_id() == grant.node
-    fresh = grant.save(folder.path)
     member = one.store.map.get(f"member/{fresh.node}")
     assert isinstance(member, Member)
     assert (member.fingerprint, member.removed) == (fresh.fingerprint, False)
