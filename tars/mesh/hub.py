@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import sys
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,10 @@ class Hub:
         if self._session is not None:
             await self._session.close()
             self._session = None
+        # The library's own, which it keeps for the process; it makes new ones when it is asked again.
+        library = sys.modules.get("huggingface_hub")
+        if (close := getattr(library, "close_session", None)) is not None:
+            await asyncio.to_thread(close)
 
     @property
     def endpoint(self) -> str:

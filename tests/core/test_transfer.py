@@ -215,9 +215,9 @@ def test_lanes_of_one_source_take_nothing_from_each_other():
 
 
 @given(
-    size=st.integers(0, 5000),
+    size=st.integers(0, 3000),
     piece=st.integers(1, 700),
-    rates=st.lists(st.tuples(st.sampled_from([0.0, 5.0, 300.0, 2000.0]), st.floats(0.1, 200)), min_size=1, max_size=6),
+    rates=st.lists(st.tuples(st.sampled_from([0.0, 5.0, 300.0, 2000.0]), st.floats(0.1, 40)), min_size=1, max_size=4),
     done=st.sets(st.integers(0, 20)),
 )
 def test_with_one_good_source_every_byte_arrives_whatever_the_others_do(size, piece, rates, done):

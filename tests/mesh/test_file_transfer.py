@@ -201,6 +201,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 async def test_a_transfer_survives_kill_9(target):
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-c", KILLED, str(target), str(Path(__file__).parent), os.getcwd()

@@ -283,6 +283,7 @@ async def test_a_disk_without_room_is_known_before_a_byte_comes(store, server):
     assert server.ranges == []
 
 
+@pytest.mark.slow
 def test_the_library_is_not_loaded_before_it_is_needed():
     program = "import sys, tars.mesh.model_store; sys.exit('huggingface_hub' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program], timeout=60, check=False).returncode == 0
