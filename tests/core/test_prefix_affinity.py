@@ -1,7 +1,7 @@
 """Where a prompt's beginning was computed lately."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tars.core.prefix_affinity import (
@@ -86,6 +86,7 @@ def test_a_forgotten_replica_has_nothing_and_the_number_of_replicas_is_bounded()
     assert affinity.shared_tokens(ReplicaId("5"), blocks_of(text(1))) == TOKENS_A_BLOCK
 
 
+@settings(max_examples=20)
 @given(st.lists(st.tuples(st.integers(1, 12), st.sampled_from("pqr")), max_size=30), st.integers(1, 12))
 def test_it_never_expects_more_than_the_cache_holds_or_the_prompt_has(prompts, room_blocks):
     affinity = PrefixAffinity()

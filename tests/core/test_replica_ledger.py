@@ -1,5 +1,7 @@
 """Reservations, learned speeds, and what a failure teaches."""
 
+import heapq
+import random
 from collections import Counter
 from dataclasses import replace
 
@@ -96,6 +98,73 @@ def test_a_draining_node_is_asked_once_all_others_were():
     both = [candidate("draining", standing=MemberState.DRAINING), candidate("other", standing=MemberState.SUSPECT)]
     assert ledger.choose(both, "k", 0.0).reservation.replica == "other"
     assert ledger.choose(both, "k", 0.0, without={"other"}).reservation.replica == "draining"
+
+
+def mean_seconds(pick, replicas, seed, calls=600, every=0.4, tokens=100.0):
+    """Mean time of calls that come at random, each replica serving `slots` of them at once, each at its true speed.
+
+    `pick(number, now)` -> (replica's place, ended), `ended(now, seconds)` is told when the call is done.
+    """
+    dice = random.Random(seed)
+    free = [[0.0] * slots for _, slots in replicas]
+    now, total, ends = 0.0, 0.0, []
+    for number in range(calls):
+        now += dice.expovariate(1 / every)
+        while ends and ends[0][0] <= now:
+            at, _, decode, ended = heapq.heappop(ends)
+            ended(at, decode)
+        place, ended = pick(number, now)
+        speed, _ = replicas[place]
+        asked = dice.uniform(0.2, 1.8) * tokens
+        slot = min(range(len(free[place])), key=free[place].__getitem__)
+        done = max(now, free[place][slot]) + asked / speed
+        free[place][slot] = done
+        total += done - now
+        heapq.heappush(ends, (done, number, (asked, asked / speed), ended))
+    return total / calls
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["speeds told", "speeds learned"])
+def test_on_unlike_pcs_answers_come_sooner_than_from_whoever_has_the_fewest_calls(told):
+    """A 4090, a 3060 and a CPU, at two thirds of what they can do together; no replica says how large its calls will be."""
+    replicas = [(150.0, 2), (53.0, 2), (11.0, 2)]
+
+    def fewest():
+        running = [0] * len(replicas)
+
+        def pick(number, now):
+            place = min(range(len(replicas)), key=lambda each: (running[each] / replicas[each][1], (number + each) % 3))
+            running[place] += 1
+
+            def ended(at, decode):
+                running[place] -= 1
+
+            return place, ended
+
+        return pick
+
+    def ledger():
+        kept = ReplicaLedger()
+        offered = [
+            candidate(str(place), speed=speed if told else None, slots=slots)
+            for place, (speed, slots) in enumerate(replicas)
+        ]
+
+        def pick(number, now):
+            reservation = kept.choose(offered, str(number), now).reservation
+
+            def ended(at, decode):
+                asked, seconds = decode
+                kept.learn(reservation, Observation(asked, seconds, waited=False), at)
+                kept.release(reservation, at)
+
+            return int(reservation.replica), ended
+
+        return pick
+
+    for seed in range(3):
+        ours, theirs = mean_seconds(ledger(), replicas, seed), mean_seconds(fewest(), replicas, seed)
+        assert ours < 0.75 * theirs
 
 
 # --- queues ---------------------------------------------------------------------------------------------------------

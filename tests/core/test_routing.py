@@ -173,7 +173,7 @@ candidates = st.lists(
 )
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(candidates, st.text(max_size=10), st.floats(0, 1e5), st.randoms(use_true_random=False))
 def test_whatever_the_candidates_are(found, key, prompt_tokens, dice):
     demand = Demand(prompt_tokens=prompt_tokens)
