@@ -91,6 +91,14 @@ class Host:
         made.setblocking(False)
         return made
 
+    def add_card(self, segment: int, number: int) -> None:
+        """A second network card, `eth1`, on another subnet: 10.91.<segment>.<number>."""
+        end = f"{self.port}b"
+        _ip("-n", self._network.router, "link", "add", end, "type", "veth", "peer", "name", "eth1", "netns", self.name)
+        _ip("-n", self._network.router, "link", "set", end, "master", f"br{segment}", "up")
+        _ip("-n", self.name, "link", "set", "eth1", "up")
+        _ip("-n", self.name, "address", "add", f"10.91.{segment}.{number}/24", "broadcast", "+", "dev", "eth1")
+
     def unplug(self) -> None:
         """Pull the cable: the interface is still there, and knows that it is not connected."""
         _ip("-n", self._network.router, "link", "set", self.port, "down")

@@ -188,6 +188,8 @@ class Discovery:
         self._tokens = float(MOST_READ_A_SECOND)
         self._filled = 0.0
         self._said = False
+        self._trouble = ""
+        self._was_open = False
         self.heard: dict[str, Announcement] = {}
         """By the service's name: nodes that say they are of this mesh, for the status page."""
 
@@ -208,7 +210,10 @@ class Discovery:
                 if place != self._place or self._zeroconf is None or self._is_flooded():
                     await self._shut()
                     self._place = place
+                    self._trouble = ""
                     self._open(place)
+                elif self._trouble:
+                    self._say_once(self._trouble)
                 self._sweep()
                 # Not wait_for: that of Python 3.11 loses a cancellation that comes together with the event.
                 with suppress(TimeoutError):
@@ -225,7 +230,8 @@ class Discovery:
 
     def _open(self, place: _Place) -> None:
         if not place.sockets:
-            return self._say_once("no network interface here carries it")
+            # A cable that was pulled is another matter: the watch of the network says so.
+            return None if self._was_open else self._say_once("no network interface here carries it")
         # An IPv6 socket that cannot be made (IPv6 switched off) must not take IPv4 with it.
         choices: list[list[str | int]] = [
             list(place.sockets),
@@ -241,6 +247,7 @@ class Discovery:
                 break
         if self._zeroconf is None:
             return self._say_once(reason)
+        self._was_open = True
         self._browser = AsyncServiceBrowser(self._zeroconf.zeroconf, SERVICE_TYPE, handlers=[self._hear])
         self._asking = asyncio.create_task(self._ask_waiting(self._zeroconf))
         if place.ips:
@@ -291,10 +298,10 @@ class Discovery:
                 await multicast.async_close()
 
     def _library_says(self, record: logging.LogRecord) -> bool:
-        """What the library warns of (no route, no such interface, no buffer) is this node's one line; the rest passes."""
+        """What the library warns of (no route, no buffer) becomes this node's one line, unless the network turns out to have changed."""
         if record.levelno < logging.WARNING:
             return True
-        self._say_once(record.getMessage())
+        self._trouble = record.getMessage()
         return False
 
     def _say_once(self, reason: str) -> None:
@@ -411,9 +418,13 @@ class Discovery:
         return True
 
     def _sweep(self) -> None:
-        """What was crowded out by a flood is taken up again, some at a time."""
+        """Read what is known anew, for the library does not say when an old address ran out; and some of what a flood crowded out."""
         if self._zeroconf is None:
             return
+        for name in list(self.heard):
+            service = AsyncServiceInfo(SERVICE_TYPE, name)
+            if service.load_from_cache(self._zeroconf.zeroconf):
+                self._take(name, service)
         now = asyncio.get_running_loop().time()
         for name in [name for name, until in self._strangers.items() if until < now]:
             del self._strangers[name]

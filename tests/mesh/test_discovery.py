@@ -292,15 +292,38 @@ async def test_where_ipv6_is_refused_ipv4_is_used(monkeypatch, caplog):
     assert lines(caplog) == []
 
 
-async def test_what_the_library_warns_of_is_the_same_one_line_and_wsl2_is_told(caplog):
-    one = Node(on_wsl2=lambda: True)
+async def until(condition):
+    async with asyncio.timeout(5):
+        while not condition():  # noqa: ASYNC110  nothing here tells when
+            await asyncio.sleep(0.005)
+
+
+async def test_what_the_library_warns_of_is_the_same_one_line_unless_the_network_changed_meanwhile(caplog):
+    one = Node("192.0.2.1:8001", sweep_seconds=0.01)
+    library = logging.getLogger("zeroconf")
     async with one.running():
         await asyncio.sleep(0)
-        logging.getLogger("zeroconf").warning("Error with socket %d: %s", 7, "Network is unreachable")
+        library.warning("Error with socket %d: %s", 7, "Network is unreachable")
+        one.addresses = ()
+        one.discovery.refresh()
+        await until(lambda: one.discovery._place.port == 0 and one.discovery._zeroconf)  # it started anew
+        assert lines(caplog) == []
+        library.warning("Error with socket %d: %s", 8, "Operation not permitted")
+        await until(lambda: lines(caplog))
+        library.warning("and again")
+        sweeps = asyncio.get_running_loop().time() + 0.05
+        await until(lambda: asyncio.get_running_loop().time() > sweeps)  # five more sweeps
+    assert len(lines(caplog)) == 1
+    assert "(Error with socket 8: Operation not permitted)" in lines(caplog)[0]
+    library.warning("not ours any longer")
+    assert lines(caplog)[-1] == "not ours any longer"
+
+
+async def test_under_wsl2_it_is_said_that_it_may_not_work(caplog):
+    async with Node(on_wsl2=lambda: True).running():
+        await asyncio.sleep(0)
     assert len(lines(caplog)) == 1
     assert "WSL2" in lines(caplog)[0]
-    logging.getLogger("zeroconf").warning("not ours any longer")
-    assert lines(caplog)[-1] == "not ours any longer"
 
 
 # --- what anybody may send --------------------------------------------------------------------------------------------
