@@ -72,7 +72,7 @@ class FakeWorker:
 class Bench:
     """A coordinator on devices that the test sets."""
 
-    def __init__(self, folder, devices, files):
+    def __init__(self, folder, devices, files, node=NODE, **more):
         self.devices = devices
         self.told = {}
         """What the driver says of processes: device -> process id -> bytes."""
@@ -80,11 +80,11 @@ class Bench:
         self.catalogue = Catalogue.load(builtin=True)
         self.model = self.catalogue.add_file(files[0], name="tiny").name
         self.second = self.catalogue.add_file(files[1], name="second").name
-        self.store = ReplicatedStore(folder, NODE.id)
+        self.store = ReplicatedStore(folder, node.id)
         self.deployments = Deployments(self.store, [], folder)
         self.measured = MeasuredMemory(self.store)
         self.coordinator = Coordinator(
-            NODE,
+            node,
             probe=self.probe,
             catalogue=self.catalogue,
             records=self.store,
@@ -93,6 +93,7 @@ class Bench:
             tuned=TunedSettingsStore(folder),
             make_worker=self.make_worker,
             process_memory=lambda: self.told,
+            **more,
         )
 
     def probe(self, held):
@@ -115,10 +116,10 @@ class Bench:
         return sorted(live.worker.state.value for live in self.coordinator.replicas.values())
 
 
-def card(suffix="gpu-a", mib=2000, **more):
+def card(suffix="gpu-a", mib=2000, node=NODE, **more):
     return DeviceSnapshot(
-        DeviceId(f"{NODE.id}/{suffix}"),
-        NODE.id,
+        DeviceId(f"{node.id}/{suffix}"),
+        node.id,
         DeviceKind.CUDA,
         f"Card {suffix}",
         Bytes.mib(mib),

@@ -66,7 +66,8 @@ class Coordination:
         self._versions: dict[str, Hashable] = {}
         self._again: set[ReplicaId] = set()
         """FAILED, and wanted again: taken from the orders until they are gone, and then ordered anew."""
-        self._ready_since: dict[ReplicaId, float] = {}
+        self._ready_since: dict[ReplicaId, tuple[NodeId, float]] = {}
+        """Of a node that is away, too: behind a broken cable its replica may have gone on."""
         self._ordered_since: dict[ReplicaId, float] = {}
         self._leaving_since: dict[ReplicaId, float] = {}
         self._over_since: dict[DeviceId, float] = {}
@@ -127,7 +128,15 @@ class Coordination:
             self._versions[model] = version
         self._again &= failed
         ready = {replica for replica, report in reports.items() if report.state is ReplicaState.READY}
-        self._ready_since = {each: self._ready_since.get(each, now) for each in sorted(ready)}
+        away = {
+            each: since
+            for each, since in self._ready_since.items()
+            if each not in reports and since[0] not in scene.home
+        }
+        for each in sorted(ready):
+            node = reports[each].assignment.node
+            away[each] = (node, self._ready_since.get(each, (node, now))[1])
+        self._ready_since = away
         unreported = {each.replica for each in scene.ordered.values() if scene.state(each) is None}
         self._ordered_since = {each: self._ordered_since.get(each, now) for each in sorted(unreported)}
         self._note_foreign(scene)
@@ -230,7 +239,8 @@ class Coordination:
         """READY ones before others, then the longest held."""
         if scene.state(assignment) is not ReplicaState.READY:
             return 0.0
-        age = scene.now - self._ready_since.get(assignment.replica, scene.now)
+        known = self._ready_since.get(assignment.replica)
+        age = 0.0 if known is None else scene.now - known[1]
         return 1.0 + age / (age + AGE)
 
     def _over_long(self, device: DeviceId, now: float) -> bool:

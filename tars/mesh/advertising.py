@@ -26,7 +26,8 @@ PACE_SECONDS = 1.0
 
 
 @cache
-def _builtin_models() -> frozenset[str]:
+def builtin_names() -> frozenset[str]:
+    """Of the models that come with TARS, which every node's catalogue has."""
     return frozenset(Catalogue.load().entries)
 
 
@@ -50,14 +51,13 @@ class Advertising:
         self._told: NodeAdvert | None = None
         self._told_at = -PACE_SECONDS
 
-    def advert(self, node: NodeSnapshot, replicas: tuple[ReplicaReport, ...], wanted: Iterable[str]) -> NodeAdvert:
-        """This node now. Files of `wanted` models count from the moment they are there, hashed or not."""
+    def advert(self, node: NodeSnapshot, replicas: tuple[ReplicaReport, ...]) -> NodeAdvert:
+        """This node now. A file counts from the moment it is there, hashed or not."""
         files = {(file.model, file.variant): file for file in self._held()}
-        for model in wanted:
-            entry = self.catalogue.find(model)
-            for variant in () if entry is None else entry.variants:
-                key = (model if entry is None else entry.name, variant.name)
-                if key not in files and entry is not None and self.catalogue.path_of(entry, variant) is not None:
+        for entry in self.catalogue.entries.values():
+            for variant in entry.variants:
+                key = (entry.name, variant.name)
+                if key not in files and self.catalogue.path_of(entry, variant) is not None:
                     files[key] = HeldFile(*key, size=variant.shape.file_bytes)
         return NodeAdvert(
             node=node,
@@ -85,5 +85,5 @@ class Advertising:
 
     def _own_models(self) -> tuple[ModelEntry, ...]:
         """Entries that other nodes cannot know: `[[model]]` and `--model` of this one."""
-        known = _builtin_models()
+        known = builtin_names()
         return tuple(entry for name, entry in sorted(self.catalogue.entries.items()) if name not in known)

@@ -53,7 +53,7 @@ DEBOUNCE_SECONDS = 0.05
 TAKE_OVER_SECONDS = 1.0
 """A node coordinates for so long before it gives its first orders: the others' adverts arrive meanwhile."""
 ISOLATED_SECONDS = 5.0
-"""The same for one that lost sight of everybody at once: most likely its own cable, and the others still run their replicas."""
+"""One that lost sight of everybody at once decides nothing for so long: most likely it is its own cable, and the others run on."""
 LIVE = (MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING)
 
 
@@ -122,6 +122,7 @@ class Coordinator:
         self.advertising = Advertising(catalogue, records, held=held, client_url=client_url, now=now)
         self._coordination = Coordination(settings)
         self._coordinates_since: float | None = None
+        self._isolated_since: float | None = None
         self._advert: NodeAdvert | None = None
         self._decision = Decision(Plan(), {})
         self._stale = False
@@ -206,9 +207,13 @@ class Coordinator:
         if self.rounds == 0:
             return False
         if self.coordinates:
+            if not self._decision.orders:
+                return False  # it looks round first
             wanted = {each.replica for each in self.plan.assignments if each.node == self.node_id}
+        elif (orders := self._orders()) is None:
+            return False
         else:
-            wanted = {each.replica for each in self._orders() or ()}
+            wanted = {each.replica for each in orders}
         return wanted <= {*self.replicas, *self.fetches} and self.executor.settled()
 
     def entries(self) -> dict[str, ModelEntry]:
@@ -224,7 +229,7 @@ class Coordinator:
         entry = self._catalogue.find(deployment.model) or self.entries().get(deployment.model)
         if entry is None or entry.name in self._catalogue.entries:
             entry = self._catalogue.resolve(deployment.model)
-        await self._look(entry.name)
+        await self._look()
         others = [each for each in self._wishes() if each.deployment.model != entry.name]
         known = wishes(self.records.map).get(entry.name)
         wish = Wish(self._exact(replace(deployment, model=entry.name)), None if known is None else known.entry)
@@ -323,11 +328,10 @@ class Coordinator:
 
     # --- what is known -----------------------------------------------------------------------------------------------
 
-    async def _look(self, *models: str) -> NodeAdvert:
-        """This node now, to plan with; its files of `models` count beside those of what is wanted."""
+    async def _look(self) -> NodeAdvert:
+        """This node now, to plan with."""
         node = replace(await self.executor.quiet_snapshot(), draining=self.draining.on)
-        wanted = [*models, *(deployment.model for deployment in self.deployments.wanted())]
-        self._advert = self.advertising.advert(node, self.executor.reports(), wanted)
+        self._advert = self.advertising.advert(node, self.executor.reports())
         return self._advert
 
     def _replicas_changed(self, advert: NodeAdvert) -> bool:
@@ -375,17 +379,19 @@ class Coordinator:
 
     def _decides(self) -> bool:
         """Whether this node gives orders now: it coordinates, and has done so for long enough to know the others."""
-        view = self.mesh()
+        view, now = self.mesh(), self._now()
         if view is None:
             return True
+        self._isolated_since = (self._isolated_since or now) if view.isolated else None
         if view.coordinator != self.node_id:
             self._coordinates_since = None
             return False
         if self._coordinates_since is None:
-            self._coordinates_since = self._now()
-        hold = 0.0 if not view.members else ISOLATED_SECONDS if view.isolated else TAKE_OVER_SECONDS
-        due = self._coordinates_since + hold
-        if self._now() < due:
+            self._coordinates_since = now
+        due = self._coordinates_since + (TAKE_OVER_SECONDS if view.members else 0.0)
+        if self._isolated_since is not None:
+            due = max(due, self._isolated_since + ISOLATED_SECONDS)
+        if now < due:
             self._due(due)
             return False
         return True
