@@ -248,6 +248,9 @@ class FileTransfer:
                 task.cancel()
             if every:
                 await asyncio.wait(every)
+            # What is still being written belongs to this round: the next one may want that piece from somebody else.
+            if self._saves:
+                await asyncio.wait(self._saves)
 
     async def _lane(self, source: Source, fetch: core.Fetch, events: asyncio.Queue[core.Event | Exception]) -> None:
         """One range, into memory, then onto the disk."""

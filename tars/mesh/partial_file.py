@@ -19,6 +19,7 @@ from typing import Any
 
 from tars.core.types import Bytes
 from tars.errors import BadModelFile, DiskFull
+from tars.state_folder import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -103,13 +104,16 @@ class PartialFile:
             fresh = not self.journal.claims
             flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_TRUNC if fresh else 0)
             self._partial_descriptor = os.open(partial, flags, 0o600)
-            # Always written anew: the torn last line of a crash must not join the next one.
-            self._journal_descriptor = os.open(journal, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            # Always written anew, in one step: the torn last line of a crash must not join the next one.
             rows = [{"piece": p, "source": s, "digest": d} for p, (s, d) in self.journal.now.items()]
-            _write_all(self._journal_descriptor, b"".join(_line(row) for row in [head, *rows]))
+            write_atomically(journal, b"".join(_line(row) for row in [head, *rows]))
+            self._journal_descriptor = os.open(journal, os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC)
         except OSError as error:
             self.close()
             raise self.failed(error) from error
+        except DiskFull:
+            self.close()
+            raise self.failed(OSError(errno.ENOSPC, "No space left on device")) from None
 
     def close(self) -> None:
         """Idempotent."""
