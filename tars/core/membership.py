@@ -13,74 +13,26 @@ others confirm are shorter, a node that does badly doubts itself first. Beyond t
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import blake2b
 
 from tars.core.member_rumours import MemberRumours
+from tars.core.membership_settings import MembershipSettings
 from tars.core.mesh_events import MemberChanged, MemberView
 from tars.core.mesh_messages import Ack, Body, Envelope, MemberState, Nack, News, Ping, PingRequest, Update
+from tars.core.peer import LIVE, OWN, UNHEARD, Peer, Suspicion
 from tars.core.probe_order import Dice, ProbeOrder
-from tars.core.probing import Prober, ProbeSettings
+from tars.core.probing import Prober
+from tars.core.seeds_asked import SeedsAsked
 from tars.core.suspicion import overrules, suspicion_seconds
-from tars.core.timers import Timer, Timers
+from tars.core.timers import Timers
 from tars.core.types import NodeId
 
-LIVE = frozenset({MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING})
-"""States of peers that are probed and told things. A SUSPECT is not yet held for dead."""
-OWN = frozenset({MemberState.ALIVE, MemberState.DRAINING, MemberState.LEFT})
-"""States that a node claims for itself."""
-UNHEARD = -1
-"""The incarnation of a peer that nobody has said anything about."""
-MOST_ADDRESSES = 16
-MOST_SEEDS = 64
+__all__ = ["Candidate", "Membership", "MembershipSettings", "Tell", "coordinator_of"]
+
 MOST_UPDATES = 256
 """In one envelope."""
-
-
-@dataclass(frozen=True, slots=True)
-class MembershipSettings:
-    """Seconds. A dead node is known everywhere after ring probe (at most 1.0), whole probe (0.8), suspicion (1.8 to 2.6), news (0.5)."""
-
-    probing: ProbeSettings = field(default_factory=ProbeSettings)
-    shortest_suspicion: float = 1.8
-    """With the probe before it 2.6: a node whose loop stands still for 2 s refutes in time."""
-    longest_suspicion: float = 2.6
-    confirmations: int = 3
-    """Further accusers that make a suspicion shortest (Lifeguard)."""
-    hearsay: float = 1.5
-    """How many times longer a suspicion lasts where it was only heard of: the accuser's word or the refutation comes before."""
-    isolation: float = 3.0
-    """How many times longer suspicions last while nobody at all is heard."""
-    retry: float = 2.0
-    """Between two tries to find a dead peer or a seed again."""
-    retries_for_each: int = 4
-    """So many of all live nodes try one dead peer in each `retry`, however many they are."""
-    compare: float = 2.0
-    """Between two comparisons of whom this node and another hold for gone."""
-    updates: int = 12
-    """News about others in one envelope, about 1 KiB."""
-    farewells: int = 64
-    """Peers that a leaving node tells itself."""
-
-    @staticmethod
-    def paced(probe_seconds: float) -> MembershipSettings:
-        """The defaults, faster or slower as a whole; 0.5 gives the defaults themselves."""
-        factor, usual = probe_seconds / 0.5, MembershipSettings()
-        probing = replace(
-            usual.probing,
-            interval=probe_seconds,
-            direct=usual.probing.direct * factor,
-            whole=usual.probing.whole * factor,
-        )
-        return replace(
-            usual,
-            probing=probing,
-            shortest_suspicion=usual.shortest_suspicion * factor,
-            longest_suspicion=usual.longest_suspicion * factor,
-            retry=usual.retry * factor,
-            compare=usual.compare * factor,
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,42 +66,6 @@ def _hash_of(node: NodeId) -> int:
     return int.from_bytes(blake2b(node.encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-@dataclass(slots=True)
-class _Suspicion:
-    started: float
-    accusers: set[NodeId]
-    timer: Timer
-    mine: bool = False
-    """This node's own probe failed."""
-    private: bool = False
-    """It follows from a death that was told here out of the blue: nobody is told before this node has seen for itself."""
-    check: Timer | None = None
-
-
-@dataclass(slots=True)
-class _Peer:
-    node: NodeId
-    state: MemberState
-    incarnation: int
-    since: float
-    recorded: tuple[str, ...]
-    told: tuple[str, ...] = ()
-    found: tuple[str, ...] = ()
-    heard: float = float("-inf")
-    corrected: float = float("-inf")
-    behind: bool = False
-    """It spoke with a lower incarnation than it had: it has forgotten an earlier life, and must be told."""
-    suspicion: _Suspicion | None = None
-
-    @property
-    def addresses(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((*self.told, *self.recorded, *self.found)))[:MOST_ADDRESSES]
-
-    @property
-    def must_be_told(self) -> bool:
-        return self.behind or self.state not in OWN or self.state is MemberState.LEFT
-
-
 class Membership:
     """One node's view. Every method that takes `now` may add to `outbox`, which whoever calls empties by `take`."""
 
@@ -167,15 +83,14 @@ class Membership:
         self._dice = dice
         self._timers = timers
         self._addresses = addresses
-        self._peers: dict[NodeId, _Peer] = {}
+        self._peers: dict[NodeId, Peer] = {}
         self._live = ProbeOrder(node, dice)
         self._gone: dict[NodeId, None] = {}
         self.gone_hash = 0
         """Over the peers that are held for dead or gone; equal on all nodes that agree."""
         self._compare_at = float("-inf")
         self._rumours = MemberRumours()
-        self._seeds: dict[str, NodeId | None] = {}
-        self._asked_seeds: dict[int, str] = {}
+        self._seeds = SeedsAsked()
         self._heard_anybody = float("-inf")
         self._silent: set[NodeId] = set()
         self.prober = Prober(settings.probing, self._live, timers, self)
@@ -237,10 +152,10 @@ class Membership:
         if tell.to is None:
             return tuple(updates)  # whoever that is need not know more yet
         if (to := self._peers.get(tell.to)) is not None and to.must_be_told:
-            updates.append(self._update(to))
+            updates.append(to.update())
             to.behind = False
         if tell.about is not None and (about := self._peers.get(tell.about)) is not None:
-            updates.append(self._update(about))
+            updates.append(about.update())
         room = max(0, min(self._settings.updates, MOST_UPDATES - len(updates)))
         named = {update.node for update in updates if update.node != self.node}
         news = self._rumours.take(room, len(self._live), named | {tell.to})
@@ -248,10 +163,6 @@ class Membership:
 
     def _own_update(self) -> Update:
         return Update(self.node, self.incarnation, self.state, self._addresses)
-
-    def _update(self, peer: _Peer) -> Update:
-        accuser = min(peer.suspicion.accusers, default=None) if peer.suspicion is not None else None
-        return Update(peer.node, max(0, peer.incarnation), peer.state, peer.told, accuser)
 
     # --- who may be a member ------------------------------------------------------------------------------------------
 
@@ -264,7 +175,7 @@ class Membership:
             self.version += 1
             return
         self.version += 1
-        self._peers[node] = _Peer(node, MemberState.ALIVE, UNHEARD, now, addresses)
+        self._peers[node] = Peer(node, MemberState.ALIVE, UNHEARD, now, addresses)
         self._live.add(node)
         self.outbox.append(MemberChanged(node, None, MemberState.ALIVE))
 
@@ -290,12 +201,8 @@ class Membership:
 
     def seed(self, address: str, now: float) -> None:
         """Somebody may be there."""
-        if address in self._seeds or address in self._addresses:
-            return
-        if len(self._seeds) >= MOST_SEEDS:
-            del self._seeds[next(iter(self._seeds))]
-        self._seeds[address] = None
-        self._ask_seed(address)
+        if address not in self._addresses and self._seeds.add(address):
+            self._ask_seed(address)
 
     def drain(self, on: bool) -> None:
         """Take no new work, or take it again."""
@@ -338,12 +245,12 @@ class Membership:
 
     def answers_seed(self, envelope: Envelope) -> bool:
         """Whether this answers a question that was put to an address."""
-        return isinstance(envelope.body, Ack) and envelope.body.number in self._asked_seeds
+        return isinstance(envelope.body, Ack) and self._seeds.was_asked(envelope.body.number)
 
     def received(self, envelope: Envelope, now: float) -> None:
         """An envelope from a member, or from this node itself (a seed was its own address)."""
         sender, body = envelope.sender, envelope.body
-        if isinstance(body, Ack) and (address := self._asked_seeds.pop(body.number, None)) is not None:
+        if isinstance(body, Ack) and (address := self._seeds.answered(body.number, sender)) is not None:
             self._found(address, sender)
         if sender == self.node:
             if isinstance(body, Ping):
@@ -379,7 +286,7 @@ class Membership:
     def not_sent(self, to: NodeId | None, number: int | None, now: float) -> None:
         """An envelope did not reach its addressee."""
         if number is not None:
-            self._asked_seeds.pop(number, None)
+            self._seeds.unanswered(number)
             self.prober.not_sent(to, number, now)
 
     def traffic(self, node: NodeId, now: float) -> None:
@@ -388,7 +295,7 @@ class Membership:
             self._sign_of_life(peer, now)
             self._correct(peer, now)
 
-    def _sign_of_life(self, peer: _Peer, now: float) -> None:
+    def _sign_of_life(self, peer: Peer, now: float) -> None:
         peer.heard = self._heard_anybody = now
         self._silent.clear()
         if self.isolated:
@@ -398,11 +305,11 @@ class Membership:
         self._restart(peer, now)
 
     @staticmethod
-    def _restart(peer: _Peer, now: float) -> None:
+    def _restart(peer: Peer, now: float) -> None:
         if peer.suspicion is not None:
             peer.suspicion.started = now
 
-    def _hear_itself(self, peer: _Peer, envelope: Envelope, now: float) -> None:
+    def _hear_itself(self, peer: Peer, envelope: Envelope, now: float) -> None:
         """What a peer says of itself, at first hand."""
         for update in envelope.updates:
             if update.node == peer.node and update.incarnation == envelope.incarnation and update.state in OWN:
@@ -441,7 +348,7 @@ class Membership:
         ):
             self._confirm(peer, peer.suspicion, update.accuser, now)
         elif update.state not in LIVE and update.incarnation < peer.incarnation:
-            return self._update(peer)
+            return peer.update()
         return None
 
     def _hear_about_me(self, update: Update, teller: NodeId, is_answered: bool) -> None:
@@ -457,17 +364,17 @@ class Membership:
         for node in sorted(hearer for hearer in hearers if hearer is not None and hearer in self._peers):
             self.tell(node, News())
 
-    def _compare_gone(self, their_hash: int, peer: _Peer, now: float) -> None:
+    def _compare_gone(self, their_hash: int, peer: Peer, now: float) -> None:
         """Tell a peer that holds others for gone than this node does, whom this node holds so. It answers with what is newer."""
         if their_hash == self.gone_hash or now < self._compare_at or peer.state not in LIVE:
             return
         self._compare_at = now + self._settings.compare
-        gone = [self._update(self._peers[node]) for node in self._gone]
+        gone = [self._peers[node].update() for node in self._gone]
         for start in range(0, len(gone), MOST_UPDATES // 2):
             more = tuple(gone[start : start + MOST_UPDATES // 2])
             self.outbox.append(Tell(peer.node, peer.addresses, News(), more=more))
 
-    def _correct(self, peer: _Peer, now: float) -> None:
+    def _correct(self, peer: Peer, now: float) -> None:
         """Tell a peer that is not held for alive, so that it can refute; not more often than it is probed."""
         said_so_itself = peer.state in OWN and not peer.behind
         if not said_so_itself and now - peer.corrected >= self._settings.probing.direct:
@@ -476,7 +383,7 @@ class Membership:
 
     # --- states -------------------------------------------------------------------------------------------------------
 
-    def _set(self, peer: _Peer, state: MemberState, incarnation: int, addresses: tuple[str, ...], now: float) -> None:
+    def _set(self, peer: Peer, state: MemberState, incarnation: int, addresses: tuple[str, ...], now: float) -> None:
         """A claim was accepted. It is passed on where it changes what can be seen."""
         before, moved = peer.state, addresses != peer.told
         was_heard_of = peer.incarnation != UNHEARD
@@ -492,7 +399,7 @@ class Membership:
             self._set_gone(peer.node, state not in LIVE)
             self.outbox.append(MemberChanged(peer.node, before, state))
         if state != before or (moved and (was_heard_of or addresses != peer.recorded)):
-            self._rumours.add(self._update(peer))
+            self._rumours.add(peer.update())
 
     def _set_gone(self, node: NodeId, gone: bool) -> None:
         if (node in self._gone) != gone:
@@ -502,32 +409,30 @@ class Membership:
             else:
                 del self._gone[node]
 
-    def _suspect(
-        self, peer: _Peer, accuser: NodeId | None, incarnation: int, now: float, private: bool = False
-    ) -> None:
+    def _suspect(self, peer: Peer, accuser: NodeId | None, incarnation: int, now: float, private: bool = False) -> None:
         self._set(peer, MemberState.SUSPECT, incarnation, peer.told, now)
         timer = self._timers.at(now, lambda at: self._expire(peer, at))
-        peer.suspicion = _Suspicion(now, set() if accuser is None else {accuser}, timer, private=private)
+        peer.suspicion = Suspicion(now, set() if accuser is None else {accuser}, timer, private=private)
         if private:
             self._rumours.forget(peer.node)
         else:
             timer.due = now + self._length(peer.suspicion)
-            self._rumours.add(self._update(peer))
+            self._rumours.add(peer.update())
 
-    def _confirm(self, peer: _Peer, suspicion: _Suspicion, accuser: NodeId, now: float) -> None:
+    def _confirm(self, peer: Peer, suspicion: Suspicion, accuser: NodeId, now: float) -> None:
         if accuser in suspicion.accusers or len(suspicion.accusers) > self._settings.confirmations:
             return
         suspicion.accusers.add(accuser)
-        self._rumours.add(replace(self._update(peer), accuser=accuser))
+        self._rumours.add(replace(peer.update(), accuser=accuser))
         self._rearm(peer, suspicion, now)
 
-    def _rearm(self, peer: _Peer, suspicion: _Suspicion, now: float) -> None:
+    def _rearm(self, peer: Peer, suspicion: Suspicion, now: float) -> None:
         """Its end may have come nearer, which a timer that only moves away cannot follow."""
         suspicion.timer.cancelled = True
         due = max(now, suspicion.started + self._length(suspicion))
         suspicion.timer = self._timers.at(due, lambda at: self._expire(peer, at))
 
-    def _length(self, suspicion: _Suspicion) -> float:
+    def _length(self, suspicion: Suspicion) -> float:
         settings = self._settings
         others = len(self._live) - 1
         wanted = settings.confirmations if others >= settings.confirmations else 0
@@ -540,14 +445,14 @@ class Membership:
         seconds *= 1 if suspicion.mine else settings.hearsay
         return seconds * settings.isolation if self.isolated else seconds
 
-    def _end_suspicion(self, peer: _Peer) -> None:
+    def _end_suspicion(self, peer: Peer) -> None:
         if peer.suspicion is not None:
             peer.suspicion.timer.cancelled = True
             if peer.suspicion.check is not None:
                 peer.suspicion.check.cancelled = True
             peer.suspicion = None
 
-    def _expire(self, peer: _Peer, now: float) -> None:
+    def _expire(self, peer: Peer, now: float) -> None:
         suspicion = peer.suspicion
         if suspicion is None:
             return
@@ -566,7 +471,7 @@ class Membership:
         vanished = [self._peers[node] for node in self.live()] if self.isolated else [peer]
         for each in vanished:
             self._set(each, MemberState.DEAD, max(0, each.incarnation), each.told, now)
-            self._rumours.add(replace(self._update(each), accuser=self.node))
+            self._rumours.add(replace(each.update(), accuser=self.node))
         self.isolated = False
 
     # --- what probing asks for ----------------------------------------------------------------------------------------
@@ -596,11 +501,11 @@ class Membership:
         if suspicion is not None and not suspicion.mine:
             # What was only heard before may have been refuted meanwhile, unheard: the time to refute begins now.
             suspicion.mine, suspicion.private, suspicion.started = True, False, now
-            self._rumours.add(replace(self._update(peer), accuser=self.node))
+            self._rumours.add(replace(peer.update(), accuser=self.node))
             self._rearm(peer, suspicion, now)
             suspicion.check = self._timers.at(now, lambda at: self._check(peer, suspicion, at))
 
-    def _check(self, peer: _Peer, suspicion: _Suspicion, now: float) -> None:
+    def _check(self, peer: Peer, suspicion: Suspicion, now: float) -> None:
         """Ask a suspect again and again, telling it that it is one."""
         if peer.suspicion is suspicion:
             self.tell(peer.node, Ping(self.prober.number()))
@@ -616,22 +521,15 @@ class Membership:
         gone = len(self._gone)
         if gone and self._dice.random() * (len(self._live) + 1) < self._settings.retries_for_each * gone:
             self.tell(list(self._gone)[self._dice.randrange(gone)], Ping(self.prober.number()))
-        for address, node in self._seeds.items():
-            if node is None or (node != self.node and node not in self._live):
-                self._seeds[address] = self._seeds.pop(address)  # the next time another one's turn comes first
-                self._ask_seed(address)
-                break
+        if (address := self._seeds.next(lambda node: node == self.node or node in self._live)) is not None:
+            self._ask_seed(address)
 
     def _ask_seed(self, address: str) -> None:
         number = self.prober.number()
-        if len(self._asked_seeds) > 2 * MOST_SEEDS:
-            del self._asked_seeds[next(iter(self._asked_seeds))]
-        self._asked_seeds[number] = address
+        self._seeds.asked(number, address)
         self.outbox.append(Tell(None, (address,), Ping(number)))
 
     def _found(self, address: str, node: NodeId) -> None:
-        if address in self._seeds:
-            self._seeds[address] = node
         if (peer := self._peers.get(node)) is not None and address not in peer.addresses:
             peer.found = (address, *peer.found)[:4]
             self.version += 1

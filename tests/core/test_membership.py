@@ -1,7 +1,6 @@
 """Every transition of one node's view of a peer, as rows; and what it then says to whom."""
 
 import random
-from dataclasses import replace
 
 import pytest
 
@@ -440,12 +439,3 @@ def test_a_helper_hands_on_where_the_target_says_it_is():
 )
 def test_who_coordinates(candidates, coordinator):
     assert coordinator_of(Candidate(NodeId(node), *more) for node, *more in candidates) == coordinator
-
-
-def test_paced_settings_keep_their_proportions():
-    assert MembershipSettings.paced(0.5) == MembershipSettings()
-    slow, usual = MembershipSettings.paced(2.0), MembershipSettings()
-    assert slow.probing.interval == 2.0
-    assert slow.shortest_suspicion == 4 * usual.shortest_suspicion
-    assert slow.probing.whole == 4 * usual.probing.whole
-    assert replace(slow, probing=usual.probing) != usual

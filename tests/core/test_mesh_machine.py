@@ -415,6 +415,18 @@ def test_a_seed_alone_brings_an_empty_node_the_whole_map():
     assert mesh.run(5, lambda: len(empty.view().members) == 2 and bool(empty.records.get(KEY + "x")))
 
 
+def test_a_removed_node_that_answers_at_a_seed_is_no_guest():
+    machine = single()
+    machine.records.put(MEMBER + name(5), Member(name(5), "pc", "00", removed=True), EPOCH_MS)
+    machine.handle(Tick(), 0.0, EPOCH_MS)
+    (ping,) = [each.envelope.body for each in machine.handle(Seed("x:1"), 0.1, EPOCH_MS) if isinstance(each, Send)]
+    smuggled = ReplicatedMap(name(5)).put(KEY + "mine", ClientKey("mine", "00"), EPOCH_MS)
+    for sender, taken in ((name(5), False), (name(6), True)):
+        answer = Envelope(sender, 9, Ack(ping.number), records=(smuggled,))
+        machine.handle(Received(answer), 0.2, EPOCH_MS)
+        assert (machine.records.get(KEY + "mine") is not None) is taken
+
+
 def test_addresses_and_queues_travel():
     mesh = Network(3, 5)
     mesh.run(2)
