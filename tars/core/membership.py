@@ -33,6 +33,8 @@ __all__ = ["Candidate", "Membership", "MembershipSettings", "Tell", "coordinator
 
 MOST_UPDATES = 256
 """In one envelope."""
+MOST_INCARNATION = 2**48
+"""A node that refutes once a second gets there in nine million years; more than that is damage, and would not fit into JSON for long."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,12 +259,14 @@ class Membership:
                 self.tell(sender, Ack(body.number))
             return
         peer = self._peers.get(sender)
-        if peer is None:
+        if peer is None or not 0 <= envelope.incarnation <= MOST_INCARNATION:
             return
         self._sign_of_life(peer, now)
         self._hear_itself(peer, envelope, now)
         newer = []
         for update in envelope.updates:
+            if not 0 <= update.incarnation <= MOST_INCARNATION:
+                continue
             if update.node == self.node:
                 self._hear_about_me(update, sender, isinstance(body, Ping))
             elif update.node != sender and (better := self._hear_about(update, now)) is not None:

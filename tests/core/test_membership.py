@@ -153,6 +153,14 @@ def test_only_members_are_heard_and_talked_about():
     assert bench.membership.state_of(N) is None
 
 
+@pytest.mark.parametrize("incarnation", [-1, 2**48 + 1, 10**30])
+def test_an_incarnation_that_no_node_has_is_damage_and_changes_nothing(incarnation):
+    bench = Bench(N, T)
+    bench.hear(T, Update(N, incarnation, DEAD), Update(M, incarnation, DEAD))
+    assert bench.hear(N, incarnation=incarnation, body=Ping(1)) == []
+    assert (bench.membership.state_of(N), bench.membership.incarnation) == (ALIVE, 0)
+
+
 def test_an_expelled_node_is_no_member_any_more_and_nothing_waits_for_it():
     bench = Bench(N, T)
     bench.hold(SUSPECT, 3)
