@@ -30,6 +30,7 @@ from tars.cli.connection import (
     read_standard_input,
     report_failure,
 )
+from tars.cli.draining import drain, resume
 from tars.cli.mesh_commands import key, node, token
 from tars.cli.output import embeddings_view, models_view, not_served, not_served_view, plain, rerank_view, status_view
 from tars.cli.plan_output import deploy_view
@@ -335,6 +336,8 @@ cli.add_command(token)
 cli.add_command(key)
 cli.add_command(node)
 cli.add_command(pull)
+cli.add_command(drain)
+cli.add_command(resume)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -146,4 +146,4 @@ def deploy_view(result: DeployResult) -> Group:
         )
         for a in result.assignments
     ]
-    return Group(*(lines or [Text(f"{plain(result.model)}: accepted")]))
+    return Group(*(lines or [Text(f"{plain(result.model)}: accepted. {plain(result.message)}".rstrip())]))

@@ -110,6 +110,16 @@ class Coordination:
         )
         return self._planned(scene, current, circumstances)
 
+    def room_for(self, view: CoordinationView, model: str) -> Room | None:
+        """How healthy replicas would make room for a model that `preview` refuses; None where that is not possible or does not pay."""
+        scene, found = Scene(view), self.preview(view)
+        if model not in scene.wanted:
+            return None
+        movable = {each.replica: each for each in found.assignments if scene.state(each) is ReplicaState.READY}
+        circumstances = Circumstances(bars=self._bars.in_force(scene.now), holders=scene.files.holders)
+        ground = Ground(scene.nodes, found.assignments, scene.wanted, view.measured, circumstances)
+        return ground.for_model(model, movable, self._settings.move_margin)
+
     def forget(self, model: str) -> None:
         """Somebody deploys the model again: loads of it that failed are tried again at once."""
         self._bars.forget(model)
@@ -248,16 +258,25 @@ class Coordination:
         return since is not None and _lasted(since, self._settings.crowd_hold, now)
 
     def _failed_in_place(self, scene: Scene, found: Plan) -> list[Assignment]:
+        """Those that may be tried again where they failed: as long as they fit there, for nothing is loaded in hope."""
         missing = {refusal.model for refusal in found.refusals}
-        return [
-            report.assignment
-            for replica, report in scene.reports.items()
-            if report.state is ReplicaState.FAILED
-            and report.assignment.model in missing
-            and replica not in self._again
-            and not scene.home[report.assignment.node].draining
-            and scene.asked_for(report.assignment)
-        ]
+        taken = Counter[DeviceId]()
+        for each in found.assignments:
+            taken[each.device] += each.memory.total
+        stay: list[Assignment] = []
+        for replica, report in scene.reports.items():
+            assignment = report.assignment
+            if (
+                report.state is ReplicaState.FAILED
+                and assignment.model in missing
+                and replica not in self._again
+                and not scene.home[assignment.node].draining
+                and scene.asked_for(assignment)
+                and taken[assignment.device] + assignment.memory.total <= scene.devices[assignment.device].capacity
+            ):
+                taken[assignment.device] += assignment.memory.total
+                stay.append(assignment)
+        return stay
 
     # --- moves of healthy replicas -----------------------------------------------------------------------------------
 

@@ -105,6 +105,8 @@ def search(ground: Ground, wishes: Sequence[Wish], *, orders: int) -> list[Place
         index: min(options[0].need for options in wishes[index].options if options)
         for index in {index for index, _ in items}
     }
+    if len(sizes) == 1:
+        orders = 2  # of replicas of one model there is one order
     best: list[Placed] = []
     best_score: Score | None = None
     for number in range(max(2, min(orders, STEPS_MOST // (len(items) * len(ground.free))))):

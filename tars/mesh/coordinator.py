@@ -226,9 +226,25 @@ class Coordinator:
 
     async def preview(self, deployment: Deployment) -> Plan:
         """The plan as it would be with `deployment`. Raises the reason why its model cannot be planned at all."""
-        entry = self._catalogue.find(deployment.model) or self.entries().get(deployment.model)
-        if entry is None or entry.name in self._catalogue.entries:
-            entry = self._catalogue.resolve(deployment.model)
+        return self._coordination.preview(await self._view_with(deployment))
+
+    async def room_for(self, deployment: Deployment) -> str | None:
+        """Which replicas would move to make room for a deployment that `preview` refuses, as a sentence; None where none can."""
+        room = self._coordination.room_for(await self._view_with(deployment), self._named(deployment.model).name)
+        if room is None:
+            return None
+        moves = ", ".join(
+            f"{move.assignment.model} moves to {move.device.name} of {move.node.name}" for move in room.moves
+        )
+        return f"{moves}, and then it fits on {room.device.name} of {room.node.name} ({room.need})"
+
+    def _named(self, model: str) -> ModelEntry:
+        entry = self.find(model)
+        own = entry is None or entry.name in self._catalogue.entries
+        return self._catalogue.resolve(model) if own or entry is None else entry
+
+    async def _view_with(self, deployment: Deployment) -> CoordinationView:
+        entry = self._named(deployment.model)
         await self._look()
         others = [each for each in self._wishes() if each.deployment.model != entry.name]
         known = wishes(self.records.map).get(entry.name)
@@ -236,7 +252,7 @@ class Coordinator:
         view = self._view((*others, wish))
         if entry.name in plannable(view.models, view.adverts, view.wishes, hub=view.hub).without_file:
             raise file_missing(self._catalogue, entry)
-        return self._coordination.preview(view)
+        return view
 
     def retry_failed(self, model: str) -> None:
         """Forget a model's failed replicas, so that the next round loads them again."""
@@ -382,7 +398,9 @@ class Coordinator:
         view, now = self.mesh(), self._now()
         if view is None:
             return True
-        self._isolated_since = (self._isolated_since or now) if view.isolated else None
+        self._isolated_since = (
+            None if not view.isolated else now if self._isolated_since is None else self._isolated_since
+        )
         if view.coordinator != self.node_id:
             self._coordinates_since = None
             return False

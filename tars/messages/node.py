@@ -185,9 +185,11 @@ class PeerDescription(Message):
 
     node: str
     name: str
-    state: str
-    addresses: list[str]
+    state: str = Field(description="`ALIVE`, `SUSPECT`, `DEAD`, `DRAINING`, `LEFT`.")
+    addresses: list[str] = Field(description="Of its mesh listener; of a node alone, where clients reach it.")
     coordinator: bool
+    version: str = ""
+    client_url: str | None = Field(None, description="Where its clients reach it.")
 
 
 class PeersResult(Message):
@@ -347,6 +349,9 @@ class DeployResult(Message):
     model: str
     accepted: bool
     assignments: list[AssignmentDescription]
+    message: str = Field(
+        "", description="What it waits for, where no device has room before another replica has moved."
+    )
 
 
 class RemoveResult(Message):

@@ -281,8 +281,12 @@ class LocalNodeService:
             raise InvalidParams(wrong)
         preview = await self._coordinator.preview(deployment)
         refusal = next((each for each in preview.refusals if each.model == entry.name), None)
+        message = ""
         if refusal is not None:
-            raise refusal_error(refusal)
+            room = None if refusal.replicas_missing > 1 else await self._coordinator.room_for(deployment)
+            if room is None:
+                raise refusal_error(refusal)
+            message = f"No device has room for {entry.name} now. If it is still so in a minute, room is made: {room}."
         self._coordinator.deployments.deploy(deployment)
         self._coordinator.retry_failed(entry.name)
         nodes = await self._nodes()
@@ -290,6 +294,7 @@ class LocalNodeService:
             model=entry.name,
             accepted=True,
             assignments=[describe_assignment(each, nodes) for each in preview.assignments if each.model == entry.name],
+            message=message,
         )
 
     async def remove(self, model: str) -> RemoveResult:
@@ -429,7 +434,7 @@ def drain_message(drained: Drained, nodes: Sequence[NodeSnapshot], name: str) ->
     for each in drained.moves:
         parts.append(f"{each.model} goes to {names.get(each.node, each.node)} and stays here until it is ready there")
     for model in sorted({each.model for each in drained.unloaded}):
-        parts.append(f"{model} fits nowhere else and is unloaded: it answers again after `node.resume`")
+        parts.append(f"{model} fits nowhere else and is unloaded: it answers again after `tars resume`")
     return f"{'; '.join(parts)}."
 
 

@@ -305,6 +305,37 @@ def test_a_move_whose_load_fails_is_given_up() -> None:
     assert mesh.decision.moves == ()
 
 
+def test_a_deploy_can_ask_whether_room_would_be_made_and_nothing_moves_by_asking() -> None:
+    mesh = crowded()
+    view = mesh.view()
+    assert [refusal.model for refusal in mesh.coordination.preview(view).refusals] == ["deepseek-33b"]
+    room = mesh.coordination.room_for(view, "deepseek-33b")
+    assert room is not None
+    assert [(move.assignment.model, move.device.id) for move in room.moves] == [("phi-2", "b/gpu-0")]
+    assert mesh.coordination.room_for(view, "mistral-7b") is None
+    mesh.die("b")
+    assert mesh.coordination.room_for(mesh.view(), "deepseek-33b") is None
+    assert mesh.decide().moves == ()
+
+
+def test_a_preview_is_what_is_decided_then() -> None:
+    mesh = PretendMesh(TWO, [Deployment("mistral-7b"), Deployment("phi-2")])
+    previewed = mesh.coordination.preview(mesh.view())
+    mesh.settle()
+    assert [each.replica for each in mesh.decision.plan.assignments] == [each.replica for each in previewed.assignments]
+
+
+def test_a_decision_is_given_again_while_nothing_changes_and_no_hold_ends() -> None:
+    mesh = crowded()
+    mesh.settle()
+    mesh.decide()
+    first = mesh.decide()
+    mesh.now += 1
+    assert mesh.decide() is first
+    mesh.now = first.wake_at
+    assert mesh.decide() is not first
+
+
 # --- loads that fail -------------------------------------------------------------------------------------------------
 
 

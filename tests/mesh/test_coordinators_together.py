@@ -143,6 +143,33 @@ async def test_a_deploy_that_fits_only_elsewhere_is_accepted_by_any_node(mesh):
     assert mesh["aa"].coordinator.problems == {}
 
 
+async def test_a_deploy_that_another_model_is_in_the_way_of_is_accepted_and_says_what_moves(mesh):
+    mesh["bb"].devices = [card(node=NodeSnapshot(mesh.ids["bb"], "bb"), mib=700)]
+    mesh["cc"].devices = [card(node=NodeSnapshot(mesh.ids["cc"], "cc"), mib=50)]
+    mesh["aa"].devices = [card(node=NodeSnapshot(mesh.ids["aa"], "aa"), mib=1000)]
+    await mesh.rounds(2)
+    mesh["aa"].deployments.deploy(Deployment("second", device=f"{mesh.ids['aa']}/gpu-a"))
+    await mesh.rounds(4)
+    mesh["aa"].deployments.deploy(Deployment("second"))
+    await mesh.rounds(2)
+    assert mesh.ready("second") == ["aa"]
+    service = mesh.service("aa")
+    for tokens in range(20_000, 400_000, 20_000):
+        plan = await mesh["aa"].coordinator.preview(Deployment("tiny", context=tokens, slots=1))
+        if plan.refusals:
+            break
+    result = await service.deploy(DeployParams(model="tiny", context=tokens, slots=1))
+    assert result.accepted
+    assert result.message.startswith("No device has room for tiny now. If it is still so in a minute, room is made: ")
+    assert "second moves to Card gpu-a of bb" in result.message
+    await mesh.rounds(4)
+    assert mesh.ready("second") == ["aa"], "not at once"
+    await mesh.rounds(64)
+    await mesh.rounds(4)
+    assert mesh.ready("second") == ["bb"]
+    assert mesh.ready() == ["aa"]
+
+
 async def test_the_next_node_takes_over_when_the_coordinator_dies_and_loads_what_it_had(mesh):
     mesh["aa"].deployments.deploy(Deployment("tiny", replicas=3))
     mesh["aa"].deployments.deploy(Deployment("second"))
