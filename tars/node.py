@@ -22,21 +22,32 @@ from aiohttp import web
 from tars import __version__
 from tars.catalogue import Catalogue
 from tars.config import Config, load_config
-from tars.core.types import Deployment, NodeSnapshot
+from tars.core.addresses import own_addresses
+from tars.core.types import Deployment, ModelEntry, NodeSnapshot
 from tars.devices.inventory import Inventory
 from tars.errors import TarsError
+from tars.mesh.administration import Administration
+from tars.mesh.advertising import builtin_names
+from tars.mesh.client_keys import ClientKeys
 from tars.mesh.coordinator import Coordinator
 from tars.mesh.deployments import Deployments
+from tars.mesh.draining import Draining
 from tars.mesh.hub import Hub
+from tars.mesh.join_tokens import Invitation
 from tars.mesh.measured_memory import MeasuredMemory
 from tars.mesh.model_store import FileStore
+from tars.mesh.network_interfaces import NetworkWatch
+from tars.mesh.operator_key import make_operator_key, remove_operator_key
 from tars.mesh.replicated_store import ReplicatedStore
 from tars.mesh.tuned_settings import TunedSettingsStore
 from tars.model_files import FileHashes
+from tars.node_mesh import NodeMesh, enter, founded
 from tars.node_report import NodeReport, set_up_logging
 from tars.rpc.access import Access, access_middleware
+from tars.rpc.dispatcher import Dispatcher
 from tars.rpc.http_server import add_rpc_routes, refusal_renderer
 from tars.rpc.listener import Listener, listen
+from tars.rpc.mesh_listener import HINT_PATH, add_mesh_hint
 from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
 from tars.serving.local_service import LocalNodeService
 from tars.state_folder import SEQUENCES, StateFolder
@@ -64,17 +75,25 @@ class Prepared:
     config: Config
     catalogue: Catalogue
     declared: tuple[Deployment, ...]
+    unasked: tuple[Deployment, ...] = ()
+    """Of `declared`, what nobody asked for: the demo models. A node that joins a mesh does not bring them along."""
+    join: Invitation | None = None
 
 
-def prepare(config: Config, config_file: Path | None, model_files: tuple[Path, ...]) -> Prepared:
-    """Check everything that can be checked without starting anything. Raises `ConfigError`, `UnknownModel` or `BadModelFile`."""
+def prepare(config: Config, model_files: tuple[Path, ...], join: str | None = None) -> Prepared:
+    """Check what can be checked without starting anything. Raises `ConfigError`, `UnknownModel`, `BadModelFile` or `JoinRefused`."""
     catalogue = Catalogue.load(extra=list(config.model))
+    # What was fetched before may be deployed by the configuration, too.
+    file_store(config, catalogue, StateFolder(config.node.state_dir)).attach_fetched()
     declared = [replace(each, model=catalogue.resolve(each.model).name) for each in config.deployments]
     for file in model_files:
         declared.append(Deployment(catalogue.add_file(file).name))
+    demo: list[Deployment] = []
     if config.demo.models or (config.demo_models and not model_files):
-        declared += [Deployment(name) for name in DEMO_MODELS if name not in {each.model for each in declared}]
-    return Prepared(config, catalogue, tuple(declared))
+        demo = [Deployment(name) for name in DEMO_MODELS if name not in {each.model for each in declared}]
+    invitation = None if join is None else Invitation.parse(join)
+    unasked = () if config.demo.models else tuple(demo)
+    return Prepared(config, catalogue, (*declared, *demo), unasked, invitation)
 
 
 def check_files(prepared: Prepared) -> None:
@@ -134,6 +153,11 @@ def file_store(config: Config, catalogue: Catalogue, folder: StateFolder) -> Fil
     )
 
 
+def own_entry(catalogue: Catalogue, model: str) -> ModelEntry | None:
+    """The entry of a model that other nodes' catalogues do not have; None for one that comes with TARS."""
+    return None if model in builtin_names() else catalogue.find(model)
+
+
 class Node:
     """One running node: `start`, then `stop`."""
 
@@ -149,41 +173,64 @@ class Node:
         self.files: FileStore | None = None
         self._store: ReplicatedStore | None = None
         self._saving: asyncio.Task[None] | None = None
+        self._mesh: NodeMesh | None = None
 
     async def start(self) -> None:
         """Take the state folder, find the devices, open the port, begin to load; returns before the models are loaded."""
-        config = self._config
+        config, prepared = self._config, self._prepared
         self._folder.open()
-        node_id = self._folder.node_id()
+        identity, store = await enter(config, self._folder, prepared.join)
+        self._store = store
+        node_id = store.map.node
         inventory, engines = await asyncio.gather(
             asyncio.to_thread(Inventory, node_id, config.devices), asyncio.to_thread(probe_engines)
         )
         self._inventory = inventory
-        self._store = store = ReplicatedStore(self._folder, node_id)
-        self.files = file_store(config, self._prepared.catalogue, self._folder)
+        keys = ClientKeys(store, {each.name: each.key.get_secret_value() for each in config.security.api_key})
+        self.files = file_store(config, prepared.catalogue, self._folder)
         self.files.attach_fetched()
-        options = worker_options(config)
+        declared = prepared.declared
+        if identity is not None:
+            self._mesh = NodeMesh(config, identity, store, self._folder, keys, self.files, prepared.join)
+            if not founded(identity, store):
+                declared = tuple(each for each in declared if each not in prepared.unasked)
+        mesh, options = self._mesh, worker_options(config)
         self.coordinator = Coordinator(
             NodeSnapshot(node_id, config.node.name, priority=config.node.priority),
             probe=lambda held: engines.annotate(inventory.snapshot(held, engines.cpu_share)),
-            catalogue=self._prepared.catalogue,
+            catalogue=prepared.catalogue,
             records=store,
-            deployments=Deployments(store, self._prepared.declared, self._folder),
+            deployments=Deployments(store, declared, self._folder, entry_of=partial(own_entry, prepared.catalogue)),
             measured=MeasuredMemory(store),
             tuned=TunedSettingsStore(self._folder),
             engines=config.engines,
             make_worker=lambda spec, on_change: ReplicaWorker(spec, options, on_change),
             process_memory=inventory.process_memory,
+            mesh=(lambda: None) if mesh is None else mesh.view,
+            files=self.files,
+            hub=config.files.hub,
+            draining=Draining(self._folder),
+            client_url=self._client_url,
         )
+        self.files.on_change = self.coordinator.wake
         self.service = LocalNodeService(
             self.coordinator,
             name=config.node.name,
             redacted_config=config.redacted(),
             wsl2=inventory.wsl2 is not None,
-            addresses=lambda: [self.url],
+            addresses=lambda: [self.url] if mesh is None else list(mesh.addresses()),
+            mesh=Administration(keys, store) if mesh is None else mesh.administration(),
+            peers=None if mesh is None else mesh.peers,
+            on_traffic=(lambda node: None) if mesh is None else mesh.gossip.traffic,
+            on_drain=(lambda draining: None) if mesh is None else mesh.gossip.drain,
+            others=list if mesh is None else mesh.described,
             files=self.files,
         )
-        self._listener = await self._listen()
+        rpc = rpc_options(config)
+        self._listener, dispatcher = await self._listen(rpc, keys)
+        keys.accept_operator_key(make_operator_key(self._folder.path, self._listener.port))
+        if mesh is not None:
+            await mesh.start(dispatcher, rpc, self.service, self.coordinator)
         self._report.started(
             self.url,
             config.node.name,
@@ -191,6 +238,10 @@ class Node:
             await self.coordinator.snapshot(),
             [*inventory.warnings, *filter(None, [inventory.no_gpu_reason])],
         )
+        if config.exposed and (key := keys.first_admin_key()) is not None:
+            self._report.first_key(key)
+        if mesh is not None:
+            self._report.in_mesh(mesh.addresses(), mesh.names(), mesh.invitation())
         self._saving = asyncio.create_task(store.run(), name="saving the replicated map")
         self._rounds = asyncio.create_task(self.coordinator.run(), name="placement rounds")
         self._hashing = asyncio.create_task(self.files.run(), name="hash model files")
@@ -201,17 +252,26 @@ class Node:
         assert self._listener is not None
         return self._listener.url
 
-    async def _listen(self) -> Listener:
-        options = rpc_options(self._config)
-        access = Access(options.access, open_without_keys=not self._config.exposed)
+    def _client_url(self) -> str | None:
+        """Where clients on other PCs reach this node; None where only this PC does."""
+        if self._listener is None or not self._config.exposed:
+            return None
+        reached = own_addresses(self._config.node.address.host, self._listener.port, NetworkWatch().addresses)
+        return f"http://{reached[0]}" if reached else None
+
+    async def _listen(self, options: RpcOptions, keys: ClientKeys) -> tuple[Listener, Dispatcher]:
+        access = Access(options.access, keys, open_without_keys=not self._config.exposed)
 
         application = web.Application(client_max_size=self._config.limits.max_body_bytes)
         dispatcher = add_rpc_routes(application, self.service, options)
         refuse = refusal_renderer(dispatcher, partial(render_refusal, node=self.service.node_id))
-        application.middlewares.append(access_middleware(access, refuse, PUBLIC_PATHS))
+        application.middlewares.append(access_middleware(access, refuse, PUBLIC_PATHS | {HINT_PATH}))
+        # Before the faces, whose last route takes what is left.
+        add_mesh_hint(application, lambda: None if self._mesh is None else self._mesh.port)
         add_web_routes(application, self.service, options, admission=dispatcher.admission)
         address = self._config.node.address
-        return await listen(application, address.host, address.port, access, shutdown_seconds=CLOSE_SECONDS)
+        listener = await listen(application, address.host, address.port, access, shutdown_seconds=CLOSE_SECONDS)
+        return listener, dispatcher
 
     async def report_until_settled(self) -> None:
         """Say what is loaded where, as it happens; returns when nothing is left to load."""
@@ -231,6 +291,9 @@ class Node:
         ends_at = loop.time() + grace
         if self._listener is not None:
             self.service.refuse_calls()
+            if self._mesh is not None:
+                # First, so that the others take over meanwhile.
+                await self._mesh.leave()
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(ends_at):
                     await self.service.idle()
@@ -243,8 +306,11 @@ class Node:
             # Not `await` under a suppress, which would swallow a cancellation of this very call: the second Ctrl-C.
             await asyncio.wait({self._rounds})
             await self.coordinator.stop(max(0.0, ends_at - loop.time()))
+        if self._mesh is not None:
+            await self._mesh.stop()
         if self._listener is not None:
             await self._listener.close()
+            remove_operator_key(self._folder.path)
         if self._saving is not None:
             self._saving.cancel()
             await asyncio.wait({self._saving})
@@ -296,6 +362,12 @@ async def serve(prepared: Prepared, report: NodeReport) -> None:
     type=click.Path(path_type=Path),
     help="Serve this GGUF file (or sentence-transformers folder) instead of the demo models. May be repeated.",
 )
+@click.option(
+    "--join", metavar="TOKEN@HOST:PORT", help="Join a mesh: the line that the first PC, or `tars token new`, printed."
+)
+@click.option(
+    "--mesh-listen", metavar="HOST:PORT", help="Where peers reach this node. Default: the port after --listen's."
+)
 @click.option("--state-dir", type=click.Path(path_type=Path), help="State folder. Default: ~/.local/state/tars.")
 @click.option("--log-format", type=click.Choice(["text", "json"]), help="json: one object a line.")
 @click.option("--check", is_flag=True, help="Check the configuration and end.")
@@ -304,6 +376,8 @@ def main(
     config_file: Path | None,
     listen: str | None,
     model_files: tuple[Path, ...],
+    join: str | None,
+    mesh_listen: str | None,
     state_dir: Path | None,
     log_format: str | None,
     check: bool,
@@ -314,12 +388,13 @@ def main(
     """
     overrides: Mapping[str, object] = {
         "node.listen": listen,
+        "mesh.listen": mesh_listen,
         "node.state_dir": state_dir,
         "node.log_format": log_format,
     }
     try:
         config = load_config(config_file, environment=os.environ, overrides=overrides)
-        prepared = prepare(config, config_file, model_files)
+        prepared = prepare(config, model_files, join)
         if check:
             check_files(prepared)
             models = ", ".join(each.model for each in prepared.declared) or "none"

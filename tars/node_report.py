@@ -100,6 +100,22 @@ class NodeReport:
         for warning in warnings:
             self._say(f"  note     {warning}")
 
+    def first_key(self, key: str) -> None:
+        """The admin key that the node made for itself, because others can reach it and none existed: shown this once."""
+        self._say("  key      other machines need an API key. This one may do everything, and is shown this once:")
+        self._say(f"             {key}")
+        self._say("           `tars key new NAME` makes more; on this PC `tars` needs none")
+
+    def in_mesh(self, addresses: Sequence[str], others: Sequence[str], invitation: str | None) -> None:
+        """The port for peers is open. `invitation`: what the next PC gives to --join, where this node is alone so far."""
+        where = addresses[0] if addresses else "nowhere: this PC has no network"
+        self._say(f"  mesh     peers reach this node at {where}" + (f"; with {', '.join(others)}" if others else ""))
+        if invitation is not None:
+            self._say(
+                "           add the next PC with one line there (good once, for an hour; `tars token new` makes another):"
+            )
+            self._say(f"             tars-node --join {invitation}")
+
     def progress(self, coordinator: Coordinator) -> None:
         """Say each replica's beginning and end once."""
         for live in coordinator.replicas.values():
