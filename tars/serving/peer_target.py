@@ -81,6 +81,8 @@ _NOT_THE_CALLS_FAULT = (
 
 
 _Awaited = TypeVar("_Awaited")
+LAST_WORDS_SECONDS = 0.5
+"""How long is still waited for the next piece of a peer that was given up: a living one sends several tokens in this time."""
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -109,10 +111,12 @@ class Lifeline:
 
     def __init__(self) -> None:
         self._waits: set[asyncio.Timeout] = set()
+        self._is_cut = False
 
     async def hold(self, waiting: Awaitable[_Awaited]) -> _Awaited:
         """What `waiting` gives. Raises `PeerUnreachable` when the line is cut meanwhile; `waiting` is cancelled then."""
-        scope = asyncio.timeout(None)  # no timer: it costs two method calls a delta
+        # Without a timer, mostly: it costs two method calls a delta.
+        scope = asyncio.timeout(LAST_WORDS_SECONDS if self._is_cut else None)
         self._waits.add(scope)
         try:
             async with scope:
@@ -125,7 +129,8 @@ class Lifeline:
             self._waits.discard(scope)
 
     def cut(self) -> None:
-        """The peer is dead."""
+        """The peer is dead. Who was not waiting just now has a moment to take what may have come already."""
+        self._is_cut = True
         waits, self._waits = self._waits, set()
         now = asyncio.get_running_loop().time()
         for scope in waits:

@@ -9,7 +9,7 @@ from coordinator_bench import make_bench
 from mesh_nodes import PretendPeers, ScriptedReplica, generated, mesh_of
 
 from tars.core.types import Deadline, ModelKind, ReplicaState
-from tars.errors import Overloaded
+from tars.errors import Overloaded, PeerUnreachable
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams
 from tars.messages.node import DeployParams
@@ -118,3 +118,18 @@ async def test_a_node_that_drains_asks_its_peers_first_and_serves_what_only_it_h
     assert await answer() == mesh.big.id
     there.failures = [Overloaded("full")]
     assert await answer() == mesh.bench.coordinator.node_id
+
+
+async def test_calls_at_a_peer_that_membership_gives_up_end_at_once(mesh):
+    replica = mesh.big.replicas[0]
+    replica.gate = asyncio.Event()
+    for reads_when_it_happens in (True, False):
+        running = mesh.service.chat(CHAT, call())
+        assert (await anext(running)).text == "Hel"
+        if not reads_when_it_happens:
+            mesh.service.peer_died(mesh.big.id)
+        reading = asyncio.create_task(anext(running))
+        await asyncio.sleep(0)
+        mesh.service.peer_died(mesh.big.id)
+        with pytest.raises(PeerUnreachable, match="big broke after a part of the answer"):
+            await asyncio.wait_for(reading, 5)
