@@ -25,7 +25,11 @@ class Pc:
     files: tuple[HeldFile, ...] = ()
 
     def held(self, device: DeviceId) -> int:
-        return sum(each.assignment.memory.total for each in self.replicas.values() if each.assignment.device == device)
+        return sum(
+            each.assignment.memory.total
+            for each in self.replicas.values()
+            if each.assignment.device == device and each.state is not ReplicaState.FAILED
+        )
 
     def advert(self) -> NodeAdvert:
         devices = tuple(

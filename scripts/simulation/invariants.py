@@ -77,10 +77,9 @@ class OperatorsWrites:
 
 
 def _knows(node: VirtualNode, key: str, record: Record) -> bool:
-    known = [node.disk.records.get(key)]
-    if node.runs:
-        known.append(node.map.record(key))
-    return any(each is not None and each.stamp >= record.stamp for each in known)
+    """On its disk: what a process only remembers can still be lost with it."""
+    known = node.disk.records.get(key)
+    return known is not None and known.stamp >= record.stamp
 
 
 # --- every decision -----------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ from tars.core.mesh_events import (
 )
 from tars.core.mesh_machine import MeshMachine
 from tars.core.mesh_messages import Envelope, MemberState, Record
-from tars.core.records import MeasuredLoad, Member, NodeAdvert, Orders, Value
+from tars.core.records import Member, NodeAdvert, Orders, Value
 from tars.core.replicated_map import (
     DEPLOYMENT,
     MEASURED,
@@ -48,8 +48,6 @@ from tars.core.replicated_map import (
     VOLATILE,
     ReplicatedMap,
     adverts,
-    measured,
-    measured_key,
     members,
     orders_for,
     prefix_of,
@@ -58,6 +56,7 @@ from tars.core.replicated_map import (
 from tars.core.types import Assignment, DeviceSnapshot, NodeId, NodeSnapshot
 from tars.mesh.advertising import Advertising
 from tars.mesh.coordinator import DEBOUNCE_SECONDS, ISOLATED_SECONDS, ROUND_SECONDS, TAKE_OVER_SECONDS
+from tars.mesh.measured_memory import MeasuredMemory
 
 if TYPE_CHECKING:
     from world import World
@@ -104,6 +103,8 @@ class VirtualNode:
         self.boots = 0
         self.removed = False
         """An operator removed it from the mesh."""
+        self.lost = False
+        """As `Records.lost`: a simulated disk is never damaged, only lost."""
         self.left = False
         """It said good-bye, and is down."""
         self.returns = True
@@ -155,6 +156,7 @@ class VirtualNode:
                 self.executor.foreign(device, wanted)
         self.coordinator: NodeId | None = None
         self.decision: Decision | None = None
+        self.measured = MeasuredMemory(self)
         self.advertising = Advertising(NO_CATALOGUE, self, now=lambda: self.time.now)
         self._tick_at = float("inf")
         self._unsaved: tuple[dict[str, None], dict[str, None]] = ({}, {})
@@ -334,6 +336,17 @@ class VirtualNode:
         """As `mesh.replicated_store.Records.put`, for what is used of `tars.mesh` itself."""
         return self.write(key, value)
 
+    def remove(self, key: str) -> Record:
+        """As `Records.remove`."""
+        return self.write(key, None)
+
+    def restore(self, record: Record) -> None:
+        """As `Records.restore`; a simulated node has no configuration that could want it."""
+        raise NotImplementedError
+
+    def subscribe(self, changed: object) -> None:
+        """As `Records.subscribe`; nothing that is used here subscribes."""
+
     def _records_changed(self, keys: Sequence[str]) -> None:
         self._save_soon(keys)
         mine = ORDERS + self.id
@@ -377,6 +390,7 @@ class VirtualNode:
             self._decide(advert)
         orders = self._orders()
         if orders is not None:
+            self.world.obeys(self)
             self.executor.obey(orders)
         if self.executor.reports() != advert.replicas:
             self._due(self.advertising.tell(replace(advert, replicas=self.executor.reports())))
@@ -405,21 +419,7 @@ class VirtualNode:
 
     def _loaded(self, running: Running, device: DeviceSnapshot) -> None:
         """Note what the load really took, for all that have this card."""
-        assignment = running.assignment
-        settings = assignment.settings
-        load = MeasuredLoad(
-            card=self.world.card_of(device),
-            file=f"{assignment.model}:{assignment.variant}:{int(assignment.memory.weights)}",
-            context=settings.context,
-            slots=settings.slots,
-            kv_tokens=settings.kv_tokens,
-            kv_type=settings.kv_type,
-            gpu_layers=settings.gpu_layers,
-            taken=running.takes,
-        )
-        known = self.map.get(measured_key(load))
-        if known != load:
-            self.later(0.0, lambda: self.write(measured_key(load), load) and None)
+        self.later(0.0, lambda: self.measured.learn(running.assignment, device, running.takes))
 
     def set_draining(self, on: bool) -> None:
         """Somebody wants the PC for himself, or gives it back."""
@@ -487,7 +487,7 @@ class VirtualNode:
             now=self.time.now,
             orders=given,
             models=self.world.models,
-            measured=self.world.measured_for([told[node] for node in alive], measured(self.map)),
+            measured=self.measured.by_key(),
             hub=True,
             versions=versions,
         )

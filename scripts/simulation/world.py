@@ -22,9 +22,8 @@ from tars.core.coordination_view import CoordinationSettings, CoordinationView, 
 from tars.core.membership import MembershipSettings
 from tars.core.mesh_machine import MeshSettings
 from tars.core.mesh_messages import Envelope, MemberState, Record
-from tars.core.placement_cost import Measured, MeasuredKey
-from tars.core.records import MeasuredLoad, NodeAdvert
-from tars.core.replicated_map import DEPLOYMENT, prefix_of
+from tars.core.placement_cost import card_of
+from tars.core.replicated_map import DEPLOYMENT, orders_for, prefix_of
 from tars.core.types import Assignment, Bytes, DeviceId, DeviceSnapshot, NodeId
 
 QUICK = CoordinationSettings(
@@ -130,24 +129,7 @@ class World:
     def _takes(self, assignment: Assignment, device: DeviceSnapshot) -> Bytes:
         memory = assignment.memory
         estimate = memory.weights + memory.kv_cache + memory.compute + memory.overhead
-        return really_taken(self.seed, self.card_of(device), assignment.model, assignment.variant, estimate)
-
-    def card_of(self, device: DeviceSnapshot) -> str:
-        return f"{device.name} {int(device.memory_total)}"
-
-    def measured_for(self, told: Sequence[NodeAdvert], loads: Sequence[MeasuredLoad]) -> Measured:
-        """What loads took, for every device of these nodes that has such a card."""
-        by_card: dict[str, list[MeasuredLoad]] = {}
-        for load in loads:
-            by_card.setdefault(load.card, []).append(load)
-        return {
-            MeasuredKey(
-                device.id, load.file, load.context, load.slots, load.kv_tokens, load.kv_type, load.gpu_layers
-            ): load.taken
-            for advert in told
-            for device in advert.node.devices
-            for load in by_card.get(self.card_of(device), ())
-        }
+        return really_taken(self.seed, card_of(device), assignment.model, assignment.variant, estimate)
 
     # --- what nodes report --------------------------------------------------------------------------------------------
 
@@ -211,6 +193,12 @@ class World:
             self.name_of(receiver),
             ", ".join(f"{each.replica} {each.variant}" for each in assignments) or "nothing",
         )
+
+    def obeys(self, node: VirtualNode) -> None:
+        """A node does what its own coordinator says, and nobody else."""
+        orders = orders_for(node.map, node.id)
+        if orders is None or orders.coordinator != node.machine.view().coordinator:
+            raise Breach(f"{node.name} obeys orders of somebody who does not coordinate")
 
     def fault(self, text: str, *nodes: VirtualNode) -> None:
         """Something was done to the mesh."""

@@ -368,6 +368,16 @@ def test_a_model_that_fails_everywhere_stays_where_it_failed_and_its_pauses_grow
     assert list(mesh.ready()) == ["phi-2"]
 
 
+def test_a_load_that_failed_is_not_tried_again_where_it_no_longer_fits() -> None:
+    mesh = PretendMesh([node("a", gpu("a"))], [Deployment("mistral-7b"), Deployment("minilm")])
+    mesh.fails.add(("minilm", DeviceId("a/gpu-0")))
+    mesh.settle()
+    assert len(mesh.decide().orders[NodeId("a")]) == 2
+    pc(mesh, "a").foreign[DeviceId("a/gpu-0")] = 12 * GIB
+    assert [each.model for each in mesh.decide().orders[NodeId("a")]] == ["mistral-7b"]
+    assert [refusal.model for refusal in mesh.decision.plan.refusals] == ["minilm"]
+
+
 def test_deploying_again_tries_at_once() -> None:
     mesh = PretendMesh(TWO[:1], [Deployment("phi-2")])
     mesh.fails.add(("phi-2", DeviceId("pc1/gpu-0")))
