@@ -15,7 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console
 from rich.text import Text
@@ -29,6 +31,8 @@ from tars.core.types import Bytes
 from tars.errors import TarsError
 from tars.messages.inference import ChatMessage
 from tars.messages.node import NodeDescription
+
+Result = TypeVar("Result")
 
 PORT = 8000
 """`tars-node`'s own default, so that every example works as printed."""
@@ -98,12 +102,13 @@ def dying_with(parent: int, command: list[str]) -> list[str]:
 class DemoNode:
     """A `tars-node` process that ends with this `async with`, come what may."""
 
-    def __init__(self, port: int, state: Path) -> None:
+    def __init__(self, port: int, state: Path, further: tuple[str, ...] = ()) -> None:
         self.url = f"http://127.0.0.1:{port}"
         self.log = state / "demo-node.log"
         self._command = [
             str(Path(sys.executable).parent / "tars-node"),
             *("--listen", f"127.0.0.1:{port}", "--state-dir", str(state)),
+            *further,
         ]
 
     async def __aenter__(self) -> DemoNode:
@@ -134,6 +139,18 @@ class DemoNode:
                 os.killpg(self._process.pid, signal.SIGKILL)
             await self._process.wait()
 
+    async def kill(self) -> None:
+        """As a power cut would: no goodbye. Its workers end with it."""
+        with contextlib.suppress(ProcessLookupError):
+            self._process.kill()
+        await self._process.wait()
+
+    async def while_it_runs(self, work: Coroutine[None, None, Result]) -> Result:
+        """`work`'s result; raises `NodeEnded` as soon as the node dies under it."""
+        task = asyncio.create_task(work)
+        await while_up(self, task)
+        return task.result()
+
     async def ended(self) -> int:
         """The exit code, once the node ended by itself."""
         return await self._process.wait()
@@ -149,7 +166,7 @@ class NodeEnded(Exception):
     """The node ended before it was told to."""
 
 
-async def while_up(node: DemoNode, work: asyncio.Task[object]) -> None:
+async def while_up(node: DemoNode, work: asyncio.Task[Result]) -> None:
     """Run `work` to its end; raises `NodeEnded` as soon as the node dies under it."""
     ended = asyncio.create_task(node.ended())
     try:
@@ -259,6 +276,8 @@ async def run(arguments: argparse.Namespace, console: Console) -> int:
 
     answered = False
     try:
+        if arguments.mesh:
+            return await run_mesh(arguments.port, console)
         port = free_port(arguments.port)
         if port != arguments.port:
             console.print(f"port {arguments.port} is busy (another node?); using {port}")
@@ -285,12 +304,30 @@ async def run(arguments: argparse.Namespace, console: Console) -> int:
     return 0
 
 
+async def run_mesh(port: int, console: Console) -> int:
+    """`--mesh`; returns the exit code."""
+    from demo_mesh import demo_mesh  # it uses this file
+
+    try:
+        await demo_mesh(console, state_folder() / "mesh", port)
+    except (TarsError, NodeEnded) as error:
+        console.print(f"\ndemo: {plain(str(error))}", style="red")
+        return 1
+    console.print("\nthe nodes have ended")
+    return 0
+
+
 def main() -> int:
     """Parse the command line and run the demo."""
     parser = argparse.ArgumentParser(
         prog="scripts/demo", description="A node with two real models, a chat call and an embedding call."
     )
     parser.add_argument("--once", action="store_true", help="end after the calls; exit 0 only if both answered")
+    parser.add_argument(
+        "--mesh",
+        action="store_true",
+        help="two nodes with pretended 12 GB and 6 GB cards, calls through each, then one is killed",
+    )
     parser.add_argument("--port", type=int, default=PORT, help=f"port on 127.0.0.1 (default {PORT})")
     arguments = parser.parse_args()
     if not 1 <= arguments.port <= 65_535:
@@ -302,4 +339,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    # `demo_mesh` imports this file by its name: it must not be made a second time.
+    sys.modules["demo"] = sys.modules["__main__"]
     sys.exit(main())
