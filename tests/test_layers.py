@@ -151,6 +151,7 @@ NO_TEST_FILE = {
     "core/records.py": "declarations, likewise",
     "messages/base.py": "declarations; their validation is held by the method table's and the fuzzing tests",
     "messages/files.py": "declarations, likewise",
+    "messages/admission.py": "declarations, likewise",
     "messages/inference.py": "declarations, likewise",
     "messages/node.py": "declarations, likewise",
     "rpc/options.py": "declarations of bounds; each bound is held by the test of what it bounds",
