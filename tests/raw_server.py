@@ -15,6 +15,15 @@ async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
     await reader.read()
 
 
+async def sockets_closed(seconds: float = 5.0) -> None:
+    """Wait until this loop has no open socket but its own: a connection that was in the middle of its TLS handshake when both ends were
+    closed needs a moment to notice."""
+    selector = asyncio.get_running_loop()._selector  # type: ignore[attr-defined]  # there is no public way to ask
+    async with asyncio.timeout(seconds):
+        while len(selector.get_map()) > 1:  # noqa: ASYNC110  # the selector tells nobody
+            await asyncio.sleep(0.01)
+
+
 @asynccontextmanager
 async def raw_server(serve: Serve, tls: ssl.SSLContext | None = None) -> AsyncIterator[int]:
     """The port. At the end every connection was served to its end and is closed."""

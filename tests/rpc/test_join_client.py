@@ -14,7 +14,7 @@ import orjson
 import pytest
 from aiohttp import web
 from mesh_bench import MeshNode, certified, new_id, running_mesh
-from raw_server import raw_server
+from raw_server import raw_server, sockets_closed
 
 from tars.config_schema import ListenAddress
 from tars.core.records import Member
@@ -31,6 +31,12 @@ from tars.rpc.mesh_listener import add_mesh_hint
 from tars.state_folder import StateFolder
 
 APPLICANT = Applicant("two", ("192.0.2.2:8001",))
+
+
+@pytest.fixture(autouse=True)
+async def no_socket_is_left() -> AsyncIterator[None]:
+    yield
+    await sockets_closed()
 
 
 @pytest.fixture

@@ -15,12 +15,19 @@ import aiohttp
 import pytest
 from aiohttp import web
 from mesh_bench import MeshNode, certified, new_id, running_mesh
+from raw_server import sockets_closed
 
 from tars.core.records import Member
 from tars.errors import NotAMember, PeerUnreachable
 from tars.mesh.identity import Identity, PeerCertificate
 from tars.rpc.http_client import RpcConnection
 from tars.rpc.mesh_listener import CA_PATH, HINT_PATH, STRANGER_BODY_BYTES, add_mesh_hint
+
+
+@pytest.fixture(autouse=True)
+async def no_socket_is_left() -> AsyncIterator[None]:
+    yield
+    await sockets_closed()
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from fake_node import FakeNode
+from raw_server import sockets_closed
 
 from tars.core.mesh_events import RecordsChanged
 from tars.core.mesh_machine import MeshMachine, MeshSettings
@@ -35,6 +36,12 @@ from tars.state_folder import StateFolder
 
 pytestmark = pytest.mark.slow
 """Seconds, because members must see each other die."""
+
+
+@pytest.fixture(autouse=True)
+async def no_socket_is_left() -> AsyncIterator[None]:
+    yield
+    await sockets_closed()
 
 
 class Whole:

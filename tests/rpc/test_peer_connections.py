@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from mesh_bench import MeshNode, certified, new_id, running_mesh
-from raw_server import raw_server, silent
+from raw_server import raw_server, silent, sockets_closed
 
 from tars.core.mesh_messages import Ack, Envelope
 from tars.core.records import Member
@@ -20,6 +20,12 @@ from tars.mesh.identity import Identity
 from tars.rpc import peer_connections
 from tars.rpc.http_client import NodeNotReachable
 from tars.rpc.peer_connections import OtherNode, PeerConnections
+
+
+@pytest.fixture(autouse=True)
+async def no_socket_is_left() -> AsyncIterator[None]:
+    yield
+    await sockets_closed()
 
 
 @pytest.fixture
