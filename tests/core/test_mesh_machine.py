@@ -86,13 +86,13 @@ def test_a_dead_node_is_known_to_all_within_five_seconds(count, loss, runs):
 @pytest.mark.parametrize(
     ("count", "loss", "runs"),
     [
-        (2, 0.1, 300),
-        (3, 0.1, 200),
-        (10, 0.0, 200),
-        (10, 0.1, 100),
-        (100, 0.0, 30),
-        (100, 0.1, 10),
-        (300, 0.0, 4),
+        (2, 0.1, 200),
+        (3, 0.1, 100),
+        (10, 0.0, 100),
+        (10, 0.1, 40),
+        (100, 0.0, 6),
+        (100, 0.1, 2),
+        (300, 0.0, 1),
         (1000, 0.0, 1),
     ],
 )
@@ -130,7 +130,7 @@ def test_a_tenth_of_all_packets_may_be_lost(count, seconds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "seconds"), [(2, 3600), (10, 1800), (40, 120), (100, 60)])
+@pytest.mark.parametrize(("count", "seconds"), [(2, 3600), (10, 300), (40, 60), (100, 20)])
 def test_a_tenth_of_all_packets_may_be_lost_for_long(count, seconds):
     mesh = Network(count, 11, loss=0.1)
     mesh.run(seconds)
@@ -162,7 +162,7 @@ def test_whatever_happened_soon_after_all_live_nodes_see_each_other_alive(count,
 
 
 @pytest.mark.slow
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 @TROUBLES
 def test_whatever_happened_in_hundreds_of_ways(count, seed, troubles, loss):
     settled(count, seed, troubles, loss)
@@ -300,8 +300,8 @@ def test_a_nodes_cost_does_not_grow_with_the_mesh():
 
 
 @pytest.mark.slow
-def test_a_nodes_cost_is_the_same_among_ten_and_among_a_thousand():
-    few, many = cost(10, 20), cost(1000, 2)
+def test_a_nodes_cost_is_the_same_among_ten_and_among_hundreds():
+    few, many = cost(10, 20), cost(300, 2)
     assert many == pytest.approx(few, rel=0.1)
 
 
