@@ -41,6 +41,7 @@ from tars.mesh.executor import BUSY, Executor, FileFetch, LiveReplica, ModelFile
 from tars.mesh.measured_memory import MeasuredMemory
 from tars.mesh.replicated_store import Records
 from tars.mesh.tuned_settings import TunedSettingsStore
+from tars.messages.files import TransferDescription
 
 __all__ = ["BUSY", "Coordinator", "Drained", "FileFetch", "LiveReplica", "refusal_error"]
 
@@ -54,6 +55,8 @@ TAKE_OVER_SECONDS = 1.0
 """A node coordinates for so long before it gives its first orders: the others' adverts arrive meanwhile."""
 ISOLATED_SECONDS = 5.0
 """One that lost sight of everybody at once decides nothing for so long: most likely it is its own cable, and the others run on."""
+PROGRESS_SECONDS = 2.0
+"""A round so often while something loads or is fetched, so that peers see it go on; nothing else asks for one then."""
 LIVE = (MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING)
 
 
@@ -93,6 +96,7 @@ class Coordinator:
         hub: bool = False,
         draining: Draining | None = None,
         client_url: Callable[[], str | None] = lambda: None,
+        transfers: Callable[[], Iterable[TransferDescription]] = tuple,
         settings: CoordinationSettings | None = None,
         now: Callable[[], float] = time.monotonic,
     ):
@@ -119,7 +123,9 @@ class Coordinator:
             now=now,
         )
         held = tuple if files is None else files.held
-        self.advertising = Advertising(catalogue, records, held=held, client_url=client_url, now=now)
+        self.advertising = Advertising(
+            catalogue, records, held=held, client_url=client_url, transfers=transfers, now=now
+        )
         self._coordination = Coordination(settings)
         self._coordinates_since: float | None = None
         self._isolated_since: float | None = None
@@ -128,6 +134,7 @@ class Coordinator:
         self._stale = False
         """The decision is older than what is known: planned anew when somebody looks."""
         self.problems: dict[str, TarsError] = {}
+        self._not_given = ""
         self._wake = asyncio.Event()
         self._wake_at: float | None = None
         self._round = asyncio.Lock()
@@ -326,6 +333,8 @@ class Coordinator:
             if orders is not None:
                 await self.executor.carry_out(orders, {device.id: device for device in advert.node.devices})
             self._find_problems()
+            if any(report.state in BUSY for report in advert.replicas) or advert.transfers:
+                self._due(self._now() + PROGRESS_SECONDS)
             if self._replicas_changed(advert):
                 self._advert = replace(advert, replicas=self.executor.reports())
                 self._due(self.advertising.tell(self._advert))
@@ -420,7 +429,16 @@ class Coordinator:
         for node, assignments in self._decision.orders.items():
             orders = Orders(node, self.node_id, assignments)
             if orders_for(self.records.map, node) != orders:
-                self.records.put(f"{ORDERS}{node}", orders, saved=False)
+                self._give(orders)
+
+    def _give(self, orders: Orders) -> None:
+        try:
+            self.records.put(f"{ORDERS}{orders.node}", orders, saved=False)
+        except TarsError as error:
+            # A node that was removed this second, or this very one: said once, the other nodes' orders go on.
+            if error.message != self._not_given:
+                log.warning("orders for %s cannot be given: %s", orders.node, error.message)
+            self._not_given = error.message
 
     def _orders(self) -> tuple[Assignment, ...] | None:
         """This node's orders, by the word of whom it sees coordinate; None: keep what runs."""

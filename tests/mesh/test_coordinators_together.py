@@ -12,6 +12,7 @@ from tars.core.mesh_events import MemberView, MeshView
 from tars.core.mesh_messages import MemberState
 from tars.core.replicated_map import orders_for
 from tars.core.types import Bytes, Deployment, NodeId, NodeSnapshot, ReplicaState
+from tars.errors import BadModelFile, InvalidParams
 from tars.mesh.coordinator import ISOLATED_SECONDS, TAKE_OVER_SECONDS
 from tars.mesh.draining import Draining
 from tars.mesh.replicated_store import wall_ms
@@ -275,8 +276,6 @@ async def test_a_failed_load_goes_to_another_node(mesh):
     await mesh.rounds(3, load=False)
     (worker,) = [worker for bench in mesh.benches.values() for worker in bench.workers]
     failed = next(name for name in mesh.ids if mesh[name].workers)
-    from tars.errors import BadModelFile
-
     worker.failed(BadModelFile("broken"))
     await mesh.rounds(4)
     assert len(mesh.ready()) == 1
@@ -313,3 +312,18 @@ async def test_free_memory_of_a_peer_is_used_and_small_changes_are_not_told(mesh
     mesh["cc"].devices = [card(node=node, mib=2000)]
     await mesh.rounds(4)
     assert mesh.ready() == ["cc"]
+
+
+async def test_orders_that_the_map_refuses_are_said_once_and_stop_no_others(mesh, caplog, monkeypatch):
+    mesh["aa"].deployments.deploy(Deployment("tiny", replicas=3))
+    put = mesh["aa"].store.put
+
+    def refusing(key, value, *, saved=True):
+        if key == f"orders/{mesh.ids['bb']}":
+            raise InvalidParams("it was removed")
+        return put(key, value, saved=saved)
+
+    monkeypatch.setattr(mesh["aa"].store, "put", refusing)
+    await mesh.rounds(4)
+    assert mesh.ready() == ["aa", "cc"]
+    assert caplog.text.count("it was removed") == 1
