@@ -179,13 +179,18 @@ class Node:
         """Take the state folder, find the devices, open the port, begin to load; returns before the models are loaded."""
         config, prepared = self._config, self._prepared
         self._folder.open()
+        # First what takes seconds: whoever has joined is expected to answer.
+        inventory, engines = await asyncio.gather(
+            asyncio.to_thread(Inventory, self._folder.node_id(), config.devices), asyncio.to_thread(probe_engines)
+        )
+        self._inventory = inventory
         identity, store = await enter(config, self._folder, prepared.join)
         self._store = store
         node_id = store.map.node
-        inventory, engines = await asyncio.gather(
-            asyncio.to_thread(Inventory, node_id, config.devices), asyncio.to_thread(probe_engines)
-        )
-        self._inventory = inventory
+        if node_id != inventory.node:
+            # It was thrown out of this mesh before, and joined as another node.
+            inventory.close()
+            inventory = self._inventory = await asyncio.to_thread(Inventory, node_id, config.devices)
         keys = ClientKeys(store, {each.name: each.key.get_secret_value() for each in config.security.api_key})
         self.files = file_store(config, prepared.catalogue, self._folder)
         self.files.attach_fetched()
@@ -211,6 +216,7 @@ class Node:
             hub=config.files.hub,
             draining=Draining(self._folder),
             client_url=self._client_url,
+            transfers=self.files.transfers,
         )
         self.files.on_change = self.coordinator.wake
         self.service = LocalNodeService(
@@ -225,6 +231,7 @@ class Node:
             on_drain=(lambda draining: None) if mesh is None else mesh.gossip.drain,
             others=list if mesh is None else mesh.described,
             files=self.files,
+            file_bytes_sent=(lambda: 0) if mesh is None else mesh.file_bytes_sent,
         )
         rpc = rpc_options(config)
         self._listener, dispatcher = await self._listen(rpc, keys)

@@ -46,7 +46,7 @@ class Inventory:
         environment: Mapping[str, str] | None = None,
         children_memory: Callable[[], Bytes] = anonymous_memory_of_children,
     ):
-        self._node = node
+        self.node = node
         self._section = section
         self._root = root
         self._environment = os.environ if environment is None else environment
@@ -89,7 +89,7 @@ class Inventory:
             unified = any(gpu.unified_memory for gpu in visible)
             cpu = self._cpu(memory, held) if self._section.cpu or unified else None
             devices = [self._gpu(gpu, cpu, held) for gpu in visible]
-            devices += simulated_devices(self._node, self._section, held, self.cpu.cores)
+            devices += simulated_devices(self.node, self._section, held, self.cpu.cores)
             devices = [capped(device, self._section) for device in devices]
             if cpu is not None and self._section.cpu:
                 cpu = capped(cpu, self._section)
@@ -117,7 +117,7 @@ class Inventory:
 
     def _gpu_id(self, gpu: GpuReading) -> DeviceId:
         name = f"index-{gpu.index}" if gpu.uuid is None else gpu.uuid.removeprefix("GPU-")
-        return DeviceId(f"{self._node}/gpu-{name}")
+        return DeviceId(f"{self.node}/gpu-{name}")
 
     def _gpu(self, gpu: GpuReading, cpu: DeviceSnapshot | None, held: Mapping[DeviceId, Bytes]) -> DeviceSnapshot:
         id = self._gpu_id(gpu)
@@ -138,7 +138,7 @@ class Inventory:
             notes.append(f"{'WSL2' if self.wsl2 else 'driver'}: not told: {', '.join(silent)}")
         return DeviceSnapshot(
             id=id,
-            node=self._node,
+            node=self.node,
             kind=DeviceKind.CUDA,
             name=name,
             memory_total=total,
@@ -163,7 +163,7 @@ class Inventory:
         The kernel counts a mapped model file as available, so only the anonymous part of what is held may be added back; adding all
         of `held` would count a mapped file's bytes twice and let the planner promise RAM that is not there.
         """
-        id = DeviceId(f"{self._node}/cpu")
+        id = DeviceId(f"{self.node}/cpu")
         taken = held.get(id, Bytes(0))
         ours = min(taken, self._children_memory()) if taken else 0
         reserve = self._section.host_memory_reserve
@@ -177,7 +177,7 @@ class Inventory:
             notes.append(f"{self.cpu.cores} cores, {self.cpu.threads} threads: {' '.join(self.cpu.flags)}")
         return DeviceSnapshot(
             id=id,
-            node=self._node,
+            node=self.node,
             kind=DeviceKind.CPU,
             name=self.cpu.name,
             memory_total=memory.total,
