@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from breach import Breach
+from virtual_fleet import MOST_ERROR
 from virtual_node import VirtualNode
 
 from tars.core.coordination_view import CoordinationView, Decision
@@ -158,11 +159,11 @@ def _asked_for(settings: RuntimeSettings) -> tuple[object, ...]:
 
 
 def _check_device(device: DeviceSnapshot, ordered: Sequence[Assignment], *, begins: bool) -> None:
-    """What is to be there fits; where a load begins, beside foreign programs too."""
+    """What is to be there fits; where a load begins, beside foreign programs too. What runs may have taken more than was estimated."""
     total = sum(each.memory.total for each in ordered)
-    most = device.capacity if begins else device.memory_total - device.reserve
+    most = device.capacity if begins else (device.memory_total - device.reserve) * (1 + MOST_ERROR)
     if total > most:
-        raise Breach(f"orders over-commit {device.id}: {Bytes(total)} of {Bytes(most)}")
+        raise Breach(f"orders over-commit {device.id}: {Bytes(total)} of {Bytes(int(most))}")
 
 
 # --- in the end ---------------------------------------------------------------------------------------------------------

@@ -20,10 +20,10 @@ from tars.core.records import Member, Wish
 from tars.core.replicated_map import DEPLOYMENT, MEMBER
 from tars.core.types import Bytes, Deployment, NodeId, ReplicaState
 
-TROUBLE_SECONDS = (12.0, 30.0)
+TROUBLE_SECONDS = (8.0, 24.0)
 """How long things go wrong."""
-QUIET_SECONDS = 20.0
-"""Longer than every patience of `world.QUICK`."""
+QUIET_SECONDS = 12.0
+"""With the quiet that `World.settle` waited for it is longer than every patience of `world.QUICK`."""
 LONG_QUIET_SECONDS = 60.0
 LONG_QUIET_SHARE = 0.1
 
@@ -62,7 +62,7 @@ class Scenario:
         world, dice = self.world, self.dice
         first = world.new_node()
         first.found()
-        for _ in range(dice.choice((1, 1, 1, 2, 2, 2, 3, 3, 4, 5, 6, 7))):
+        for _ in range(dice.choice((1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 4, 5, 7))):
             node = world.new_node()
             world.time.at(
                 dice.uniform(0.1, 2.0) if dice.random() < 0.9 else dice.uniform(2.0, self.lasts), self._join(node)

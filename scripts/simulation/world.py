@@ -65,7 +65,7 @@ class World:
         self.dice = random.Random(f"{seed}/world")
         self.network = VirtualNetwork(self.time, random.Random(f"{seed}/network"))
         self.models = models()
-        self.probe_seconds = self.dice.choice((0.5, 1.0, 1.0))
+        self.probe_seconds = self.dice.choice((0.5, 1.0, 1.0, 1.0))
         """Slower than the default saves half of what a seed costs."""
         self.coordination_settings = QUICK
         self.wall_ms = 1_750_000_000_000
