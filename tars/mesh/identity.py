@@ -74,6 +74,10 @@ class MemberRecords(Protocol):
         """The live value of `member/<NodeId>`."""
         ...
 
+    def items(self, prefix: str) -> list[tuple[str, Value]]:
+        """The live records whose keys begin so."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class PeerCertificate:
@@ -390,7 +394,7 @@ def check_member(records: MemberRecords, peer: PeerCertificate) -> Member:
 class MemberCheck:
     """`check_member` for as long as a node runs, on every connection and request.
 
-    `lost` (`Records.lost`, of a node that was a member before this start) is one whose records were damaged: for its first
+    `lost` (`Records.lost`) is a node whose records were missing or damaged at this start: where it knows no other member, for its first
     `FORGIVING_SECONDS` the CA's signature is enough, so that its peers can send everything back. All it risks is a removed node that kept
     the CA's key and comes within these minutes.
     """
@@ -400,7 +404,8 @@ class MemberCheck:
     ) -> None:
         self._records = records
         self._now = now
-        self._forgiving_until = now() + FORGIVING_SECONDS if lost else None
+        # Who knows another member has lost nothing: it has just joined, and was given everything.
+        self._forgiving_until = now() + FORGIVING_SECONDS if lost and len(records.items(MEMBER)) <= 1 else None
         self._let_in: set[NodeId] = set()
 
     def __call__(self, peer: PeerCertificate) -> None:

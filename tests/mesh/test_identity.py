@@ -23,8 +23,10 @@ from tars.core.types import NodeId
 from tars.errors import ConfigError, NotAMember
 from tars.mesh import identity as identity_module
 from tars.mesh.identity import (
+    FORGIVING_SECONDS,
     IDENTITY_FILE,
     Identity,
+    MemberCheck,
     PeerCertificate,
     check_member,
     fingerprint_of,
@@ -317,6 +319,36 @@ async def test_renewal_goes_on_by_itself_also_after_a_failure(
 
 class Records(dict[str, Value]):
     """Member records as the replicated map gives them."""
+
+    def items(self, prefix: str) -> list[tuple[str, Value]]:  # type: ignore[override]  # the map's, not a dict's
+        return [(key, self[key]) for key in sorted(self) if key.startswith(prefix)]
+
+
+def test_a_node_that_lost_its_records_believes_the_ca_for_some_minutes_and_one_that_has_just_joined_never(
+    first: Identity, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    peer = PeerCertificate(first.node, first.fingerprint)
+    own = admitted(first, tmp_path / "own")
+    now = [0.0]
+    records = Records({f"member/{own.node}": own.member("own")})
+    lost = MemberCheck(records, lost=True, now=lambda: now[0])
+    lost(peer)
+    lost(peer)
+    assert caplog.text.count("let in by its certificate alone") == 1
+    records[f"member/{first.node}"] = Member(first.node, "first", first.fingerprint, removed=True)
+    with pytest.raises(NotAMember, match="removed"):
+        lost(peer)
+    del records[f"member/{first.node}"]
+    now[0] = FORGIVING_SECONDS
+    for _ in range(2):
+        with pytest.raises(NotAMember, match="not known"):
+            lost(peer)
+        now[0] = 0.0  # once over, it stays over
+    other = new_id()
+    joined = MemberCheck(Records({**records, f"member/{other}": Member(other, "other", "0" * 64)}), lost=True)
+    for strict in (joined, MemberCheck(records)):
+        with pytest.raises(NotAMember, match="not known"):
+            strict(peer)
 
 
 def test_a_member_is_whoever_the_map_says_with_that_very_key(first: Identity) -> None:

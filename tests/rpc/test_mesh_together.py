@@ -51,13 +51,11 @@ async def no_socket_is_left() -> AsyncIterator[None]:
 class Whole:
     """A node's part in the mesh, wired as the composition root does."""
 
-    def __init__(
-        self, path: Path, name: str, identity: Identity, store: ReplicatedStore, port: int, *, lost: bool
-    ) -> None:
+    def __init__(self, path: Path, name: str, identity: Identity, store: ReplicatedStore, port: int) -> None:
         self.name, self.identity, self.store, self.port = name, identity, store, port
         self.address = f"127.0.0.1:{port}"
         take_place(identity, store, name, (self.address,))
-        check = MemberCheck(store.map, lost=lost)
+        check = MemberCheck(store.map, lost=store.lost)
         self.keys = ClientKeys(store)
         self.peers = PeerConnections(identity, check, lambda node: self.gossip.addresses(node))
         machine = MeshMachine(identity.node, store.map, MeshSettings(addresses=(self.address,)), random.Random(name))
@@ -112,14 +110,12 @@ async def whole(path: Path, name: str, join: str | None = None, port: int = 0) -
         applicant = Applicant(name, (f"127.0.0.1:{port}",))
         grant = None if join is None else await enter_mesh(Invitation.parse(join), folder, applicant, identity)
         store = ReplicatedStore(folder, folder.node_id())
-        # Who was no member before has lost nothing.
-        lost = store.lost and identity is not None and grant is None
         if grant is not None:
             store.adopt(grant.records)
             identity = grant.save(folder)
         if identity is None:
             identity = Identity.create(path, folder.node_id())
-        node = Whole(path, name, identity, store, port, lost=lost)
+        node = Whole(path, name, identity, store, port)
         await node.listener.start("127.0.0.1", port)
         tasks = [asyncio.create_task(node.gossip.run()), asyncio.create_task(store.run())]
         try:
