@@ -35,6 +35,7 @@ from tars.messages.inference import (
     TokenizeResult,
     Tool,
 )
+from tars.messages.mesh_state import SHOWN_NODES, MeshDescription
 from tars.messages.node import (
     DeployResult,
     DrainResult,
@@ -257,6 +258,13 @@ class Client:
     async def peers(self, **options: Unpack[CallOptions]) -> PeersResult:
         """The nodes that it sees."""
         return cast(PeersResult, await self._typed("mesh.peers", {}, options))
+
+    async def describe_mesh(
+        self, *, node: str | None = None, most_nodes: int = SHOWN_NODES, **options: Unpack[CallOptions]
+    ) -> MeshDescription:
+        """Every node with its devices and replicas; `node` for one of them."""
+        params = {"node": node, "most_nodes": most_nodes}
+        return cast(MeshDescription, await self._typed("mesh.describe", params, options))
 
     async def plan(self, **options: Unpack[CallOptions]) -> PlanResult:
         """Which replica goes on which device and why."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+import time
 from collections.abc import Iterable, Sequence
 
 from tars import __version__
@@ -138,6 +139,7 @@ class NodeMesh:
         self.peers = MappedPeers(store.map, self._state, self._connection)
         files.peers = HttpPeerFiles(self.live_adverts, self._connection)
         self._listener: MeshListener | None = None
+        self._file_server: FileServer | None = None
         self._seeds: Seeds | None = None
         self._discovery: Discovery | None = None
         self._service: LocalNodeService | None = None
@@ -166,6 +168,10 @@ class NodeMesh:
         """Of the other members, by name."""
         own = self._identity.node
         return sorted(each.name for each in members(self._store.map).values() if each.node != own and not each.removed)
+
+    def file_bytes_sent(self) -> int:
+        """Bytes of model files that peers got from here."""
+        return 0 if self._file_server is None else self._file_server.bytes_sent
 
     def administration(self) -> Administration:
         """What administrators and peers ask of the mesh."""
@@ -202,6 +208,7 @@ class NodeMesh:
                     coordinator=view.coordinator == node,
                     version="" if advert is None else advert.version,
                     client_url=None if advert is None else advert.client_url,
+                    since=round(time.time() - (time.monotonic() - seen.since)),
                 )
             )
         return sorted(found, key=lambda each: (each.name, each.node))
@@ -223,10 +230,8 @@ class NodeMesh:
         address = mesh_address(self._config)
         listener = MeshListener(self._identity, self._check, dispatcher, options)
         cap = self._config.files.most_mib_per_second
-        add_file_routes(
-            listener.app,
-            FileServer(self._files.shared, most_bytes_per_second=None if cap is None else cap * 2**20),
-        )
+        self._file_server = FileServer(self._files.shared, most_bytes_per_second=None if cap is None else cap * 2**20)
+        add_file_routes(listener.app, self._file_server)
         await listener.start(address.host, address.port)
         self._listener = listener
         self.gossip.listen(self._noticed)

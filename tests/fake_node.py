@@ -43,6 +43,7 @@ from tars.messages.inference import (
     Usage,
 )
 from tars.messages.mesh import GossipParams, GossipResult
+from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
     CallCounters,
     DeployParams,
@@ -175,6 +176,10 @@ class FakeNode:
         self._met()
         peer = PeerDescription(node=self.node_id, name="box", state="ALIVE", addresses=[], coordinator=True)
         return PeersResult(peers=[peer])
+
+    def describe_mesh(self, params: MeshParams) -> MeshDescription:
+        self.params.append(params)
+        return MeshDescription(nodes=[], nodes_left_out=0, nodes_by_state={}, coordinator=None, moves=[], unserved=[])
 
     async def plan(self) -> PlanResult:
         self._met()

@@ -47,6 +47,7 @@ CALLS = {
     "node.drain": ("drain", ()),
     "node.resume": ("resume", ()),
     "mesh.peers": ("peers", ()),
+    "mesh.describe": ("describe_mesh", ()),
     "mesh.plan": ("plan", ()),
     "mesh.explain": ("explain", ("m",)),
     "mesh.token_new": ("new_token", ()),

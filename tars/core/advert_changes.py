@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from tars.core.records import NodeAdvert, ReplicaReport
+from tars.core.records import NodeAdvert, ReplicaReport, TransferReport
 from tars.core.types import Bytes, DeviceSnapshot
 
 MEMORY_STEP = Bytes.mib(256)
@@ -34,6 +34,8 @@ def differs(told: NodeAdvert | None, now: NodeAdvert) -> bool:
         now.client_url,
     ) or len(told.replicas) != len(now.replicas):
         return True
+    if len(told.transfers) != len(now.transfers) or any(map(_transfer_differs, told.transfers, now.transfers)):
+        return True
     return any(_replica_differs(one, other) for one, other in zip(told.replicas, now.replicas, strict=True))
 
 
@@ -53,3 +55,10 @@ def _replica_differs(one: ReplicaReport, other: ReplicaReport) -> bool:
     if abs((one.percent or 0.0) - (other.percent or 0.0)) >= PERCENT_STEP:
         return True
     return replace(one, percent=None) != replace(other, percent=None)
+
+
+def _transfer_differs(one: TransferReport, other: TransferReport) -> bool:
+    """The rate goes up and down all the time, and along with the next step."""
+    if (one.model, one.variant, one.stage, one.note) != (other.model, other.variant, other.stage, other.note):
+        return True
+    return abs(other.done - one.done) * 100 >= PERCENT_STEP * max(1, other.total)

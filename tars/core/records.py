@@ -56,6 +56,20 @@ class ReplicaReport:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferReport:
+    """A model file on its way to a node, for those who look; nothing is decided by it. See `messages.files.TransferDescription`."""
+
+    model: str
+    variant: str
+    stage: str
+    done: Bytes
+    total: Bytes
+    bytes_per_second: float = 0.0
+    sources: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class NodeAdvert:
     """`node/<NodeId>`: a node as it describes itself; only that node writes it. Whether it is alive is `membership`'s to say."""
 
@@ -67,6 +81,7 @@ class NodeAdvert:
     """Entries that are not in the catalogue that comes with TARS: this node's own files, by `[[model]]` or `--model`."""
     client_url: str | None = None
     """Where its clients reach it, for the status page's links."""
+    transfers: tuple[TransferReport, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

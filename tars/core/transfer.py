@@ -295,11 +295,14 @@ class TokenBucket:
 
     rate: float | None
     burst: float = 2**20
+    passed: int = 0
+    """Bytes in all."""
     _level: float = 0.0
     _at: float | None = None
 
     def take(self, count: int, now: float) -> float:
         """Seconds to wait before `count` bytes pass; they are taken at once, so that waiting callers share the rate."""
+        self.passed += count
         if self.rate is None:
             return 0.0
         if self._at is None:

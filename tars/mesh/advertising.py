@@ -13,11 +13,12 @@ from functools import cache
 from tars import __version__
 from tars.catalogue import Catalogue
 from tars.core.advert_changes import differs
-from tars.core.records import HeldFile, NodeAdvert, ReplicaReport
+from tars.core.records import HeldFile, NodeAdvert, ReplicaReport, TransferReport
 from tars.core.replicated_map import NODE
-from tars.core.types import ModelEntry, NodeSnapshot
+from tars.core.types import Bytes, ModelEntry, NodeSnapshot
 from tars.errors import TarsError
 from tars.mesh.replicated_store import Records
+from tars.messages.files import TransferDescription
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,8 @@ def builtin_names() -> frozenset[str]:
 
 
 class Advertising:
-    """See the module's law. `held` gives the files that peers may have from here; `client_url` where clients reach this node."""
+    """See the module's law. `held` gives the files that peers may have from here; `client_url` where clients reach this node;
+    `transfers` what is on its way to it."""
 
     def __init__(
         self,
@@ -41,12 +43,14 @@ class Advertising:
         *,
         held: Callable[[], Iterable[HeldFile]] = tuple,
         client_url: Callable[[], str | None] = lambda: None,
+        transfers: Callable[[], Iterable[TransferDescription]] = tuple,
         now: Callable[[], float] = time.monotonic,
     ):
         self.catalogue = catalogue
         self._records = records
         self._held = held
         self._client_url = client_url
+        self._transfers = transfers
         self._now = now
         self._told: NodeAdvert | None = None
         self._told_at = -PACE_SECONDS
@@ -66,6 +70,7 @@ class Advertising:
             files=tuple(files[key] for key in sorted(files)),
             models=self._own_models(),
             client_url=self._client_url(),
+            transfers=tuple(_reported(each) for each in self._transfers()),
         )
 
     def tell(self, advert: NodeAdvert) -> float | None:
@@ -87,3 +92,16 @@ class Advertising:
         """Entries that other nodes cannot know: `[[model]]` and `--model` of this one."""
         known = builtin_names()
         return tuple(entry for name, entry in sorted(self.catalogue.entries.items()) if name not in known)
+
+
+def _reported(transfer: TransferDescription) -> TransferReport:
+    return TransferReport(
+        transfer.model,
+        transfer.variant,
+        transfer.stage,
+        Bytes(transfer.bytes_done),
+        Bytes(transfer.bytes_total),
+        transfer.bytes_per_second,
+        tuple(transfer.sources),
+        transfer.note,
+    )

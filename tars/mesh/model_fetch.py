@@ -130,6 +130,11 @@ class ModelFetch:
         self._liars: set[tuple[str, str]] = set()
         """(node, sha256): gave wrong bytes of that file; not asked for it again before the next start."""
 
+    @property
+    def bytes_received(self) -> int:
+        """Of all transfers, what was thrown away too."""
+        return self._incoming.passed
+
     # --- from peers -----------------------------------------------------------------------------------------------------
 
     def holders(self, model: str, variant: Variant) -> list[Holder]:

@@ -118,6 +118,11 @@ class FileStore:
     def peers(self, peers: PeerFiles | None) -> None:
         self._fetch.peers = peers
 
+    @property
+    def bytes_received(self) -> int:
+        """From peers and the hub, since the node started."""
+        return self._fetch.bytes_received
+
     def held(self) -> list[HeldFile]:
         """What this node can give to peers, for its advert; no file is touched."""
         return self.files.held()

@@ -178,6 +178,8 @@ class NodeDescription(Message):
     transfers: list[TransferDescription] = Field(
         default_factory=list, description="Model files on their way to this node."
     )
+    file_bytes_received: int = Field(0, description="Of model files, from peers and the hub, since the node started.")
+    file_bytes_sent: int = Field(0, description="Of model files, to peers, since the node started.")
 
 
 class PeerDescription(Message):
@@ -190,6 +192,9 @@ class PeerDescription(Message):
     coordinator: bool
     version: str = ""
     client_url: str | None = Field(None, description="Where its clients reach it.")
+    since: float | None = Field(
+        None, description="Unix time, seconds: when this node began to see it in this state; None of itself."
+    )
 
 
 class PeersResult(Message):
@@ -320,6 +325,16 @@ class ExplainResult(Message):
     text: str = Field(description="The same for people, a few lines.")
 
 
+class ModelPlace(Message):
+    """A replica of a model on a node that may get calls."""
+
+    replica: str
+    node: str
+    node_name: str
+    device_name: str
+    state: str
+
+
 class ModelDescription(Message):
     """One model of the catalogue, or one that is served."""
 
@@ -335,6 +350,7 @@ class ModelDescription(Message):
     replicas_ready: int
     state: str = Field(description="`ready`, `loading`, `refused`, `failed`, `available`.")
     local: bool = Field(description="True where this node has a file of it.")
+    places: list[ModelPlace] = Field(default_factory=list, description="Its replicas on all nodes.")
 
 
 class ModelsResult(Message):

@@ -75,6 +75,7 @@ from tars.messages.inference import (
     TokenizeResult,
 )
 from tars.messages.mesh import GossipParams, GossipResult
+from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
     DeployParams,
     DeployResult,
@@ -186,6 +187,12 @@ _ROWS = (
     ),
     MethodSpec("node.resume", "Undo `node.drain`: the plan decides what is loaded here again.", result=DrainResult),
     MethodSpec("mesh.peers", "The nodes that this node sees, itself included.", result=PeersResult),
+    MethodSpec(
+        "mesh.describe",
+        "Every node of the mesh with its devices, replicas and transfers; what moves, what is served nowhere.",
+        MeshParams,
+        MeshDescription,
+    ),
     MethodSpec("mesh.plan", "Which replica goes on which device and why; what was refused.", result=PlanResult),
     MethodSpec(
         "mesh.explain",

@@ -34,6 +34,7 @@ from tars.messages.inference import (
     TokenizeResult,
 )
 from tars.messages.mesh import GossipParams, GossipResult
+from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
     DeployParams,
     DeployResult,
@@ -76,6 +77,9 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
 
     def peers(params: NoParams) -> PeersResult:
         return service.peers()
+
+    def describe_mesh(params: MeshParams) -> MeshDescription:
+        return service.describe_mesh(params)
 
     async def plan(params: NoParams, context: CallContext) -> PlanResult:
         return await service.plan()
@@ -144,6 +148,7 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
         "node.drain": drain,
         "node.resume": resume,
         "mesh.peers": peers,
+        "mesh.describe": describe_mesh,
         "mesh.plan": plan,
         "mesh.explain": explain,
         "mesh.join": join,

@@ -15,6 +15,8 @@ from typing import Any
 from tars import __version__
 from tars.core.explanation import explain
 from tars.core.placement_cost import contradiction
+from tars.core.replicated_map import adverts
+from tars.core.routing import Candidate
 from tars.core.types import Deployment, KvType, ModelEntry, NodeId, NodeSnapshot, ReplicaState
 from tars.errors import InvalidParams, ModelFileMissing, TarsError
 from tars.mesh.administration import Administration
@@ -37,12 +39,14 @@ from tars.messages.inference import (
     TokenizeParams,
     TokenizeResult,
 )
+from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
     DeployParams,
     DeployResult,
     DrainResult,
     ExplainResult,
     ModelDescription,
+    ModelPlace,
     ModelsResult,
     NodeDescription,
     PeerCalls,
@@ -57,6 +61,7 @@ from tars.serving.call_log import CallLog
 from tars.serving.inference import Inference
 from tars.serving.local_fleet import LocalFleet
 from tars.serving.mesh_fleet import MeshFleet, Peers
+from tars.serving.mesh_overview import describe_mesh, device_names
 from tars.serving.router import Router
 from tars.serving.service import MeshService
 
@@ -81,6 +86,7 @@ class LocalNodeService:
         on_drain: Callable[[bool], None] = lambda draining: None,
         others: Callable[[], list[PeerDescription]] = list,
         files: FileStore | None = None,
+        file_bytes_sent: Callable[[], int] = lambda: 0,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ):
@@ -94,6 +100,7 @@ class LocalNodeService:
         self._others = others
         """The peers as this node sees them."""
         self._files = files
+        self._file_bytes_sent = file_bytes_sent
         self._now = now
         self._calls = CallLog(wall_clock)
         self._local = LocalFleet(coordinator)
@@ -155,6 +162,8 @@ class LocalNodeService:
             ],
             calls_from_peers=self._router.calls_from_peers,
             transfers=[] if self._files is None else self._files.transfers(),
+            file_bytes_received=0 if self._files is None else self._files.bytes_received,
+            file_bytes_sent=self._file_bytes_sent(),
         )
 
     def config(self) -> dict[str, Any]:
@@ -203,6 +212,19 @@ class LocalNodeService:
         )
         return PeersResult(peers=[me, *self._others()])
 
+    def describe_mesh(self, params: MeshParams) -> MeshDescription:
+        """As told last; this node too, so that the answer changes only when something did."""
+        coordinator = self._coordinator
+        return describe_mesh(
+            params,
+            self.node_id,
+            self.peers().peers,
+            adverts(coordinator.records.map),
+            plan=coordinator.plan,
+            moves=coordinator.moves,
+            problems=coordinator.problems,
+        )
+
     async def plan(self) -> PlanResult:
         """The plan in force."""
         return plan_result(self._coordinator.plan, await self._nodes(), self._coordinator.moves)
@@ -242,9 +264,11 @@ class LocalNodeService:
         wanted = {deployment.model: deployment for deployment in self._coordinator.deployments.wanted()}
         described = []
         entries = {**self._fleet.entries(), **catalogue.entries}
+        places = self._places()
         for entry in sorted(entries.values(), key=lambda entry: (entry.name not in wanted, entry.name)):
             deployment = wanted.get(entry.name)
-            states = [each.state for each in self._fleet.candidates(entry.name)]
+            candidates = self._fleet.candidates(entry.name)
+            states = [each.state for each in candidates]
             described.append(
                 ModelDescription(
                     name=entry.name,
@@ -259,6 +283,7 @@ class LocalNodeService:
                     replicas_ready=states.count(ReplicaState.READY),
                     state=self._model_state(entry.name, states) if deployment else "available",
                     local=any(catalogue.path_of(entry, variant) is not None for variant in entry.variants),
+                    places=[places(each) for each in candidates],
                 )
             )
         return ModelsResult(models=described)
@@ -412,6 +437,25 @@ class LocalNodeService:
             snapshot = await self._coordinator.snapshot()
             self._snapshot = (now, changes, snapshot)
             return snapshot
+
+    def _places(self) -> Callable[[Candidate], ModelPlace]:
+        """How a replica's place is described."""
+        told = adverts(self._coordinator.records.map)
+        names = {node: advert.node.name for node, advert in told.items()} | {NodeId(self.node_id): self._name}
+        devices = device_names(told.values())
+        devices |= {replica: live.device.name for replica, live in self._coordinator.replicas.items()}
+        devices |= {replica: fetch.device.name for replica, fetch in self._coordinator.fetches.items()}
+
+        def describe(candidate: Candidate) -> ModelPlace:
+            return ModelPlace(
+                replica=candidate.replica,
+                node=candidate.node,
+                node_name=names.get(candidate.node, candidate.node),
+                device_name=devices.get(candidate.replica, ""),
+                state=candidate.state.value,
+            )
+
+        return describe
 
     def _model_state(self, model: str, states: Sequence[ReplicaState]) -> str:
         if ReplicaState.READY in states:

@@ -42,6 +42,7 @@ from tars.messages.inference import (
     TokenizeResult,
 )
 from tars.messages.mesh import GossipParams, GossipResult
+from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
     DeployParams,
     DeployResult,
@@ -131,6 +132,10 @@ class NodeService(Protocol):
 
     def peers(self) -> PeersResult:
         """The nodes that this node sees, itself included."""
+        ...
+
+    def describe_mesh(self, params: MeshParams) -> MeshDescription:
+        """Every node with its devices and replicas, as told last. Raises `InvalidParams` for a node that nobody knows."""
         ...
 
     async def plan(self) -> PlanResult:

@@ -1,6 +1,6 @@
 """The node's counters in Prometheus' text format, version 0.0.4.
 
-Law of this file: `NodeDescription` in, text out. Names and units follow https://prometheus.io/docs/practices/naming/ (base units,
+Law of this file: messages in, text out. Names and units follow https://prometheus.io/docs/practices/naming/ (base units,
 `_total` for counters); the words are the design's. No client library: a page of text needs none.
 """
 
@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from tars.core.mesh_messages import MemberState
 from tars.core.types import ReplicaState
-from tars.messages.node import DeviceDescription, NodeDescription, ReplicaDescription
+from tars.messages.node import DeviceDescription, NodeDescription, PeersResult, ReplicaDescription
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -17,10 +18,12 @@ Sample = tuple[Mapping[str, str], float]
 """Labels and value."""
 
 
-def render(node: NodeDescription) -> str:
+def render(node: NodeDescription, peers: PeersResult) -> str:
     """The whole page. What a device does not say is left out, never sent as 0."""
     families = (
         *_node(node),
+        *_mesh(node, peers),
+        *_transfers(node),
         *_calls(node),
         *_replicas(node),
         *_engines(node.replicas),
@@ -37,6 +40,35 @@ def _node(node: NodeDescription) -> Iterable[Family]:
     about = {"node": node.node, "name": node.name, "version": node.version, "state": node.state}
     yield "tars_node_info", "gauge", "Who this node is; always 1.", [(about, 1)]
     yield "tars_node_uptime_seconds", "gauge", "Seconds since the node started.", [({}, node.uptime_seconds)]
+
+
+MEMBER_STATES = tuple(state.value for state in MemberState)
+
+
+def _mesh(node: NodeDescription, peers: PeersResult) -> Iterable[Family]:
+    """Peers are the other nodes: of a node alone all are 0, so that an alert on them needs no exception for it."""
+    others = [peer for peer in peers.peers if peer.node != node.node]
+    states: list[Sample] = [({"state": state}, sum(peer.state == state for peer in others)) for state in MEMBER_STATES]
+    yield "tars_peers", "gauge", "Other nodes of the mesh, by the state in which this node sees them.", states
+    own = any(peer.coordinator and peer.node == node.node for peer in peers.peers)
+    yield "tars_coordinates", "gauge", "1 where this node decides what is loaded where.", [({}, own)]
+    told: list[Sample] = [({"node": peer.node, "name": peer.name}, 1) for peer in peers.peers if peer.coordinator]
+    yield "tars_coordinator_info", "gauge", "Who decides, as this node sees it; always 1.", told
+
+
+def _transfers(node: NodeDescription) -> Iterable[Family]:
+    received = "Bytes of model files that came from peers and from the hub."
+    yield "tars_file_bytes_received_total", "counter", received, [({}, node.file_bytes_received)]
+    sent = "Bytes of model files that peers got from here."
+    yield "tars_file_bytes_sent_total", "counter", sent, [({}, node.file_bytes_sent)]
+    each = [({"model": one.model, "variant": one.variant, "stage": one.stage}, one) for one in node.transfers]
+    for name, field, text in (
+        ("tars_transfer_done_bytes", "bytes_done", "Bytes that are there of a file on its way to this node."),
+        ("tars_transfer_size_bytes", "bytes_total", "Bytes of a file on its way to this node."),
+        ("tars_transfer_bytes_per_second", "bytes_per_second", "How fast a file comes to this node now."),
+    ):
+        samples: list[Sample] = [(labels, getattr(one, field)) for labels, one in each]
+        yield name, "gauge", text, samples
 
 
 def _calls(node: NodeDescription) -> Iterable[Family]:

@@ -92,7 +92,7 @@ class RestFacade:
 
     async def metrics(self, exchange: Exchange) -> web.Response:
         """GET /metrics, for Prometheus."""
-        text = metrics.render(await self._service.describe())
+        text = metrics.render(await self._service.describe(), self._service.peers())
         return web.Response(body=text.encode(), headers={**LIVE, hdrs.CONTENT_TYPE: metrics.CONTENT_TYPE})
 
     async def inference(self, exchange: Exchange) -> web.StreamResponse:

@@ -9,13 +9,14 @@ from fleets import MODELS, gpu, node
 
 from tars.core.advert_changes import differs
 from tars.core.placement import plan
-from tars.core.records import HeldFile, NodeAdvert, ReplicaReport
+from tars.core.records import HeldFile, NodeAdvert, ReplicaReport, TransferReport
 from tars.core.types import Bytes, Deployment, ModelKind, NodeSnapshot, ReplicaState
 
 CARD = gpu("a", "RTX 4090")
 PC = node("a", CARD)
 (ASSIGNMENT,) = plan([PC], MODELS, [Deployment("phi-2")]).assignments
 LOADING = ReplicaReport(ASSIGNMENT, ModelKind.CHAT, ReplicaState.LOADING, stage="load", percent=20.0)
+FETCH = TransferReport("phi-2", "Q8_0", "fetch", Bytes(1000), Bytes(10_000), 5.0, ("b",))
 TOLD = NodeAdvert(PC, replicas=(LOADING,))
 
 
@@ -40,6 +41,7 @@ def with_card(**changes: object) -> NodeSnapshot:
         (replace(TOLD, replicas=()), True),
         (replace(TOLD, files=(HeldFile("phi-2", "Q8_0", Bytes(1)),)), True),
         (replace(TOLD, models=(MODELS["phi-2"],)), True),
+        (replace(TOLD, transfers=(FETCH,)), True),
     ],
 )
 def test_what_decides_something_is_news(now: NodeAdvert, news: bool) -> None:
@@ -56,3 +58,23 @@ def test_of_a_small_card_256_mib_are_news() -> None:
 
 def test_the_first_advert_is_news() -> None:
     assert differs(None, TOLD)
+
+
+@pytest.mark.parametrize(
+    ("now", "news"),
+    [
+        (FETCH, False),
+        (replace(FETCH, done=Bytes(1900), bytes_per_second=900.0, sources=("b", "c")), False),
+        (replace(FETCH, done=Bytes(2000)), True),
+        (replace(FETCH, stage="verify"), True),
+        (replace(FETCH, note="b gave wrong bytes"), True),
+        (replace(FETCH, model="phi-3-mini"), True),
+    ],
+)
+def test_of_a_transfer_steps_are_news_and_its_rate_is_not(now: TransferReport, news: bool) -> None:
+    assert differs(replace(TOLD, transfers=(FETCH,)), replace(TOLD, transfers=(now,))) is news
+
+
+def test_a_transfer_of_unknown_size_does_not_divide_by_it() -> None:
+    unknown = replace(FETCH, stage="look", done=Bytes(0), total=Bytes(0))
+    assert not differs(replace(TOLD, transfers=(unknown,)), replace(TOLD, transfers=(unknown,)))

@@ -5,11 +5,12 @@ from dataclasses import replace
 from fleets import gpu, node
 
 from tars.catalogue import Catalogue
-from tars.core.records import HeldFile
+from tars.core.records import HeldFile, TransferReport
 from tars.core.replicated_map import adverts
 from tars.core.types import Bytes, NodeId
 from tars.mesh.advertising import PACE_SECONDS, Advertising
 from tars.mesh.replicated_store import MemoryStore
+from tars.messages.files import TransferDescription
 
 PC = node("a", gpu("a"))
 
@@ -18,6 +19,7 @@ class Bench:
     def __init__(self, tiny_gguf):
         self.now = 100.0
         self.held = []
+        self.transfers = []
         self.catalogue = Catalogue.load()
         self.name = self.catalogue.add_file(tiny_gguf, name="tiny").name
         self.store = MemoryStore(NodeId("a"))
@@ -26,6 +28,7 @@ class Bench:
             self.store,
             held=lambda: self.held,
             client_url=lambda: "http://a:8000",
+            transfers=lambda: self.transfers,
             now=lambda: self.now,
         )
 
@@ -48,6 +51,19 @@ def test_an_advert_has_the_node_its_own_models_and_where_clients_reach_it(tiny_g
     assert [entry.name for entry in bench.told.models] == ["tiny"]
     assert bench.told.client_url == "http://a:8000"
     assert bench.told.version
+
+
+def test_an_advert_has_the_files_that_are_on_their_way(tiny_gguf):
+    bench = Bench(tiny_gguf)
+    going = TransferDescription(
+        model="mistral", variant="Q4_K_M", stage="fetch", bytes_done=10, bytes_total=100, bytes_per_second=2.5,
+        sources=["b", "c"], note="d was slow",
+    )  # fmt: skip
+    bench.transfers.append(going)
+    bench.tell()
+    assert bench.told.transfers == (
+        TransferReport("mistral", "Q4_K_M", "fetch", Bytes(10), Bytes(100), 2.5, ("b", "c"), "d was slow"),
+    )
 
 
 def of_tiny(advert):

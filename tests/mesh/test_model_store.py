@@ -59,6 +59,8 @@ async def test_a_file_comes_from_a_peer_and_stays(make, owner, tiny_gguf, tmp_pa
     assert path == tmp_path / "other" / "models" / digest(tiny_gguf) / tiny_gguf.name
     assert reports[0].stage == "look"
     assert reports[-1].bytes_total == tiny_gguf.stat().st_size
+    assert store.bytes_received == tiny_gguf.stat().st_size
+    assert owner.bytes_received == 0
     # At once in the catalogue, and given to others.
     entry = store._catalogue.resolve(NAME)
     assert store._catalogue.path_of(entry, entry.variants[0]) == path

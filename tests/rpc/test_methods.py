@@ -36,6 +36,7 @@ PARAMS = {
 }
 CALLED = {
     "models.list": "models",
+    "mesh.describe": "describe_mesh",
     "mesh.token_new": "new_token",
     "mesh.token_list": "tokens",
     "mesh.token_revoke": "revoke_token",
@@ -64,7 +65,7 @@ class RecordingService:
         async def later(*arguments):
             return method(*arguments)
 
-        immediate = {"ping", "peers", "models", "chat", "complete"}
+        immediate = {"ping", "peers", "models", "describe_mesh", "chat", "complete"}
         return later if name == "gossip" or (self._waits and name not in immediate) else method
 
 

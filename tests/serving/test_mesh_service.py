@@ -57,6 +57,8 @@ async def test_the_models_of_the_whole_mesh_are_listed_with_their_state(mesh):
     models = {model.name: model for model in mesh.service.models().models if model.deployed}
     assert (models["theirs"].state, models["theirs"].replicas_ready, models["theirs"].local) == ("ready", 1, False)
     assert models["theirs"].aliases == ["t"]
+    (place,) = models["theirs"].places
+    assert (place.replica, place.node, place.state) == ("theirs@big#0", mesh.big.id, "ready")
     assert (models["coming"].state, models["coming"].replicas_ready) == ("loading", 0)
 
 
@@ -82,8 +84,9 @@ async def test_calls_to_peers_are_counted_and_whoever_answers_is_heard_of(mesh):
         assert [item async for item in mesh.service.chat(CHAT, call())][-1].served_by.node == mesh.big.id
     described = await mesh.service.describe()
     assert [(each.peer, each.outcome, each.calls) for each in described.sent_to_peers] == [(mesh.big.id, "answered", 2)]
-    assert f'tars_peer_calls_total{{peer="{mesh.big.id}",outcome="answered"}} 2' in render(described)
-    assert "tars_calls_from_peers_total 0" in render(described)
+    metrics = render(described, mesh.service.peers())
+    assert f'tars_peer_calls_total{{peer="{mesh.big.id}",outcome="answered"}} 2' in metrics
+    assert "tars_calls_from_peers_total 0" in metrics
     assert mesh.heard == [mesh.big.id] * 2
     assert mesh.service.load() == []
 

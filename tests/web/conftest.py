@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -35,6 +36,7 @@ from tars.messages.inference import (
     ToolCallDelta,
     Usage,
 )
+from tars.messages.mesh_state import MeshDescription, MeshNode, MeshParams, MeshReplica
 from tars.messages.node import (
     CallCounters,
     DeviceDescription,
@@ -44,6 +46,8 @@ from tars.messages.node import (
     ModelDescription,
     ModelsResult,
     NodeDescription,
+    PeerDescription,
+    PeersResult,
     PingResult,
     RecentError,
     ReplicaDescription,
@@ -98,6 +102,9 @@ class FakeService:
         ]
         self.state = "ready"
         self.described = 0
+        self.mesh_description = describe_mesh(mesh_node(node="node-1", name="living-room", this_node=True))
+        """A node alone, unless the test says otherwise."""
+        self.mesh_described = 0
 
     def ping(self) -> PingResult:
         return PingResult(node=self.node_id, version="0.1", state=self.state)
@@ -108,6 +115,27 @@ class FakeService:
 
     def config(self) -> dict[str, object]:
         return {"security": {"api_key": "***"}}
+
+    def peers(self) -> PeersResult:
+        return PeersResult(
+            peers=[
+                PeerDescription(
+                    node=each.node,
+                    name=each.name,
+                    state=each.state,
+                    addresses=each.addresses,
+                    coordinator=each.coordinator,
+                    version=each.version,
+                    client_url=each.client_url,
+                    since=each.since,
+                )
+                for each in self.mesh_description.nodes
+            ]
+        )
+
+    def describe_mesh(self, params: MeshParams) -> MeshDescription:
+        self.mesh_described += 1
+        return self.mesh_description
 
     def models(self) -> ModelsResult:
         return ModelsResult(models=self.known_models)
@@ -391,6 +419,66 @@ def describe_node(**changes: object) -> NodeDescription:
         ],
     }
     return NodeDescription.model_validate(said | changes)
+
+
+def mesh_node(**changes: object) -> MeshNode:
+    """A peer: alive, with one device and nothing on it."""
+    said: dict[str, object] = {
+        "node": "node-2",
+        "name": "attic",
+        "this_node": False,
+        "state": "ALIVE",
+        "since": 1_760_000_000.0,
+        "coordinator": bool(changes.get("this_node")),
+        "version": "0.1.0",
+        "client_url": None,
+        "addresses": ["192.0.2.7:8001"],
+        "devices": [describe_device(id=f"{changes.get('node', 'node-2')}/gpu-1", name="NVIDIA GeForce RTX 4090")],
+        "replicas": [],
+        "transfers": [],
+    }
+    return MeshNode.model_validate(said | changes)
+
+
+def mesh_replica(**changes: object) -> MeshReplica:
+    said: dict[str, object] = {
+        "id": "mistral-7b@gpu-1#0",
+        "model": "mistral-7b",
+        "model_kind": "chat",
+        "variant": "Q4_K_M",
+        "device": "node-2/gpu-1",
+        "device_name": "NVIDIA GeForce RTX 4090",
+        "simulated": False,
+        "state": "ready",
+        "progress": None,
+        "memory_bytes": 5 * GIB,
+        "measured": True,
+        "speed": 120.0,
+        "last_error": None,
+    }
+    return MeshReplica.model_validate(said | changes)
+
+
+def describe_mesh(*nodes: MeshNode, **changes: object) -> MeshDescription:
+    """Of these nodes, the first one this node itself."""
+    states = [each.state for each in nodes]
+    said: dict[str, object] = {
+        "nodes": list(nodes),
+        "nodes_left_out": 0,
+        "nodes_by_state": {state: states.count(state) for state in states},
+        "coordinator": next((each.name for each in nodes if each.coordinator), None),
+        "moves": [],
+        "unserved": [],
+    }
+    return MeshDescription.model_validate(said | changes)
+
+
+@pytest.fixture
+def make() -> SimpleNamespace:
+    """Builders of messages: test folders are no packages, so a test cannot import them from here."""
+    return SimpleNamespace(
+        mesh=describe_mesh, node=mesh_node, mesh_replica=mesh_replica, device=describe_device, replica=describe_replica
+    )
 
 
 @dataclass

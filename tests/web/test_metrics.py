@@ -6,9 +6,13 @@ import re
 
 import pytest
 
-from tars.messages.node import CallCounters, EngineCounters
+from tars.messages.files import TransferDescription
+from tars.messages.node import CallCounters, EngineCounters, PeerDescription, PeersResult
 from tars.web.metrics import ENGINE_FAMILIES, render
 
+ALONE = PeersResult(
+    peers=[PeerDescription(node="node-1", name="living-room", state="ALIVE", addresses=[], coordinator=True)]
+)
 LINE = re.compile(r'[a-z_]+(\{([a-z_]+="(\\[\\"n]|[^\\"\n])*",?)+\})? -?\d+(\.\d+)?(e[+-]\d+)?')
 
 
@@ -18,7 +22,7 @@ def node(service):
 
 
 def test_every_line_is_a_comment_or_a_sample_and_every_family_is_declared_once(node):
-    lines = render(node).splitlines()
+    lines = render(node, ALONE).splitlines()
     samples = [line for line in lines if not line.startswith("#")]
     assert [line for line in samples if not LINE.fullmatch(line)] == []
     declared = [line.split()[2] for line in lines if line.startswith("# TYPE")]
@@ -27,7 +31,7 @@ def test_every_line_is_a_comment_or_a_sample_and_every_family_is_declared_once(n
 
 
 def test_calls_replicas_and_device_memory_are_there(node):
-    text = render(node)
+    text = render(node, ALONE)
     assert "tars_calls_total 312\n" in text
     assert "tars_calls_failed_total 3\n" in text
     assert "tars_calls_active 1\n" in text
@@ -41,7 +45,7 @@ def test_calls_replicas_and_device_memory_are_there(node):
 
 
 def test_what_a_device_does_not_say_is_left_out(node):
-    lines = [line for line in render(node).splitlines() if "sim-0" in line]
+    lines = [line for line in render(node, ALONE).splitlines() if "sim-0" in line]
     assert any(line.startswith("tars_device_memory_total_bytes") and 'simulated="true"' in line for line in lines)
     assert not any("temperature" in line or "utilisation" in line or "power" in line for line in lines)
 
@@ -69,7 +73,7 @@ COUNTERS = EngineCounters(
 def test_every_count_of_an_engine_is_there_under_its_own_name_and_type(node):
     assert {field for field, *_ in ENGINE_FAMILIES} == set(EngineCounters.model_fields)
     assert all(name.endswith("_total") is (kind == "counter") for _, name, kind, _ in ENGINE_FAMILIES)
-    text = render(counted(node))
+    text = render(counted(node), ALONE)
     labels = '{replica="help-desk@gpu-1#0",model="help-desk"}'
     assert f"tars_replica_slots{labels} 4\n" in text
     assert f"tars_replica_sequences_running{labels} 3\n" in text
@@ -82,14 +86,14 @@ def test_every_count_of_an_engine_is_there_under_its_own_name_and_type(node):
 
 
 def test_a_replica_shows_what_its_kind_counts_and_nothing_before_its_first_answer(node):
-    text = render(counted(node))
+    text = render(counted(node), ALONE)
     assert "tars_replica_texts_total" not in text
     embedder = counted(node, model_kind="embedding")
-    text = render(embedder)
+    text = render(embedder, ALONE)
     assert "tars_replica_texts_total" in text
     assert "tars_replica_kv_cells" not in text
     assert "tars_replica_slots" not in text
-    assert "tars_replica_sequences_running" not in render(node)
+    assert "tars_replica_sequences_running" not in render(node, ALONE)
 
 
 def counted(node, **changes):
@@ -98,7 +102,7 @@ def counted(node, **changes):
 
 
 def test_a_family_without_samples_is_not_declared(node):
-    text = render(node.model_copy(update={"replicas": [], "devices": [], "calls": CallCounters()}))
+    text = render(node.model_copy(update={"replicas": [], "devices": [], "calls": CallCounters()}), ALONE)
     assert "tars_method_calls_total" not in text
     assert "tars_device" not in text
     assert "tars_calls_total 0\n" in text
@@ -106,6 +110,40 @@ def test_a_family_without_samples_is_not_declared(node):
 
 def test_a_label_cannot_break_its_line(node):
     evil = 'a"b\\c\nd\ud800'
-    text = render(node.model_copy(update={"name": evil}))
+    text = render(node.model_copy(update={"name": evil}), ALONE)
     assert r'name="a\"b\\c\nd?"' in text
     text.encode("utf-8")
+
+
+def test_peers_are_counted_by_state_and_the_coordinator_is_named(node):
+    def peer(name, state, coordinator=False):
+        return PeerDescription(node=f"id of {name}", name=name, state=state, addresses=[], coordinator=coordinator)
+
+    me = ALONE.peers[0].model_copy(update={"coordinator": False})
+    peers = PeersResult(peers=[me, peer("attic", "ALIVE", True), peer("cellar", "DEAD"), peer("shed", "DEAD")])
+    text = render(node, peers)
+    assert 'tars_peers{state="ALIVE"} 1\n' in text
+    assert 'tars_peers{state="DEAD"} 2\n' in text
+    assert 'tars_peers{state="SUSPECT"} 0\n' in text
+    assert "tars_coordinates 0\n" in text
+    assert 'tars_coordinator_info{node="id of attic",name="attic"} 1\n' in text
+    alone = render(node, ALONE)
+    assert 'tars_peers{state="ALIVE"} 0\n' in alone
+    assert "tars_coordinates 1\n" in alone
+    assert "tars_coordinator_info" not in render(node, PeersResult(peers=[me])), "nobody is known to decide"
+
+
+def test_bytes_of_model_files_are_counted_and_what_is_on_its_way_is_shown(node):
+    transfer = TransferDescription(
+        model="mistral-7b", variant="Q4_K_M", stage="fetch", bytes_done=2**30, bytes_total=2**32,
+        bytes_per_second=1.5e8, sources=["attic"],
+    )  # fmt: skip
+    going = {"file_bytes_received": 7 * 2**30, "file_bytes_sent": 12, "transfers": [transfer]}
+    text = render(node.model_copy(update=going), ALONE)
+    assert f"tars_file_bytes_received_total {7 * 2**30}\n" in text
+    assert "tars_file_bytes_sent_total 12\n" in text
+    labels = '{model="mistral-7b",variant="Q4_K_M",stage="fetch"}'
+    assert f"tars_transfer_done_bytes{labels} {2**30}\n" in text
+    assert f"tars_transfer_size_bytes{labels} {2**32}\n" in text
+    assert f"tars_transfer_bytes_per_second{labels} 150000000\n" in text
+    assert "tars_transfer_done_bytes" not in render(node, ALONE)
