@@ -13,10 +13,12 @@ from breach import Breach
 from virtual_fleet import MOST_ERROR
 from virtual_node import VirtualNode
 
+from tars.core.advert_changes import differs
 from tars.core.coordination_view import CoordinationView, Decision
 from tars.core.mesh_messages import MemberState, Record
 from tars.core.placement import plan
 from tars.core.placement_cost import cost_on, wanted_variants
+from tars.core.records import NodeAdvert, ReplicaReport
 from tars.core.replicated_map import DEPLOYMENT, NODE, adverts, wishes
 from tars.core.types import (
     Assignment,
@@ -104,7 +106,7 @@ def check_decision(view: CoordinationView, before: Decision | None, decision: De
     for device, known in devices.items():
         here = [each for each in ordered.values() if each.device == device]
         fresh = [each.replica for each in here if each.replica not in reported and each.replica not in before_orders]
-        _check_device(known, here, begins=bool(fresh))
+        _check_device(known, [_bytes(each, reported.get(each.replica)) for each in here], begins=bool(fresh))
         loading = [
             each.replica for each in here if each.replica in reported and reported[each.replica].state in LOADING
         ]
@@ -158,9 +160,14 @@ def _asked_for(settings: RuntimeSettings) -> tuple[object, ...]:
     return (settings.context, settings.slots, settings.kv_tokens, settings.kv_type, settings.gpu_layers)
 
 
-def _check_device(device: DeviceSnapshot, ordered: Sequence[Assignment], *, begins: bool) -> None:
+def _bytes(assignment: Assignment, report: ReplicaReport | None) -> int:
+    """What a replica takes by the best knowledge: an order's words are of the time when it was given."""
+    return assignment.memory.total if report is None or report.taken is None else report.taken
+
+
+def _check_device(device: DeviceSnapshot, taken: Sequence[int], *, begins: bool) -> None:
     """What is to be there fits; where a load begins, beside foreign programs too. What runs may have taken more than was estimated."""
-    total = sum(each.memory.total for each in ordered)
+    total = sum(taken)
     most = device.capacity if begins else (device.memory_total - device.reserve) * (1 + MOST_ERROR)
     if total > most:
         raise Breach(f"orders over-commit {device.id}: {Bytes(total)} of {Bytes(int(most))}")
@@ -248,6 +255,6 @@ def why_not_placed(up: Sequence[VirtualNode]) -> str | None:
         if stray:
             return f"{node.name} has the advert of a ghost: {min(stray)}"
         mine = node.map.get(NODE + node.id)
-        if mine is None:
-            return f"{node.name} has not said what it has"
+        if not isinstance(mine, NodeAdvert) or differs(mine, node.advert()):
+            return f"what the mesh believes of {node.name} is not how it is"
     return None
