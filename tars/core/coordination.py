@@ -330,11 +330,7 @@ class Coordination:
         """What runs and is planned, what leaves once its successor is ready, and the next load of each quiet device."""
         targets = {each.replica: each for each in found.assignments}
         stays = [each for each in targets.values() if scene.state(each) is not None]
-        coming = [
-            scene.ordered[replica]
-            for replica, each in targets.items()
-            if scene.state(each) is None and replica in scene.ordered and same_load(scene.ordered[replica], each)
-        ]
+        coming = self._coming(scene, targets)
         moves = self._leaving(scene, found)
         leaves = [scene.reports[move.replica].assignment for move in moves]
         kept = [*(self._as_ordered(each, scene) for each in (*stays, *leaves)), *coming]
@@ -362,6 +358,18 @@ class Coordination:
         for each in sorted(kept, key=lambda each: each.replica):
             by_node[each.node].append(each)
         return {node: tuple(assignments) for node, assignments in by_node.items()}, moves
+
+    def _coming(self, scene: Scene, targets: Mapping[ReplicaId, Assignment]) -> list[Assignment]:
+        """What was ordered and is not reported yet: the next one of each quiet device, where a PC that was off has everything before it."""
+        motion = scene.in_motion()
+        first: dict[DeviceId, Assignment] = {}
+        for replica, each in sorted(targets.items()):
+            ordered = scene.ordered.get(replica)
+            if ordered is None or each.device in motion or scene.state(each) is not None:
+                continue
+            if same_load(ordered, each):
+                first.setdefault(each.device, ordered)
+        return list(first.values())
 
     def _as_ordered(self, assignment: Assignment, scene: Scene) -> Assignment:
         """The words of the order in force, or of the report: an order that says the same is not written again."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from tars.core.placement_wants import Load
 from tars.core.records import HeldFile, NodeAdvert, ReplicaReport
-from tars.core.types import ReplicaState
+from tars.core.types import ReplicaId, ReplicaState
 
 
 @dataclass(slots=True)
@@ -22,6 +22,8 @@ class _Bar:
     file: HeldFile | None
     failing: bool
     """Still the same failure: it was reported the last time, too."""
+    beside: frozenset[ReplicaId]
+    """Replicas of the same load that were ready there already: they do not tell that it can be loaded once more."""
 
 
 class LoadBars:
@@ -35,15 +37,24 @@ class LoadBars:
     def note(self, adverts: Iterable[NodeAdvert], now: float) -> None:
         """Take in what the nodes report: failures bar, successes and new files free."""
         seen: set[Load] = set()
+        adverts = tuple(adverts)
+        ready: dict[Load, set[ReplicaId]] = {}
+        for advert in adverts:
+            for report in advert.replicas:
+                if report.state is ReplicaState.READY:
+                    ready.setdefault(load_of(report), set()).add(report.assignment.replica)
+        for load, replicas in ready.items():
+            known = self._bars.get(load)
+            if known is not None and replicas - known.beside:
+                del self._bars[load]
         for advert in adverts:
             files = {(file.model, file.variant): file for file in advert.files}
             for report in advert.replicas:
                 load = load_of(report)
-                if report.state is ReplicaState.READY:
-                    self._bars.pop(load, None)
-                elif report.state is ReplicaState.FAILED:
+                if report.state is ReplicaState.FAILED:
                     seen.add(load)
-                    self._failed(load, report.error or "it gave no reason", files.get(load[:2]), now)
+                    file, beside = files.get(load[:2]), frozenset(ready.get(load, ()))
+                    self._failed(load, report.error or "it gave no reason", file, beside, now)
             devices = {device.id for device in advert.node.devices}
             for load, bar in list(self._bars.items()):
                 file = files.get(load[:2])
@@ -52,12 +63,12 @@ class LoadBars:
         for load, bar in self._bars.items():
             bar.failing = load in seen
 
-    def _failed(self, load: Load, error: str, file: HeldFile | None, now: float) -> None:
+    def _failed(self, load: Load, error: str, file: HeldFile | None, beside: frozenset[ReplicaId], now: float) -> None:
         known = self._bars.get(load)
         if known is not None and known.failing:
             return
         pause = self._first if known is None else min(self._most, 2 * known.pause)
-        self._bars[load] = _Bar(now + pause, pause, error, file, True)
+        self._bars[load] = _Bar(now + pause, pause, error, file, True, beside)
 
     def forget(self, model: str) -> None:
         """Somebody wants it tried again."""

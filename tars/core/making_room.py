@@ -6,6 +6,7 @@ variant, and does not go from a GPU to a CPU.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -123,12 +124,18 @@ class Ground:
         return tuple(moves) if short <= 0 else None
 
     def _home(self, assignment: Assignment, free: Mapping[DeviceId, int]) -> Relocation | None:
-        """The device with the least left over afterwards; nodes that have the file first."""
+        """Where the model has fewest replicas on the node; of those where the file is; of those the device with the least left over."""
         if assignment.model not in self._wanted:
             return None
         deployment, entry = self._wanted[assignment.model]
         holders = self._known.holders.get(entry.name, ())
         on_card = self._kinds.get(assignment.device) is not DeviceKind.CPU
+        beside = Counter(
+            each.node
+            for here in self._here.values()
+            for each in here
+            if each.model == assignment.model and each.replica != assignment.replica
+        )
         found = []
         for node, device in self._places:
             if device.id == assignment.device or (on_card and device.kind is DeviceKind.CPU):
@@ -137,7 +144,10 @@ class Ground:
                 left = free[device.id] - cost.need
                 if cost.variant.name == assignment.variant and left >= 0:
                     found.append(
-                        ((node.id not in holders, left, device.id), Relocation(assignment, node, device, cost))
+                        (
+                            (beside[node.id], node.id not in holders, left, device.id),
+                            Relocation(assignment, node, device, cost),
+                        )
                     )
         return min(found, key=lambda each: each[0])[1] if found else None
 

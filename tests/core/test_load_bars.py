@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from fleets import MODELS, gpu, node
 
 from tars.core.load_bars import LoadBars
 from tars.core.placement import plan
 from tars.core.records import HeldFile, NodeAdvert, ReplicaReport
-from tars.core.types import Bytes, Deployment, ModelKind, ReplicaState
+from tars.core.types import Bytes, Deployment, ModelKind, ReplicaId, ReplicaState
 
 PC = node("pc1", gpu("pc1"))
 (ASSIGNMENT,) = plan([PC], MODELS, [Deployment("phi-2")]).assignments
@@ -65,3 +67,17 @@ def test_whoever_deploys_again_ends_it_for_that_model_alone() -> None:
     assert bars.in_force(1.0)
     bars.forget("phi-2")
     assert not bars.in_force(1.0)
+
+
+def test_another_replica_that_was_ready_there_before_is_no_success() -> None:
+    bars = LoadBars(60, 3600)
+    sibling = ReplicaReport(
+        replace(ASSIGNMENT, replica=ReplicaId("phi-2@pc1-gpu-0#1")), ModelKind.CHAT, ReplicaState.READY
+    )
+    failed = advert(ReplicaState.FAILED)
+    both = replace(failed, replicas=(*failed.replicas, sibling))
+    bars.note([both], 0.0)
+    bars.note([replace(both, replicas=(sibling,))], 1.0)
+    assert bars.in_force(1.0)
+    bars.note([replace(both, replicas=(*advert(ReplicaState.READY).replicas, sibling))], 2.0)
+    assert not bars.in_force(2.0)

@@ -10,7 +10,7 @@ from fleets import MODELS, cpu, gpu, holding, node
 from tars.core.making_room import Ground
 from tars.core.placement import plan
 from tars.core.placement_wants import Circumstances
-from tars.core.types import Assignment, Deployment, DeviceId, NodeId, NodeSnapshot
+from tars.core.types import Assignment, Deployment, DeviceId, NodeId, NodeSnapshot, ReplicaId
 
 
 def ground(
@@ -102,4 +102,11 @@ def test_among_several_homes_one_that_has_the_file_is_taken_and_then_the_tightes
         return found.device.id
 
     assert home() == "b/gpu-0"
+    sibling = replace(there, replica=ReplicaId("phi-2@b-gpu-0#0"), node=NodeId("b"), device=DeviceId("b/gpu-0"))
+    beside = Ground(
+        [*nodes[:1], node("b", gpu("b", "RTX 4090")), nodes[2]], [there, sibling], wanted, {}, Circumstances()
+    )
+    found = beside.elsewhere(there)
+    assert found is not None
+    assert found.device.id == "c/gpu-0", "not beside another replica of the model"
     assert home(holders={"phi-2": [NodeId("c")]}) == "c/gpu-0"
