@@ -36,6 +36,8 @@ class StatusFeed:
         self._watchers: set[asyncio.Queue[NodeDescription | None]] = set()
         self._ticker: asyncio.Task[None] | None = None
         self._closed = False
+        self.looks = 0
+        """How often the node was asked: what was made beside a description is good for all who watch until it grows."""
 
     @property
     def watching(self) -> int:
@@ -93,6 +95,7 @@ class StatusFeed:
                 _put_newest(queue, description)
 
     async def _describe(self) -> NodeDescription | None:
+        self.looks += 1
         try:
             return await self._service.describe()
         except TarsError as error:

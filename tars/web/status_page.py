@@ -1,4 +1,5 @@
-"""The status page at `/`: its files, and the node's description once a second at `/events` (with the deployed models, when they change).
+"""The status page at `/`: its files, and the node's description once a second at `/events` (with the deployed models and the mesh, when
+they change).
 
 Law of this file: it hands out bytes; what they look like is `static/`'s. The files are read once, served from memory and under their
 own names only (field notes: no `web.static`), with a content policy that lets the page talk to its own node and to nobody else.
@@ -13,6 +14,7 @@ from importlib.resources import files
 
 from aiohttp import hdrs, web
 
+from tars.messages.mesh_state import MeshParams
 from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
@@ -26,6 +28,7 @@ CONTENT_TYPES = {
     "dom.js": "text/javascript; charset=utf-8",
     "icon.svg": "image/svg+xml",
     "index.html": "text/html; charset=utf-8",
+    "mesh.js": "text/javascript; charset=utf-8",
     "panels.js": "text/javascript; charset=utf-8",
     "style.css": "text/css; charset=utf-8",
     "try_it.js": "text/javascript; charset=utf-8",
@@ -84,24 +87,41 @@ def _file(name: str) -> Callable[[web.Request], Awaitable[web.Response]]:
     return serve
 
 
+class _Beside:
+    """What goes beside a description: the deployed models and the mesh, made once for all watchers."""
+
+    def __init__(self, service: NodeService, feed: StatusFeed):
+        self._service = service
+        self._feed = feed
+        self._looks = 0
+        self._made = (b"", b"")
+
+    def events(self) -> tuple[bytes, bytes]:
+        """The two events."""
+        if self._looks != self._feed.looks:
+            self._looks = self._feed.looks
+            # A deployed model that fits nowhere has no replica, and the description does not know it.
+            deployed = [model for model in self._service.models().models if model.deployed]
+            mesh = self._service.describe_mesh(MeshParams())
+            self._made = (event({"models": deployed}, "models"), event(mesh, "mesh"))
+        return self._made
+
+
 def _events(service: NodeService, feed: StatusFeed) -> Callable[[Exchange], Awaitable[web.StreamResponse]]:
+    beside = _Beside(service, feed)
+
     async def serve(exchange: Exchange) -> web.StreamResponse:
         async def frames() -> AsyncGenerator[bytes, None]:
-            shown = b""
+            shown = (b"", b"")
             async with aclosing(feed.watch()) as descriptions:
                 async for description in descriptions:
                     if description is None:
                         yield HEARTBEAT
                         continue
-                    # A deployed model that fits nowhere has no replica, and the description does not know it.
-                    deployed = [model for model in service.models().models if model.deployed]
-                    models = event({"models": deployed}, "models")
-                    yield (
-                        event(description, "description")
-                        if models == shown
-                        else models + event(description, "description")
-                    )
-                    shown = models
+                    now = beside.events()
+                    news = [after for before, after in zip(shown, now, strict=True) if before != after]
+                    yield b"".join([*news, event(description, "description")])
+                    shown = now
 
         return await exchange.watch(frames(), lambda error: HEARTBEAT)
 

@@ -1,7 +1,8 @@
 // The status page of a TARS node: joins the connection, the panels and the "try it" box.
 import { apiKey, watchNode } from "./connection.js";
 import { clock } from "./dom.js";
-import { rememberModels, showDevices, showErrors, showMethods, showNode, showNumbers, showReplicas, showTransfers } from "./panels.js";
+import { rememberMesh, rememberModels, showMesh, showTransfers } from "./mesh.js";
+import { showDevices, showErrors, showMethods, showNode, showNumbers, showReplicas } from "./panels.js";
 import { offerModels, showEndpoints } from "./try_it.js";
 
 const byId = (id) => document.getElementById(id);
@@ -19,6 +20,7 @@ byId("node-name").textContent = location.host;
 
 const connection = watchNode({
   models: rememberModels,
+  mesh: rememberMesh,
   description(node) {
     showNotice("");
     keyForm.hidden = true;
@@ -26,7 +28,7 @@ const connection = watchNode({
       main.hidden = false;
       showEndpoints();
     }
-    for (const show of [showNode, showNumbers, showDevices, showTransfers, showReplicas, showMethods, showErrors, offerModels]) show(node);
+    for (const show of [showNode, showNumbers, showMesh, showDevices, showTransfers, showReplicas, showMethods, showErrors, offerModels]) show(node);
   },
   unreachable(since, reason) {
     showNotice(`Node unreachable since ${clock(since)}${reason ? `: ${reason}` : ""}. Trying again.`);

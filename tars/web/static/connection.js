@@ -63,7 +63,7 @@ export async function errorMessage(response) {
 
 /**
  * Watch the node's description for as long as the page is looked at.
- * `on.models(list)` whenever the deployed models changed, `on.description(object)`, `on.unreachable(since: Date, reason)`, `on.keyNeeded(wrong: boolean)`.
+ * `on.models(list)` whenever the deployed models changed, `on.mesh(object)` whenever the mesh did, `on.description(object)`, `on.unreachable(since: Date, reason)`, `on.keyNeeded(wrong: boolean)`.
  * Returns {restart()} for when a key was entered.
  */
 export function watchNode(on) {
@@ -77,6 +77,7 @@ export function watchNode(on) {
     if (!response.ok) throw new Error(await errorMessage(response));
     for await (const { event, data } of serverSentEvents(response.body, alive)) {
       if (event === "models") on.models(JSON.parse(data).models);
+      if (event === "mesh") on.mesh(JSON.parse(data));
       if (event !== "description") continue;
       attempt = 0;
       since = null;

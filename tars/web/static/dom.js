@@ -58,6 +58,46 @@ export function facts(list, rows) {
   });
 }
 
+const STATE_KINDS = {
+  ready: "good", alive: "good",
+  loading: "busy", starting: "busy", restarting: "busy", draining: "busy", stopping: "busy", suspect: "busy",
+  failed: "bad", refused: "bad", dead: "bad", "not served": "bad",
+};
+
+/** Show a state in its pill. */
+export function showState(pill, state) {
+  setText(pill, state);
+  pill.className = `pill ${STATE_KINDS[state] ?? ""}`;
+  pill.hidden = false;
+}
+
+/** Show labels as tags: `[text, class?]` each. */
+export function showTags(container, labels) {
+  keyed(container, labels, ([text]) => text, ([text, kind]) => ({ element: h("span", { class: kind ? `tag ${kind}` : "tag" }, text), update() {} }));
+}
+
+/** Fill a memory bar made by `memoryBar`; returns what it says in words, also for screen readers. */
+export function showMemory(bar, device) {
+  const total = Math.max(device.memory_total_bytes, 1);
+  const held = Math.min(device.memory_held_bytes, total);
+  const other = Math.max(0, total - device.memory_free_bytes - held);
+  const bound = Math.min(device.memory_capacity_bytes, total);
+  const percent = (part) => `${((part / total) * 100).toFixed(2)}%`;
+  bar.held.style.width = percent(held);
+  bar.other.style.width = percent(other);
+  bar.limit.style.left = `calc(${percent(bound)} - 2px)`;
+  bar.limit.hidden = bound >= total * 0.985;
+  const words = { held: bytes(held), other: bytes(other), free: bytes(device.memory_free_bytes), total: bytes(total), bound: bytes(bound) };
+  bar.element.setAttribute("aria-label", `memory of ${device.name}: ${words.held} held by TARS, ${words.other} by others, ${words.free} free of ${words.total}`);
+  return words;
+}
+
+/** A bar that shows who holds a device's memory. */
+export function memoryBar() {
+  const [held, other, limit] = ["held", "used-other", "limit"].map((name) => h("span", { class: name }));
+  return { element: h("div", { class: "memory-bar", role: "img" }, held, other, limit), held, other, limit };
+}
+
 /** Bytes for people, as TARS writes them everywhere: 5.1 GiB, 374 MiB. */
 export function bytes(count) {
   if (count >= 2 ** 30) return `${(count / 2 ** 30).toFixed(1)} GiB`;

@@ -1,17 +1,8 @@
 // What the page shows of a node's description. Law of this file: description in, elements out; it asks the node for nothing.
-import { bytes, clock, count, duration, facts, h, keyed, setText } from "./dom.js";
+import { bytes, clock, count, duration, facts, h, keyed, memoryBar, setText, showMemory, showState, showTags } from "./dom.js";
+import { absentOf, allReplicas, isMesh, unservedRow } from "./mesh.js";
 
 const byId = (id) => document.getElementById(id);
-
-const STATE_KINDS = {
-  ready: "good", loading: "busy", starting: "busy", restarting: "busy", draining: "busy", stopping: "busy", failed: "bad", refused: "bad",
-};
-
-function showState(pill, state) {
-  setText(pill, state);
-  pill.className = `pill ${STATE_KINDS[state] ?? ""}`;
-  pill.hidden = false;
-}
 
 export function showNode(node) {
   document.title = `${node.name} · TARS`;
@@ -22,16 +13,9 @@ export function showNode(node) {
     ["version", node.version],
     ["on", node.platform + (node.wsl2 ? " (WSL2)" : "")],
   ]);
+  setText(byId("devices-title"), isMesh() ? `Devices of ${node.name}` : "Devices");
+  setText(byId("replicas-title"), isMesh() ? `Models on ${node.name}` : "Models");
 }
-
-let deployed = [];
-
-/** Keep the deployed models: one that fits nowhere has no replica, and must be seen all the same. */
-export function rememberModels(models) {
-  deployed = models;
-}
-
-const absentOf = (node) => deployed.filter((model) => !node.replicas.some((replica) => replica.model === model.name));
 
 /* ---- numbers ---- */
 
@@ -75,6 +59,7 @@ function tile(label, extra = null) {
 }
 
 let tiles = null;
+const COUNTED = [["active", "Calls now", "Calls here now"], ["total", "Calls in all", "Calls here in all"], ["failed", "Failed", "Failed here"]];
 
 export function showNumbers(node) {
   remember(node);
@@ -89,10 +74,13 @@ export function showNumbers(node) {
     tiles = { ready: tile("Models ready"), active: tile("Calls now"), total: tile("Calls in all"), failed: tile("Failed"), rate: tile("Last minute", svg), path };
     byId("tiles").append(...["ready", "active", "total", "failed", "rate"].map((name) => tiles[name].element));
   }
-  const ready = node.replicas.filter((replica) => replica.state === "ready").length;
+  const replicas = allReplicas(node);
+  const ready = replicas.filter((replica) => replica.state === "ready").length;
   const absent = absentOf(node).length;
-  const alarm = absent > 0 || node.replicas.some((replica) => replica.state === "failed");
-  tiles.ready.set(`${ready}`, `of ${node.replicas.length + absent}`, alarm);
+  const alarm = absent > 0 || replicas.some((replica) => replica.state === "failed");
+  tiles.ready.set(`${ready}`, `of ${replicas.length + absent}`, alarm);
+  // What the others answer is counted there.
+  for (const [name, alone, here] of COUNTED) setText(tiles[name].name, isMesh() ? here : alone);
   tiles.active.set(count(node.calls.active));
   tiles.total.set(count(node.calls.total));
   const share = node.calls.total ? (node.calls.failed / node.calls.total) * 100 : 0;
@@ -111,14 +99,11 @@ const HOT_CELSIUS = 85; // consumer cards throttle from about 83-90 °C
 function deviceCard() {
   const name = h("h3");
   const tags = h("div", { class: "tags" });
-  const held = h("span", { class: "held" });
-  const other = h("span", { class: "used-other" });
-  const limit = h("span", { class: "limit" });
-  const bar = h("div", { class: "memory-bar", role: "img" }, held, other, limit);
+  const bar = memoryBar();
   const legend = h("dl", { class: "legend" });
   const readings = h("dl", { class: "readings" });
   const notes = h("p", { class: "muted small" });
-  const element = h("article", { class: "card device" }, h("div", { class: "device-head" }, name, tags), h("div", { class: "memory" }, bar, legend), readings, notes);
+  const element = h("article", { class: "card device" }, h("div", { class: "device-head" }, name, tags), h("div", { class: "memory" }, bar.element, legend), readings, notes);
   return {
     element,
     update(device) {
@@ -130,23 +115,14 @@ function deviceCard() {
         [device.precision, ""],
         device.unified_memory && device.kind !== "cpu" ? ["unified memory", ""] : null,
       ].filter(Boolean);
-      keyed(tags, labels, ([text]) => text, ([text, kind]) => ({ element: h("span", { class: `tag ${kind}` }, text), update() {} }));
+      showTags(tags, labels);
 
-      const total = Math.max(device.memory_total_bytes, 1);
-      const heldBytes = Math.min(device.memory_held_bytes, total);
-      const otherBytes = Math.max(0, total - device.memory_free_bytes - heldBytes);
-      const percent = (part) => `${((part / total) * 100).toFixed(2)}%`;
-      held.style.width = percent(heldBytes);
-      other.style.width = percent(otherBytes);
-      const bound = Math.min(device.memory_capacity_bytes, total);
-      limit.style.left = `calc(${percent(bound)} - 2px)`;
-      limit.hidden = bound >= total * 0.985;
-      bar.setAttribute("aria-label", `memory: ${bytes(heldBytes)} held by TARS, ${bytes(otherBytes)} by others, ${bytes(device.memory_free_bytes)} free of ${bytes(total)}`);
+      const memory = showMemory(bar, device);
       facts(legend, [
-        ["TARS", bytes(heldBytes), "held"],
-        ["free", `${bytes(device.memory_free_bytes)} of ${bytes(total)}`],
-        ["other", bytes(otherBytes), "used-other"],
-        ["TARS may hold", bytes(bound), "limit"],
+        ["TARS", memory.held, "held"],
+        ["free", `${memory.free} of ${memory.total}`],
+        ["other", memory.other, "used-other"],
+        ["TARS may hold", memory.bound, "limit"],
       ]);
       facts(readings, [
         ["utilisation", device.utilisation_percent === null ? null : `${device.utilisation_percent} %`],
@@ -210,7 +186,7 @@ function replicaRow() {
     update(replica) {
       setText(model, replica.model);
       const labels = [KINDS[replica.model_kind] ?? replica.model_kind, replica.variant, replica.simulated ? "simulated" : null].filter(Boolean);
-      keyed(tags, labels, (text) => text, (text) => ({ element: h("span", { class: text === "simulated" ? "tag simulated" : "tag" }, text), update() {} }));
+      showTags(tags, labels.map((text) => [text, text === "simulated" ? "simulated" : ""]));
       showState(state, replica.state);
       load.hidden = replica.progress === null || replica.state === "ready";
       if (replica.progress !== null) {
@@ -237,49 +213,15 @@ function replicaRow() {
   };
 }
 
-function absentRow({ absent }) {
-  const state = h("span", { class: "pill" });
-  const kind = h("span", { class: "tag" }, KINDS[absent.model_kind] ?? absent.model_kind);
-  const why = h("p", { class: "small muted" }, "Loaded nowhere. ", h("span", { class: "mono" }, `tars explain ${absent.name}`), " says why.");
-  const element = h("article", { class: "replica" }, h("div", { class: "replica-head" }, h("h3", {}, absent.name), h("div", { class: "tags" }, kind), state), why);
-  return { element, update: (row) => showState(state, row.absent.state) };
-}
-
 export function showReplicas(node) {
-  const rows = [...node.replicas, ...absentOf(node).map((absent) => ({ id: `absent ${absent.name}`, absent }))];
-  keyed(byId("replicas"), rows, (row) => row.id, (row) => (row.absent ? absentRow(row) : replicaRow()), "No model is deployed here.");
-}
-
-/* ---- model files ---- */
-
-const STAGES = { look: "looking for it", verify: "verifying" };
-
-function transferState(transfer) {
-  if (transfer.stage !== "fetch") return (transfer.stage === "look" && transfer.note) || (STAGES[transfer.stage] ?? transfer.stage);
-  const from = transfer.sources.length ? ` from ${transfer.sources.join(", ")}` : "";
-  const note = transfer.note ? ` (${transfer.note})` : "";
-  return `${bytes(transfer.bytes_done)} of ${bytes(transfer.bytes_total)}, ${bytes(transfer.bytes_per_second)}/s${from}${note}`;
-}
-
-function transferRow() {
-  const name = h("span", { class: "mono" });
-  const state = h("span", { class: "small muted" });
-  const fill = h("span");
-  const element = h("div", { class: "method transfer" }, name, state, h("div", { class: "meter" }, fill));
-  return {
-    element,
-    update(transfer) {
-      setText(name, `${transfer.model} ${transfer.variant}`);
-      setText(state, transferState(transfer));
-      fill.style.width = `${((100 * transfer.bytes_done) / Math.max(1, transfer.bytes_total)).toFixed(1)}%`;
-    },
-  };
-}
-
-export function showTransfers(node) {
-  const transfers = node.transfers ?? [];
-  byId("transfers-section").hidden = transfers.length === 0;
-  keyed(byId("transfers"), transfers, (transfer) => `${transfer.model} ${transfer.variant}`, transferRow);
+  // In a mesh what nobody serves has a list of its own: it is no matter of this node.
+  const absent = isMesh() ? [] : absentOf(node).map((model) => ({ id: `absent ${model.model}`, absent: model }));
+  const empty = isMesh() ? "Nothing is loaded here." : "No model is deployed here.";
+  keyed(byId("replicas"), [...node.replicas, ...absent], (row) => row.id, (row) => {
+    if (!row.absent) return replicaRow();
+    const view = unservedRow();
+    return { element: view.element, update: ({ absent: model }) => view.update(model) };
+  }, empty);
 }
 
 /* ---- calls and errors ---- */

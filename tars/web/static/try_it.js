@@ -1,6 +1,7 @@
 // The "try it" box: a chat with this node, through the same OpenAI-compatible call that everybody else makes.
 import { apiKey, errorMessage, request, serverSentEvents } from "./connection.js";
 import { h, keyed, setText } from "./dom.js";
+import { chatModels } from "./mesh.js";
 
 const byId = (id) => document.getElementById(id);
 const form = byId("try-form");
@@ -17,13 +18,12 @@ let running = null;
 
 /** Offer the chat models that are ready; say why none is. */
 export function offerModels(node) {
-  const chat = node.replicas.filter((replica) => replica.model_kind === "chat");
-  const ready = [...new Set(chat.filter((replica) => replica.state === "ready").map((replica) => replica.model))];
+  const { ready, waiting } = chatModels(node);
   keyed(models, ready, (name) => name, (name) => ({ element: h("option", { value: name }, name), update() {} }));
   models.disabled = !ready.length;
   send.disabled = !ready.length || running !== null;
   if (ready.length) setText(hint, "");
-  else setText(hint, chat.length ? "The chat model is not ready yet." : "No chat model is deployed here.");
+  else setText(hint, waiting ? "The chat model is not ready yet." : "No chat model is deployed here.");
 }
 
 function addTurn(kind, who, content = "") {
