@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import simulate as command
 from breach import Breach
-from invariants import OperatorsWrites
+from invariants import OperatorsWrites, why_not_settled
 from scenario import simulate
 from virtual_executor import Conditions, VirtualExecutor
 from virtual_fleet import CARDS, MOST_ERROR, models, pc, really_taken
 from virtual_network import VirtualNetwork, Weather
 from virtual_time import VirtualTime
+from world import World
 
 from tars.core.mesh_messages import Envelope, News, Ping, Record, Stamp
 from tars.core.placement import plan
@@ -75,6 +76,27 @@ def test_a_seed_has_one_history_in_every_process():
             check=True,
         )
         assert elsewhere.stdout.split() == here
+
+
+# --- what seeds are too rare for ---------------------------------------------------------------------------------------
+
+
+def test_a_node_whose_clock_was_set_back_over_a_crash_is_believed_again():
+    world = World(1)
+    first, second = world.new_node(), world.new_node()
+    second.skew = 7200.0
+    first.found()
+    world.time.run_until(1.0)
+    second.join(first)
+    world.time.run_until(16.0)
+    second.set_draining(True)
+    world.time.run_until(18.0)
+    second.crash()  # before the advert that says so is on its disk
+    second.skew, second.disk.draining = 0.0, False
+    world.time.run_until(19.0)
+    second.start()
+    world.time.run_until(40.0)
+    assert why_not_settled(world.nodes) is None
 
 
 # --- the command -------------------------------------------------------------------------------------------------------

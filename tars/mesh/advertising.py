@@ -52,7 +52,6 @@ class Advertising:
         self._client_url = client_url
         self._transfers = transfers
         self._now = now
-        self._told: NodeAdvert | None = None
         self._told_at = -PACE_SECONDS
 
     def advert(self, node: NodeSnapshot, replicas: tuple[ReplicaReport, ...]) -> NodeAdvert:
@@ -75,17 +74,20 @@ class Advertising:
 
     def tell(self, advert: NodeAdvert) -> float | None:
         """Write the advert, if it is news; when to try again, where the pace forbids it now."""
-        if not differs(self._told, advert):
+        # What the mesh has, not what was told: after a restart with the clock set back an older word of this node may win against a newer.
+        known = self._records.map.get(f"{NODE}{advert.node.id}")
+        told = known if isinstance(known, NodeAdvert) else None
+        if not differs(told, advert):
             return None
         due = self._told_at + PACE_SECONDS
         # A node that comes, goes or drains does not wait for its turn.
-        if self._now() < due and self._told is not None and self._told.node.draining == advert.node.draining:
+        if self._now() < due and told is not None and told.node.draining == advert.node.draining:
             return due
         try:
             self._records.put(f"{NODE}{advert.node.id}", advert, saved=False)
         except TarsError as error:
             log.error("this node's advert cannot be told: %s", error)
-        self._told, self._told_at = advert, self._now()
+        self._told_at = self._now()
         return None
 
     def _own_models(self) -> tuple[ModelEntry, ...]:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from fleets import gpu, node
 
 from tars.catalogue import Catalogue
-from tars.core.records import HeldFile, TransferReport
+from tars.core.mesh_messages import Record
+from tars.core.records import HeldFile, NodeAdvert, TransferReport
 from tars.core.replicated_map import adverts
 from tars.core.types import Bytes, NodeId
 from tars.mesh.advertising import PACE_SECONDS, Advertising
@@ -112,3 +113,15 @@ def test_an_advert_that_no_node_would_take_is_logged_and_stops_nothing(tiny_gguf
     bench.tell()
     assert bench.told is None
     assert "cannot be told" in caplog.text
+
+
+def test_an_older_word_that_comes_back_with_a_later_stamp_is_corrected(tiny_gguf):
+    bench = Bench(tiny_gguf)
+    bench.tell()
+    # Of before a restart, when this PC's clock was an hour ahead.
+    stamp = bench.store.map.record("node/a").stamp
+    older = Record("node/a", replace(stamp, wall_ms=stamp.wall_ms + 3_600_000), NodeAdvert(replace(PC, draining=True)))
+    assert bench.store.map.merge([older], stamp.wall_ms)
+    bench.now += PACE_SECONDS
+    bench.tell()
+    assert bench.told.node == PC
