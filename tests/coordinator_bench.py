@@ -72,12 +72,12 @@ class FakeWorker:
 class Bench:
     """A coordinator on devices that the test sets."""
 
-    def __init__(self, folder, devices, files, node=NODE, **more):
+    def __init__(self, folder, devices, files, node=NODE, builtin=True, **more):
         self.devices = devices
         self.told = {}
         """What the driver says of processes: device -> process id -> bytes."""
         self.workers = []
-        self.catalogue = Catalogue.load(builtin=True)
+        self.catalogue = Catalogue.load(builtin=builtin)
         self.model = self.catalogue.add_file(files[0], name="tiny").name
         self.second = self.catalogue.add_file(files[1], name="second").name
         self.store = ReplicatedStore(folder, node.id)

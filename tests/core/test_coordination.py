@@ -435,7 +435,7 @@ EVENTS = st.lists(
 )
 
 
-@settings(max_examples=settings().max_examples // 4)
+@settings(max_examples=settings().max_examples // 6)
 @given(st.integers(0, 10**6), st.floats(0.3, 1.3), EVENTS)
 def test_it_comes_to_rest_and_moves_no_healthy_replica_without_a_gain(
     seed: int, fill: float, events: list[tuple[str, int]]
