@@ -145,6 +145,7 @@ class NodeMesh:
         self._service: LocalNodeService | None = None
         self._coordinator: Coordinator | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self._cut_off = False
 
     # --- what the other parts ask -------------------------------------------------------------------------------------
 
@@ -301,11 +302,26 @@ class NodeMesh:
                 if self._service is not None and after in (MemberState.DEAD, None):
                     self._service.peer_died(node)
                 self._coordinator.wake()
-                if self._seeds is not None and self.view().isolated:
+                self._say_whether_cut_off(before)
+                if self._seeds is not None and (self._cut_off or self.view().isolated):
                     self._seeds.hurry()
             case CoordinatorChanged(node=node):
                 log.info("%s coordinates the mesh now", "nobody" if node is None else self._name(node))
                 self._coordinator.wake()
+
+    def _say_whether_cut_off(self, before: MemberState | None) -> None:
+        """Once when the last peer is gone without a word, and once when one is back: a person then looks at this PC's cable first."""
+        states = [seen.state for seen in self.view().members.values()]
+        reached = any(state in CALLABLE for state in states)
+        if self._cut_off and reached:
+            log.warning("this node reaches its mesh again")
+            self._cut_off = False
+        elif not self._cut_off and not reached and MemberState.DEAD in states and before in CALLABLE:
+            log.warning(
+                "this node is isolated: none of its peers answers any more. It serves the models that it has, and goes on looking "
+                "for them; look first at this PC's own network"
+            )
+            self._cut_off = True
 
     def _records_changed(self, keys: Iterable[str]) -> None:
         keys = tuple(keys)

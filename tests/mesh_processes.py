@@ -214,6 +214,11 @@ class Pc:
         """One chat, as a client of this PC."""
         return await self.client.chat(text, model=model, max_tokens=8, timeout=timeout)
 
+    async def answered_by(self, *nodes: Pc, seconds: float = 15.0) -> None:
+        """Wait until one of these answers a chat that this PC is asked: who is ready says so to its peers at most once a second."""
+        wanted = {each.node_id() for each in nodes}
+        await until(self.asks, lambda seen: seen.served_by.node in wanted, seconds, f"who answers {self.name}")
+
     async def printed_invitation(self) -> str:
         """What the first PC printed for the next one's --join."""
         assert self.node is not None
