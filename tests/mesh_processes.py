@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import signal
 import time
@@ -14,7 +15,7 @@ from typing import Any, TypeVar
 import aiohttp
 import orjson
 import psutil
-from network_namespaces import Host
+from network_namespaces import Host, Network
 from running_node import RunningNode, node_command
 
 from tars.client import Client
@@ -259,3 +260,57 @@ async def stopping(pcs: Sequence[Pc]) -> AsyncIterator[None]:
         raise
     finally:
         await asyncio.gather(*(pc.stop() for pc in pcs))
+
+
+# --- several of them ------------------------------------------------------------------------------------------------
+
+
+def fleet(folder: Path, lan: Network, *, largest: int = 2) -> list[Pc]:
+    """`a` coordinates, after it `b`; a chat model goes to the PC with the largest card."""
+    return [
+        Pc(folder, name, host=host, priority=10 - 5 * number, memory_mib=4000 if number == largest else 2000)
+        for number, (name, host) in enumerate(zip("abc", lan.hosts, strict=False))
+    ]
+
+
+async def assemble(pcs: Sequence[Pc]) -> None:
+    """The first one begins the mesh; the others join at once, each with a token of its own."""
+    first, *others = pcs
+    await first.start()
+    lines = [await first.invitation() for _ in others]
+    await asyncio.gather(*(pc.start(line) for pc, line in zip(others, lines, strict=True)))
+    await converge(pcs)
+
+
+async def converge(pcs: Sequence[Pc], seconds: float = 40.0) -> float:
+    """Wait until each sees each alive, plans with all, and the same one coordinates; seconds that it took."""
+    began = time.monotonic()
+    for pc in pcs:
+        for other in pcs:
+            if other is not pc:
+                await pc.sees(other, "ALIVE", seconds)
+        await pc.plans_with(*(each.name for each in pcs), seconds=seconds)
+        await until(pc.coordinator, lambda seen: seen == pcs[0].name, seconds, f"{pc.name}'s coordinator")
+    return time.monotonic() - began
+
+
+def said(pc: Pc, pattern: str, after: float = 0.0) -> float | None:
+    """When the node logged such a line for the first time since `after`, Unix time in seconds; None: not yet."""
+    for line in pc.output.splitlines():
+        if not line.startswith("{"):
+            continue
+        told: dict[str, Any] = json.loads(line)
+        if told["time"] >= after and re.search(pattern, told["message"]):
+            return float(told["time"])
+    return None
+
+
+async def told(pc: Pc, pattern: str, after: float, seconds: float) -> float:
+    """Wait until the node has logged such a line; how long after `after` that was."""
+
+    async def look() -> float | None:
+        return said(pc, pattern, after)
+
+    at = await until(look, lambda seen: seen is not None, seconds, f"{pc.name} says {pattern!r}")
+    assert at is not None
+    return at - after

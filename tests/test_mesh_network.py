@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import re
 import signal
 import time
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mesh_processes import HELP_DESK, Pc, stopping, until
-from network_namespaces import Network, network, why_not
+from mesh_processes import HELP_DESK, Pc, assemble, converge, fleet, said, stopping, told, until
+from network_namespaces import network, why_not
 
 pytestmark = [
     pytest.mark.slow,
@@ -24,57 +23,6 @@ pytestmark = [
 
 DEAD_WITHIN = 5.0
 """Seconds, by default on a LAN: what `core.membership` promises."""
-
-
-def fleet(folder: Path, lan: Network, *, largest: int = 2) -> list[Pc]:
-    """`a` coordinates, after it `b`; a chat model goes to the PC with the largest card."""
-    return [
-        Pc(folder, name, host=host, priority=10 - 5 * number, memory_mib=4000 if number == largest else 2000)
-        for number, (name, host) in enumerate(zip("abc", lan.hosts, strict=False))
-    ]
-
-
-async def assemble(pcs: Sequence[Pc]) -> None:
-    """The first one begins the mesh; the others join at once, each with a token of its own."""
-    first, *others = pcs
-    await first.start()
-    lines = [await first.invitation() for _ in others]
-    await asyncio.gather(*(pc.start(line) for pc, line in zip(others, lines, strict=True)))
-    await converge(pcs)
-
-
-async def converge(pcs: Sequence[Pc], seconds: float = 40.0) -> float:
-    """Wait until each sees each alive, plans with all, and the same one coordinates; seconds that it took."""
-    began = time.monotonic()
-    for pc in pcs:
-        for other in pcs:
-            if other is not pc:
-                await pc.sees(other, "ALIVE", seconds)
-        await pc.plans_with(*(each.name for each in pcs), seconds=seconds)
-        await until(pc.coordinator, lambda seen: seen == pcs[0].name, seconds, f"{pc.name}'s coordinator")
-    return time.monotonic() - began
-
-
-def said(pc: Pc, pattern: str, after: float = 0.0) -> float | None:
-    """When the node logged such a line for the first time since `after`, Unix time in seconds; None: not yet."""
-    for line in pc.output.splitlines():
-        if not line.startswith("{"):
-            continue
-        told: dict[str, Any] = json.loads(line)
-        if told["time"] >= after and re.search(pattern, told["message"]):
-            return float(told["time"])
-    return None
-
-
-async def told(pc: Pc, pattern: str, after: float, seconds: float) -> float:
-    """Wait until the node has logged such a line; how long after `after` that was."""
-
-    async def look() -> float | None:
-        return said(pc, pattern, after)
-
-    at = await until(look, lambda seen: seen is not None, seconds, f"{pc.name} says {pattern!r}")
-    assert at is not None
-    return at - after
 
 
 @asynccontextmanager
@@ -188,3 +136,48 @@ async def test_when_the_coordinator_is_killed_the_next_one_takes_over_and_no_ans
             assert (await a.asks()).served_by.node in (b.node_id(), c.node_id())
             print(f"killed: DEAD after {found}, taken over after {took_over}; {len(answers)} answers meanwhile")
             assert max(found) < DEAD_WITHIN
+
+
+async def test_a_dead_pc_is_known_within_five_seconds_every_time_and_one_that_is_back_at_once(tmp_path: Path) -> None:
+    with network(3) as lan:
+        pcs = a, b, c = fleet(tmp_path, lan)
+        async with stopping(pcs):
+            await assemble(pcs)
+            dead, alive = (re.escape(f"node c ({c.node_id()}) is {state} now") for state in ("DEAD", "ALIVE"))
+            lost, back = [], []
+            for cut, heal in [(c.host.silence, c.host.speak), (c.host.unplug, c.host.plug)] * 2:
+                began = time.time()
+                await asyncio.to_thread(cut)
+                lost += [await told(pc, dead, began, 30) for pc in (a, b)]
+                began = time.time()
+                await asyncio.to_thread(heal)
+                back += [await told(pc, alive, began, 30) for pc in (a, b)]
+                await converge(pcs)
+            for _ in range(2):
+                began = time.time()
+                await c.stop(signal.SIGKILL)
+                lost += [await told(pc, dead, began, 30) for pc in (a, b)]
+                await c.start()
+                await converge(pcs)
+            for name, times in (("DEAD", lost), ("ALIVE", back)):
+                print(f"{name}: {len(times)} times, p50 {sorted(times)[len(times) // 2]:.2f} s, max {max(times):.2f} s")
+            assert max(lost) < DEAD_WITHIN
+            for pc in (a, b):
+                assert said(pc, r"node [ab] \(\S+\) is DEAD") is None
+
+
+async def test_pcs_that_all_moved_find_each_other_by_multicast_dns_alone(tmp_path: Path) -> None:
+    """Every port is another one than when they last met, no seed is configured, and nobody says where anybody is."""
+    with network(2) as lan:
+        pcs = a, b = fleet(tmp_path, lan)
+        async with stopping(pcs):
+            await assemble(pcs)
+            await asyncio.gather(*(pc.stop() for pc in pcs))
+            for number, pc in enumerate(pcs):
+                text = pc.config.read_text()
+                pc.config.write_text(text.replace(f":{pc.mesh_port}", f":{pc.mesh_port + 100 + number}"))
+            await asyncio.gather(*(pc.start() for pc in pcs))
+            print(f"found after {await converge(pcs):.2f} s")
+            peer = await a.peer(b)
+            assert peer is not None
+            assert f"{b.host.address}:{b.mesh_port + 101}" in peer.addresses
