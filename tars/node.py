@@ -280,13 +280,14 @@ class Node:
         listener = await listen(application, address.host, address.port, access, shutdown_seconds=CLOSE_SECONDS)
         return listener, dispatcher
 
-    async def report_until_settled(self) -> None:
-        """Say what is loaded where, as it happens; returns when nothing is left to load."""
+    async def keep_reporting(self) -> None:
+        """Say what is loaded where, as it happens, and once what can be tried: when nothing is left to load. Until cancelled."""
+        settled = False
         while True:
             self._report.progress(self.coordinator)
-            if self.coordinator.settled():
+            if not settled and self.coordinator.settled():
+                settled = True
                 self._report.ready(self.url, self.coordinator)
-                return
             await self.coordinator.changed()
 
     async def stop(self, grace: float) -> None:
@@ -342,7 +343,7 @@ async def serve(prepared: Prepared, report: NodeReport) -> None:
     node = Node(prepared, report)
     try:
         await node.start()
-        reporting = asyncio.create_task(node.report_until_settled(), name="report")
+        reporting = asyncio.create_task(node.keep_reporting(), name="report")
         await asked.wait()
         reporting.cancel()
         report.stopping(node.service.active_calls, prepared.config.node.grace_seconds)

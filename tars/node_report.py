@@ -88,6 +88,8 @@ class NodeReport:
     def __init__(self, log_format: str):
         self._json = log_format == "json"
         self._said: set[tuple[str, str]] = set()
+        self._here: dict[str, str] = {}
+        """Replicas of which it was said that they load or are ready, with how people call them."""
         self._began = time.monotonic()
 
     def started(self, url: str, name: str, node_id: str, snapshot: NodeSnapshot, warnings: Sequence[str]) -> None:
@@ -118,8 +120,13 @@ class NodeReport:
 
     def progress(self, coordinator: Coordinator) -> None:
         """Say each replica's beginning and end once."""
+        for replica in [replica for replica in self._here if replica not in coordinator.replicas]:
+            self._say(f"  unloaded {self._here.pop(replica)}")
+            # It may come back, and that is news again.
+            self._said = {(subject, event) for subject, event in self._said if subject != replica}
         for live in coordinator.replicas.values():
             state = live.worker.state
+            self._here[live.assignment.replica] = f"{live.assignment.model} from {_where(live)}"
             if state in (ReplicaState.STARTING, ReplicaState.LOADING):
                 self._once(
                     live.assignment.replica, "loading", f"  loading  {live.assignment.model} on {_where(live)} ..."
@@ -138,6 +145,11 @@ class NodeReport:
     def ready(self, url: str, coordinator: Coordinator) -> None:
         """Everything that could be loaded is."""
         live = [each for each in coordinator.replicas.values() if each.worker.state is ReplicaState.READY]
+        if not live and not coordinator.replicas and not coordinator.problems:
+            self._say(
+                f"  no model is to be loaded here now; `tars deploy MODEL` asks for one. {url}/ shows the state     Ctrl-C to stop"
+            )
+            return
         if not live:
             self._say(f"  no model is ready; the lines above say why. {url}/ shows the state     Ctrl-C to stop")
             return

@@ -115,3 +115,37 @@ def test_strangers_cannot_fill_the_log():
     now[0] = 1.5
     assert logged("asyncio", "socket.accept() out of system resource\nsocket: 8", OSError()).exc_info
     assert all(logged("tars.node", "our own words are never left out") for _ in range(3))
+
+
+async def test_says_what_was_unloaded_and_when_it_comes_back(bench, capsys):
+    report = NodeReport("text")
+    bench.deployments.deploy(Deployment("tiny"))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    report.progress(bench.coordinator)
+    bench.deployments.remove("tiny")
+    await bench.coordinator.reconcile()
+    report.progress(bench.coordinator)
+    report.progress(bench.coordinator)
+    assert capsys.readouterr().out.count("unloaded tiny from Card gpu-a") == 1
+
+
+async def test_a_node_that_nobody_wants_a_model_of_says_so_and_no_fault(bench, capsys):
+    await bench.coordinator.reconcile()
+    NodeReport("text").ready("http://127.0.0.1:8000", bench.coordinator)
+    said = capsys.readouterr().out
+    assert "no model is to be loaded here now" in said
+    assert "lines above" not in said
+
+
+def test_says_where_peers_reach_it_how_the_next_pc_comes_in_and_the_first_key(capsys):
+    report = NodeReport("text")
+    report.first_key("tars-secret")
+    report.in_mesh(["192.168.1.10:8001", "10.0.0.1:8001"], [], "TOKEN@192.168.1.10:8001")
+    report.in_mesh([], ["pc1", "pc3"], None)
+    said = capsys.readouterr().out
+    assert "tars-secret" in said
+    assert "peers reach this node at 192.168.1.10:8001\n" in said
+    assert "tars-node --join TOKEN@192.168.1.10:8001\n" in said
+    assert "nowhere: this PC has no network; with pc1, pc3\n" in said
+    assert said.count("--join") == 1
