@@ -13,9 +13,6 @@ from collections.abc import Sequence
 from typing import Literal, TextIO
 
 import click
-from rich.console import RenderableType
-from rich.live import Live
-from rich.text import Text
 
 import tars
 from tars.cli.chat import chat
@@ -32,17 +29,14 @@ from tars.cli.connection import (
 )
 from tars.cli.draining import drain, resume
 from tars.cli.mesh_commands import key, node, token
-from tars.cli.output import embeddings_view, models_view, not_served, not_served_view, plain, rerank_view, status_view
+from tars.cli.output import embeddings_view, models_view, plain, rerank_view
 from tars.cli.plan_output import deploy_view
 from tars.cli.planning import explain, plan
 from tars.cli.pull import pull
-from tars.cli.waiting import WAIT_SECONDS, wait_until_ready
+from tars.cli.status import status
+from tars.cli.waiting import WAIT_SECONDS, wait_for_model
 from tars.client import Client
-from tars.errors import PeerUnreachable
-from tars.messages.node import NodeDescription, PingResult
-
-WATCH_SECONDS = 1.0
-"""How often `tars status --watch` asks: devices are probed once a second, so asking oftener shows nothing new."""
+from tars.messages.node import PingResult
 
 MOST_TEXTS = 2048
 """Texts of one call, as `inference.embed` and `inference.rerank` bound them."""
@@ -58,69 +52,6 @@ def cli() -> None:
 
     Exit codes: 0 done, 1 the call failed, 2 wrong usage or a bad file, 3 no node answers, 130 Ctrl-C.
     """
-
-
-@cli.command()
-@click.option("--watch", is_flag=True, help="Show it live until Ctrl-C.")
-@click.option(
-    "--wait", is_flag=True, help="Wait until every model is ready, with progress; exit code 1 if one cannot be served."
-)
-@click.option(
-    "--wait-timeout",
-    type=click.FloatRange(min=0, min_open=True),
-    default=WAIT_SECONDS,
-    show_default=True,
-    metavar="SECONDS",
-    help="How long --wait waits.",
-)
-@connection_options
-@pass_connection
-def status(connection: Connection, watch: bool, wait: bool, wait_timeout: float) -> int:
-    """Show the node's devices, memory, replicas and recent errors."""
-    if watch and wait:
-        raise click.UsageError("--watch and --wait exclude each other")
-    if watch:
-        return _watch(connection)
-
-    async def both(client: Client) -> tuple[NodeDescription, list[str]]:
-        description = await (wait_until_ready(client, connection, wait_timeout) if wait else client.describe())
-        return description, not_served(await client.models())
-
-    description, missing = ask(connection, both)
-    if connection.as_json:
-        print_json(description)
-    else:
-        connection.console().print(status_view(description))
-        connection.console().print(not_served_view(missing))
-    return Exit.FAILED if wait and missing else Exit.OK
-
-
-def _watch(connection: Connection) -> int:
-    console = connection.console()
-    answered = False
-    with contextlib.ExitStack() as stack:
-        live = None
-        if console.is_terminal and not connection.as_json:
-            live = stack.enter_context(Live(console=console, auto_refresh=False))
-        while True:
-            try:
-                # Each round has a connection of its own: a node that was restarted in between is simply asked again.
-                description = ask(connection, lambda client: client.describe())
-                answered = True
-            except PeerUnreachable as error:
-                if not answered:
-                    raise
-                shown: RenderableType = Text(f"{plain(error.message)} Still watching.")
-            else:
-                shown = status_view(description)
-                if connection.as_json:
-                    print_json(description)
-            if live is not None:
-                live.update(shown, refresh=True)
-            elif not connection.as_json:
-                console.print(shown)
-            sys.stdout.flush()
-            time.sleep(WATCH_SECONDS)
 
 
 @cli.command()
@@ -285,10 +216,8 @@ def deploy(
     if not result.accepted:
         return Exit.FAILED
     if wait:
-        description = ask(
-            connection, lambda client: wait_until_ready(client, connection, WAIT_SECONDS, model=result.model)
-        )
-        if any(replica.model == result.model and replica.state == "failed" for replica in description.replicas):
+        loaded = ask(connection, lambda client: wait_for_model(client, connection, WAIT_SECONDS, result.model))
+        if any(replica.state == "failed" for replica in loaded):
             return Exit.FAILED
     elif not connection.as_json:
         connection.console(stderr=True).print("loading goes on; `tars status --wait` shows it")
@@ -329,6 +258,7 @@ def ping(connection: Connection) -> int:
     return Exit.OK
 
 
+cli.add_command(status)
 cli.add_command(chat)
 cli.add_command(plan)
 cli.add_command(explain)

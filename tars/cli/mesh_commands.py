@@ -232,14 +232,16 @@ def list_nodes(connection: Connection) -> int:
 
 def nodes_view(result: PeersResult) -> RenderableType:
     """`tars node list`."""
-    table = table_of("name", "id", "state", "role", "addresses")
+    table = table_of("name", "id", "state", "role", "version", "addresses", "page")
     for peer in result.peers:
         table.add_row(
             cell(peer.name),
             cell(peer.node[:SHOWN_ID]),
             cell(peer.state, _STATES.get(peer.state, "")),
             cell("coordinates" if peer.coordinator else "-"),
+            cell(peer.version or "-"),
             cell(", ".join(peer.addresses) or "-"),
+            cell(peer.client_url or "-"),
         )
     return table
 

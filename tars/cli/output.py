@@ -16,12 +16,8 @@ from rich.text import Text
 from tars.core.types import Bytes
 from tars.messages.files import TransferDescription
 from tars.messages.inference import ChatResult, EmbedResult, RerankResult
-from tars.messages.node import (
-    DeviceDescription,
-    ModelsResult,
-    NodeDescription,
-    ReplicaDescription,
-)
+from tars.messages.mesh_state import MeshReplica
+from tars.messages.node import DeviceDescription, ModelDescription, ModelsResult, ReplicaDescription
 
 BAR_CELLS = 24
 """Cells of a memory bar: 1/24 is about 4 %, and the table still fits 100 columns."""
@@ -31,9 +27,6 @@ SHOWN_VALUES = 6
 
 SHOWN_PAIRS = 12
 """Texts in the similarity table at most; a 13th column no longer fits 100 columns."""
-
-SHOWN_ERRORS = 5
-"""Recent errors in `tars status`: the newest ones, few enough that the models stay in view."""
 
 STATE_STYLES = {
     "ready": "green",
@@ -63,7 +56,8 @@ def cell(text: object, style: str = "") -> Text:
     return Text(plain(str(text)), style=style, overflow="fold")
 
 
-def _state(state: str) -> Text:
+def state_cell(state: str) -> Text:
+    """A state in its colour."""
     return cell(state, STATE_STYLES.get(state, ""))
 
 
@@ -108,44 +102,11 @@ def memory_bar(device: DeviceDescription) -> Text:
     return bar
 
 
-def replica_progress(replica: ReplicaDescription) -> str:
+def replica_progress(replica: ReplicaDescription | MeshReplica) -> str:
     """`ready`, or `loading: read 40 %`."""
     if replica.progress is None or replica.state in {"ready", "failed", "stopped"}:
         return replica.state
     return f"{replica.state}: {replica.progress.stage} {replica.progress.percent:.0f} %"
-
-
-def status_view(node: NodeDescription) -> Group:
-    """`tars status`: the node, its devices with memory bars, its replicas with load progress, recent errors."""
-    head = Text.assemble(
-        ("node ", "bold"),
-        plain(node.name),
-        ("  ", ""),
-        _state(node.state),
-        f"  TARS {plain(node.version)}, up {duration(node.uptime_seconds)}, {plain(node.platform)}"
-        + (", WSL2" if node.wsl2 else ""),
-    )
-    calls = Text(f"calls {node.calls.total}, failed {node.calls.failed}, running {node.calls.active}")
-    parts: list[RenderableType] = [head, calls, Text(), _devices_table(node.devices)]
-    notes = [Text(f"  {plain(d.name)}: {plain(note)}", style="dim") for d in node.devices for note in d.notes]
-    parts += notes
-    parts.append(Text())
-    if node.replicas:
-        parts.append(_replicas_table(node.replicas))
-    else:
-        parts.append(Text("no model is loaded; `tars models` lists what can be, `tars deploy MODEL` deploys one"))
-    if node.transfers:
-        parts += [Text(), Text("model files on their way", style="bold")]
-        parts += [
-            Text(f"  {plain(each.model)} {plain(each.variant)}: {transfer_progress(each)}") for each in node.transfers
-        ]
-    if node.recent_errors:
-        parts += [Text(), Text("recent errors", style="bold")]
-        parts += [
-            Text(f"  {plain(error.method)}: {plain(error.error_kind)}: {plain(error.message)} (trace {error.trace_id})")
-            for error in node.recent_errors[:SHOWN_ERRORS]  # newest first
-        ]
-    return Group(*parts)
 
 
 def transfer_progress(transfer: TransferDescription) -> str:
@@ -177,7 +138,8 @@ def not_served_view(names: Sequence[str]) -> Group:
     )
 
 
-def _devices_table(devices: Sequence[DeviceDescription]) -> Table:
+def devices_table(devices: Sequence[DeviceDescription]) -> Table:
+    """One line a device, with its memory as a bar."""
     table = table_of("device", "memory", "TARS", "free", "total", "precision", "state", right=("TARS", "free", "total"))
     for device in devices:
         state = []
@@ -199,33 +161,8 @@ def _devices_table(devices: Sequence[DeviceDescription]) -> Table:
     return table
 
 
-def _replicas_table(replicas: Sequence[ReplicaDescription]) -> Table:
-    table = table_of(
-        "model", "kind", "variant", "device", "state", "memory", "calls", "speed", right=("memory", "calls")
-    )
-    for replica in replicas:
-        memory = (
-            str(Bytes(replica.info.memory_bytes)) if replica.info else f"about {Bytes(replica.estimated_bytes)} planned"
-        )
-        state = cell(replica_progress(replica), STATE_STYLES.get(replica.state, ""))
-        if replica.restarts:
-            state.append(f" ({replica.restarts} restarts)")
-        if replica.last_error and replica.state != "ready":
-            state.append(f"\n{plain(replica.last_error)}", style="red")
-        table.add_row(
-            cell(replica.model),
-            cell(replica.model_kind),
-            cell(replica.variant),
-            cell(device_label(replica.device_name, replica.simulated)),
-            state,
-            cell(memory),
-            cell(replica.calls_total),
-            cell(_speed(replica)),
-        )
-    return table
-
-
-def _speed(replica: ReplicaDescription) -> str:
+def speed_of(replica: ReplicaDescription) -> str:
+    """As the replica measured itself after its load."""
     if replica.info is None:
         return "-"
     speeds = replica.info.speeds
@@ -240,19 +177,33 @@ def models_view(models: ModelsResult) -> RenderableType:
     """`tars models`: deployed ones first, as the node orders them."""
     if not models.models:
         return Text("this node knows no model")
-    table = table_of("model", "kind", "state", "replicas", "variants", "file here", "description")
+    table = table_of("model", "kind", "state", "replicas", "on", "variants", "file here", "description")
     for model in models.models:
         replicas = f"{model.replicas_ready}/{model.replicas_wanted}" if model.deployed else "-"
         table.add_row(
             cell(model.name),
             cell(model.model_kind),
-            _state(model.state),
+            state_cell(model.state),
             cell(replicas),
+            cell(places_of(model)),
             cell(", ".join(model.variants)),
             cell("yes" if model.local else "no"),
             cell(model.description),
         )
     return table
+
+
+def places_of(model: ModelDescription) -> str:
+    """`pc1, pc2 (loading)`: the nodes that have it, or will."""
+    found: dict[str, list[str]] = {}
+    for place in model.places:
+        found.setdefault(place.node_name, []).append(place.state)
+    words = []
+    for name, states in sorted(found.items()):
+        others = [state for state in states if state != "ready"]
+        times = f" x{len(states)}" if len(states) > 1 else ""
+        words.append(f"{name}{times}" + (f" ({', '.join(dict.fromkeys(others))})" if others else ""))
+    return ", ".join(words) or "-"
 
 
 def cosine(one: Sequence[float], other: Sequence[float]) -> float:

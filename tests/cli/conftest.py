@@ -17,12 +17,14 @@ from pydantic import BaseModel
 
 from tars.errors import MethodNotFound, TarsError
 from tars.messages.inference import ChatMessage, ChatResult, Delta, ServedBy, Timings, Usage
+from tars.messages.mesh_state import MeshDescription, MeshNode, MeshReplica
 from tars.messages.node import (
     CallCounters,
     DeviceDescription,
     LoadedInfo,
     LoadProgress,
     MeasuredSpeeds,
+    ModelDescription,
     NodeDescription,
     ReplicaDescription,
 )
@@ -236,11 +238,79 @@ def description(*replicas: ReplicaDescription, **changes: Any) -> NodeDescriptio
     return NodeDescription(**{**fields, **changes})
 
 
+def mesh_replica(**changes: Any) -> MeshReplica:
+    """On pc2, ready."""
+    fields: dict[str, Any] = {
+        "id": "phi-2@gpu-0#1",
+        "model": "phi-2",
+        "model_kind": "chat",
+        "variant": "Q8_0",
+        "device": "n2/gpu-0",
+        "device_name": "NVIDIA GeForce GTX 1660 SUPER",
+        "simulated": False,
+        "state": "ready",
+        "progress": None,
+        "memory_bytes": 3 * 2**30,
+        "measured": True,
+        "speed": 33.3,
+        "last_error": None,
+    }
+    return MeshReplica(**{**fields, **changes})
+
+
+def mesh_node(**changes: Any) -> MeshNode:
+    """pc2, with a card and nothing on it."""
+    fields: dict[str, Any] = {
+        "node": "n1" if changes.get("this_node") else "n2",
+        "name": "pc2",
+        "this_node": False,
+        "state": "ALIVE",
+        "since": None,
+        "coordinator": False,
+        "version": "0.1.0",
+        "client_url": None,
+        "addresses": ["192.0.2.2:8001"],
+        "devices": [device()],
+        "replicas": [],
+        "transfers": [],
+    }
+    return MeshNode(**{**fields, **changes})
+
+
+def mesh(*nodes: MeshNode, **changes: Any) -> MeshDescription:
+    states = [each.state for each in nodes]
+    fields: dict[str, Any] = {
+        "nodes": list(nodes),
+        "nodes_left_out": 0,
+        "nodes_by_state": {state: states.count(state) for state in states},
+        "coordinator": None,
+        "moves": [],
+        "unserved": [],
+    }
+    return MeshDescription(**{**fields, **changes})
+
+
+def model(name: str = "phi-2", **changes: Any) -> ModelDescription:
+    fields: dict[str, Any] = {
+        "name": name, "aliases": [], "model_kind": "chat", "variants": ["Q8_0", "Q4_K_M"], "description": "small",
+        "licence": "MIT", "deployed": False, "replicas_wanted": 0, "replicas_ready": 0, "state": "available", "local": False,
+    }  # fmt: skip
+    return ModelDescription(**{**fields, **changes})
+
+
 @pytest.fixture
 def make() -> SimpleNamespace:
     """Builders of messages: test folders are no packages, so a test cannot import them from here."""
     return SimpleNamespace(
-        chat_result=chat_result, device=device, replica=replica, description=description, served_by=SERVED_BY
+        chat_result=chat_result,
+        device=device,
+        replica=replica,
+        description=description,
+        served_by=SERVED_BY,
+        mesh=mesh,
+        mesh_node=mesh_node,
+        mesh_replica=mesh_replica,
+        model=model,
     )
 
 

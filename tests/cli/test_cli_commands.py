@@ -348,11 +348,11 @@ def test_watching_shows_each_state_until_ctrl_c(
         return make.description(make.replica(calls_total=next(rounds)))
 
     def ctrl_c_after_two(_seconds: float) -> None:
-        if len(answering.calls) == 2:
+        if [name for name, _, _ in answering.calls].count("node.describe") == 2:
             raise KeyboardInterrupt
 
     answering.answers["node.describe"] = describe
-    monkeypatch.setattr("tars.cli.commands.time.sleep", ctrl_c_after_two)
+    monkeypatch.setattr("tars.cli.status.time.sleep", ctrl_c_after_two)
     ran = tars("status", "--watch", "--json")
     assert ran.code == 130
     counts = [orjson.loads(line)["replicas"][0]["calls_total"] for line in ran.out.splitlines()]
@@ -366,10 +366,10 @@ def test_watching_outlasts_a_node_that_goes_away_and_comes_back(
     answering.answers["node.describe"] = lambda _params: next(states)
 
     def ctrl_c_after_three(_seconds: float) -> None:
-        if len(answering.calls) == 3:
+        if [name for name, _, _ in answering.calls].count("node.describe") == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("tars.cli.commands.time.sleep", ctrl_c_after_three)
+    monkeypatch.setattr("tars.cli.status.time.sleep", ctrl_c_after_three)
     ran = tars("status", "--watch")
     assert ran.code == 130
     assert [word for word in ("before", "gone Still watching", "after") if word in ran.out] == [

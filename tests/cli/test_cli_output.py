@@ -1,19 +1,13 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from drawing import drawn, row
 
 from tars.cli import output
 from tars.messages.inference import EmbedResult, RerankResult, Scored, Timings, Usage
-from tars.messages.node import (
-    LoadProgress,
-    ModelDescription,
-    ModelsResult,
-    RecentError,
-)
+from tars.messages.node import ModelPlace, ModelsResult
 
 GIB = 2**30
 
@@ -52,63 +46,18 @@ def test_a_device_without_memory_does_not_break_the_bar(make: SimpleNamespace) -
     assert len(output.memory_bar(device).plain) == output.BAR_CELLS
 
 
-def test_status_shows_devices_replicas_and_errors(make: SimpleNamespace) -> None:
-    node = make.description(
-        make.replica(),
-        make.replica("loading", LoadProgress(stage="read", percent=40), id="b", model="phi-2"),
-        make.replica("failed", None, id="c", model="broken", last_error="not a GGUF file", restarts=2),
-        wsl2=True,
-        devices=[
-            make.device(notes=["WSL2: per-process memory is not available"]),
-            make.device("Pretend", simulated=True),
-        ],
-        recent_errors=[
-            RecentError(
-                at=9.0 - n, method="inference.chat", error_kind="unknown_model", message="gone", trace_id=f"t{n}"
-            )
-            for n in range(9)
-        ],
+def test_models_show_replicas_ready_of_wanted_and_where_they_are(make: SimpleNamespace) -> None:
+    places = [
+        ModelPlace(replica=f"a@{number}", node="n", node_name=name, device_name="card", state=state)
+        for number, (name, state) in enumerate([("pc2", "loading"), ("pc1", "ready"), ("pc1", "ready")])
+    ]
+    served = make.model(
+        "a", deployed=True, replicas_wanted=3, replicas_ready=2, state="ready", local=True, places=places
     )
-    text = drawn(output.status_view(node))
-    assert "node pc1  ready" in text
-    assert "up 2 h 5 min" in text
-    assert "WSL2" in text
-    assert "47 °C" in row(text, "RTX 3060")
-    assert "4.0 GiB" in row(text, "RTX 3060")
-    assert "per-process memory is not available" in text
-    assert "Pretend (simulated)" in text
-    assert "52 tokens/s" in row(text, "mistral-7b-instruct")
-    assert "loading: read 40 %" in row(text, "phi-2")
-    assert "failed (2 restarts)" in row(text, "broken")
-    assert "not a GGUF file" in text
-    assert [f"trace t{n}" in text for n in range(6)] == [True] * 5 + [False]  # newest first
-
-
-def test_status_of_a_node_without_models_says_what_to_do(make: SimpleNamespace) -> None:
-    shown = drawn(output.status_view(make.description()))
-    assert "tars deploy MODEL" in shown
-    # A description knows replicas, not deployments: a refused model is deployed, and its line follows.
-    assert "no model is loaded" in shown
-
-
-def test_names_with_brackets_are_shown_and_not_taken_for_markup(make: SimpleNamespace) -> None:
-    text = drawn(output.status_view(make.description(make.replica(model="[bold]m[/bold]"), name="[red]pc")))
-    assert "[bold]m[/bold]" in text
-    assert "[red]pc" in text
-
-
-def test_models_show_replicas_ready_of_wanted() -> None:
-    def model(name: str, **changes: Any) -> ModelDescription:
-        fields: dict[str, Any] = {
-            "name": name, "aliases": [], "model_kind": "chat", "variants": ["Q8_0", "Q4_K_M"], "description": "small",
-            "licence": "MIT", "deployed": False, "replicas_wanted": 0, "replicas_ready": 0, "state": "available", "local": False,
-        }  # fmt: skip
-        return ModelDescription(**{**fields, **changes})
-
-    served = model("a", aliases=["b"], deployed=True, replicas_wanted=2, replicas_ready=1, state="loading", local=True)
-    text = drawn(output.models_view(ModelsResult(models=[served, model("c")])))
-    assert row(text, "1/2").split()[:4] == ["a", "chat", "loading", "1/2"]
-    assert "Q8_0, Q4_K_M" in row(text, "1/2")
+    text = drawn(output.models_view(ModelsResult(models=[served, make.model("c")])))
+    assert row(text, "2/3").split()[:4] == ["a", "chat", "ready", "2/3"]
+    assert "pc1 x2, pc2 (loading)" in row(text, "2/3")
+    assert "Q8_0, Q4_K_M" in row(text, "2/3")
     assert "available" in row(text, "c ")
     assert "knows no model" in drawn(output.models_view(ModelsResult(models=[])))
 
