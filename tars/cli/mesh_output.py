@@ -69,6 +69,8 @@ def nodes_table(mesh: MeshDescription, now: float) -> Group:
             cell(node.client_url or "-"),
         )
     parts: list[RenderableType] = [table]
+    if mesh.isolated:
+        parts.append(Text("none of the others answers this node: look first at its own network", style="red"))
     if mesh.nodes_left_out:
         states = ", ".join(f"{count} {plain(state)}" for state, count in mesh.nodes_by_state.items())
         parts.append(

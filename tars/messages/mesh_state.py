@@ -78,5 +78,6 @@ class MeshDescription(Message):
     nodes_left_out: int = Field(description="Not in `nodes`. Those that left are left out first, then idle ones.")
     nodes_by_state: dict[str, int] = Field(description="Of all nodes.")
     coordinator: str | None = Field(description="The name of the node that decides now; None: nobody is known to.")
+    isolated: bool = Field(False, description="No peer answers this node: look first at its own network.")
     moves: list[MoveDescription]
     unserved: list[UnservedModel]

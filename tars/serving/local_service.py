@@ -215,6 +215,7 @@ class LocalNodeService:
     def describe_mesh(self, params: MeshParams) -> MeshDescription:
         """As told last; this node too, so that the answer changes only when something did."""
         coordinator = self._coordinator
+        view = coordinator.mesh()
         return describe_mesh(
             params,
             self.node_id,
@@ -223,6 +224,7 @@ class LocalNodeService:
             plan=coordinator.plan,
             moves=coordinator.moves,
             problems=coordinator.problems,
+            isolated=view is not None and view.isolated,
         )
 
     async def plan(self) -> PlanResult:

@@ -38,6 +38,7 @@ def describe_mesh(
     plan: Plan,
     moves: Sequence[Move],
     problems: Mapping[str, TarsError],
+    isolated: bool = False,
 ) -> MeshDescription:
     """`peers` are all nodes, `me` among them; `problems` say by model why it, or a part of it, is loaded nowhere.
 
@@ -54,6 +55,7 @@ def describe_mesh(
         nodes_left_out=0 if params.node is not None else len(peers) - len(chosen),
         nodes_by_state=dict(sorted(Counter(peer.state for peer in peers).items())),
         coordinator=next((peer.name for peer in peers if peer.coordinator), None),
+        isolated=isolated,
         moves=[describe_move(move, snapshots) for move in moves],
         unserved=_unserved(plan, problems, snapshots),
     )

@@ -32,7 +32,14 @@ def test_a_node_that_is_gone_holds_nothing_and_says_since_when(make: SimpleNames
 
 def test_nodes_that_are_left_out_are_counted(make: SimpleNamespace) -> None:
     mesh = make.mesh(make.mesh_node(), nodes_left_out=950, nodes_by_state={"ALIVE": 998, "DEAD": 2})
-    assert "and 950 more (998 ALIVE, 2 DEAD in all)" in drawn(mesh_output.nodes_table(mesh, NOW))
+    text = drawn(mesh_output.nodes_table(mesh, NOW))
+    assert "and 950 more (998 ALIVE, 2 DEAD in all)" in text
+    assert "its own network" not in text
+
+
+def test_a_node_that_is_cut_off_says_so(make: SimpleNamespace) -> None:
+    mesh = make.mesh(make.mesh_node(this_node=True), make.mesh_node(state="DEAD"), isolated=True)
+    assert "look first at its own network" in drawn(mesh_output.nodes_table(mesh, NOW))
 
 
 def test_only_other_nodes_make_a_mesh(make: SimpleNamespace) -> None:

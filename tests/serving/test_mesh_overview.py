@@ -35,8 +35,10 @@ def peer(name, state="ALIVE", coordinator=False):
 PEERS = [peer("one", coordinator=True), peer("two")]
 
 
-def described(peers=PEERS, told=TOLD, *, plan=Plan(), moves=(), problems=None, **params):  # noqa: B008  # frozen
-    return describe_mesh(MeshParams(**params), "one", peers, told, plan=plan, moves=moves, problems=problems or {})
+def described(peers=PEERS, told=TOLD, *, plan=Plan(), moves=(), problems=None, isolated=False, **params):  # noqa: B008  # frozen
+    return describe_mesh(
+        MeshParams(**params), "one", peers, told, plan=plan, moves=moves, problems=problems or {}, isolated=isolated
+    )
 
 
 def test_each_node_is_there_with_what_it_told_of_itself():
@@ -60,7 +62,8 @@ def test_each_node_is_there_with_what_it_told_of_itself():
     assert (transfer.bytes_done, transfer.bytes_total, transfer.bytes_per_second) == (4, 10, 2.0)
     assert transfer.sources == ["one"]
     assert mesh.nodes_by_state == {"ALIVE": 2}
-    assert (mesh.coordinator, mesh.nodes_left_out) == ("one", 0)
+    assert (mesh.coordinator, mesh.nodes_left_out, mesh.isolated) == ("one", 0, False)
+    assert described(isolated=True).isolated
 
 
 def test_a_replica_that_is_ready_has_what_it_really_took_and_no_progress():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import shutil
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
@@ -530,3 +531,76 @@ async def node(serve: Serve) -> Node:
 def keyed_options() -> RpcOptions:
     """A node that asks for the key `sesame`."""
     return RpcOptions(access=AccessOptions(api_keys={"laptop": "sesame"}))
+
+
+# --- in a browser -------------------------------------------------------------------------------------------------------
+
+BROWSER_SECONDS = 10.0
+"""For anything on the page; it takes a fraction of one. Chromium on a busy machine is the slowest."""
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture
+async def browser() -> AsyncIterator[object]:
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no Chromium on this machine: the status page is not tried in a browser")
+    playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
+    async with playwright.async_playwright() as driver:
+        launched = await driver.chromium.launch(executable_path=chromium, args=ARGUMENTS)
+        yield launched
+        await launched.close()
+
+
+@pytest.fixture
+async def page(browser) -> AsyncIterator[object]:
+    """A page that fails the test when its scripts fail, and that keeps the addresses it asked."""
+    opened = await browser.new_page(viewport={"width": 1280, "height": 900})
+    opened.set_default_timeout(BROWSER_SECONDS * 1000)
+    faults: list[str] = []
+    opened.asked = []
+    opened.on("pageerror", lambda fault: faults.append(str(fault)))
+    opened.on("request", lambda request: opened.asked.append(request.url))
+    yield opened
+    assert faults == []
+
+
+LOW_CONTRAST = """() => {
+  const parse = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
+  const luminance = ([r, g, b]) => {
+    const [x, y, z] = [r, g, b].map((part) => (part /= 255) <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+  };
+  const behind = (element) => {
+    for (let at = element; at; at = at.parentElement) {
+      const colour = parse(getComputedStyle(at).backgroundColor);
+      if (colour.length === 3 || colour[3] === 1) return colour;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const element = texts.currentNode.parentElement;
+    if (!texts.currentNode.data.trim() || !element.checkVisibility() || element.closest('.skip, button:disabled')) continue;
+    const [a, b] = [luminance(parse(getComputedStyle(element).color)), luminance(behind(element))];
+    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (contrast < 4.5) low.push(`${texts.currentNode.data.trim()}: ${contrast.toFixed(2)}`);
+  }
+  return low;
+}"""
+"""WCAG 2's contrast ratio of every visible text against the nearest opaque background (4.5 is its level AA)."""
+
+
+@pytest.fixture
+def low_contrast() -> str:
+    """A script that gives the texts of a page that are hard to read."""
+    return LOW_CONTRAST

@@ -6,8 +6,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
-from collections.abc import AsyncIterator
 from importlib.resources import files
 
 import pytest
@@ -116,41 +114,6 @@ async def test_without_the_key_there_is_the_page_but_no_fact_of_the_node(serve, 
 
 
 # --- in a browser -----------------------------------------------------------------------------------------------------
-
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-
-
-@pytest.fixture
-async def browser() -> AsyncIterator[object]:
-    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-    if chromium is None:
-        pytest.skip("no Chromium on this machine: the status page is not tried in a browser")
-    playwright = pytest.importorskip("playwright.async_api", reason="playwright is not installed")
-    async with playwright.async_playwright() as driver:
-        launched = await driver.chromium.launch(executable_path=chromium, args=ARGUMENTS)
-        yield launched
-        await launched.close()
-
-
-@pytest.fixture
-async def page(browser) -> AsyncIterator[object]:
-    """A page that fails the test when its scripts fail, and that keeps the addresses it asked."""
-    opened = await browser.new_page(viewport={"width": 1280, "height": 900})
-    opened.set_default_timeout(BOUND * 1000)
-    faults: list[str] = []
-    opened.asked = []
-    opened.on("pageerror", lambda fault: faults.append(str(fault)))
-    opened.on("request", lambda request: opened.asked.append(request.url))
-    yield opened
-    assert faults == []
 
 
 @pytest.mark.browser
@@ -306,41 +269,14 @@ async def test_no_width_needs_sideways_scrolling(node, service, page, width):
 
 
 @pytest.mark.browser
-async def test_every_text_has_enough_contrast_in_light_and_dark(node, browser):
+async def test_every_text_has_enough_contrast_in_light_and_dark(node, browser, low_contrast):
     for scheme in ("light", "dark"):
         page = await browser.new_page(color_scheme=scheme)
         await page.goto(node.url)
         await page.wait_for_selector(".failure")
-        low = await page.evaluate(LOW_CONTRAST)
+        low = await page.evaluate(low_contrast)
         assert low == [], scheme
         await page.close()
-
-
-LOW_CONTRAST = """() => {
-  const parse = (colour) => (colour.match(/[\\d.]+/g) ?? []).map(Number);
-  const luminance = ([r, g, b]) => {
-    const [x, y, z] = [r, g, b].map((part) => (part /= 255) <= 0.03928 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4);
-    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
-  };
-  const behind = (element) => {
-    for (let at = element; at; at = at.parentElement) {
-      const colour = parse(getComputedStyle(at).backgroundColor);
-      if (colour.length === 3 || colour[3] === 1) return colour;
-    }
-    return [255, 255, 255];
-  };
-  const low = [];
-  const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-  while (texts.nextNode()) {
-    const element = texts.currentNode.parentElement;
-    if (!texts.currentNode.data.trim() || !element.checkVisibility() || element.closest('.skip, button:disabled')) continue;
-    const [a, b] = [luminance(parse(getComputedStyle(element).color)), luminance(behind(element))];
-    const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    if (contrast < 4.5) low.push(`${texts.currentNode.data.trim()}: ${contrast.toFixed(2)}`);
-  }
-  return low;
-}"""
-"""WCAG 2's contrast ratio of every visible text against the nearest opaque background (4.5 is its level AA)."""
 
 
 @pytest.mark.browser

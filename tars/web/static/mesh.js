@@ -90,10 +90,12 @@ function replicaRow() {
   const load = h("div", { class: "load" }, progress, stage);
   const problem = h("p", { class: "error-text" });
   return {
-    element: h("div", { class: "node-replica" }, h("div", { class: "node-row" }, model, memory, state), load, problem),
-    update(replica) {
-      setText(model, `${replica.model} ${replica.variant}`);
-      setText(memory, `${replica.measured ? "" : "about "}${bytes(replica.memory_bytes)}`);
+    element: h("div", { class: "node-replica" }, h("div", { class: "node-row" }, model, state), memory, load, problem),
+    update({ replica, several }) {
+      setText(model, replica.model);
+      // Where a node has one device only, it stands right above.
+      const place = several ? `, ${replica.device_name.replace(/^NVIDIA /, "")}` : "";
+      setText(memory, `${replica.variant}, ${replica.measured ? "" : "about "}${bytes(replica.memory_bytes)}${place}`);
       showState(state, replica.state);
       load.hidden = !replica.progress || replica.state === "ready";
       if (replica.progress) {
@@ -128,7 +130,7 @@ function nodeCard() {
   const replicas = h("div", { class: "node-replicas" });
   let linked = null;
   return {
-    element: h("article", { class: "card node" }, h("div", { class: "replica-head" }, name, tags, state), words, devices, replicas),
+    element: h("article", { class: "card node" }, h("div", { class: "node-head" }, name, state, tags), words, devices, replicas),
     update(node) {
       const address = node.this_node ? null : webAddress(node.client_url);
       if (linked !== `${address} ${node.name}`) {
@@ -138,7 +140,7 @@ function nodeCard() {
       showTags(tags, [
         node.this_node ? ["this node", ""] : null,
         node.coordinator ? ["coordinates", ""] : null,
-        node.version ? [node.version, ""] : null,
+        node.version ? [`TARS ${node.version}`, ""] : null,
       ].filter(Boolean));
       showState(state, node.state.toLowerCase());
       setText(words, standing(node));
@@ -146,7 +148,8 @@ function nodeCard() {
       // What a node that is gone said of its memory holds no longer.
       const there = GONE.has(node.state) ? { devices: [], replicas: [] } : node;
       keyed(devices, there.devices, (device) => device.id, deviceRow);
-      keyed(replicas, there.replicas, (replica) => replica.id, replicaRow);
+      const several = there.devices.length > 1;
+      keyed(replicas, there.replicas.map((replica) => ({ replica, several })), ({ replica }) => replica.id, replicaRow);
       devices.hidden = !there.devices.length;
       replicas.hidden = !there.replicas.length;
     },
@@ -160,7 +163,8 @@ function summary(shown) {
   const states = STATES.filter((state) => mesh.nodes_by_state[state]).map((state) => `${mesh.nodes_by_state[state]} ${state.toLowerCase()}`);
   const decides = mesh.coordinator === null ? "nobody coordinates" : `${mesh.coordinator} coordinates`;
   const rest = mesh.nodes_left_out ? `; ${shown} of ${total} are shown, tars status --node NAME shows any` : "";
-  return `${total} nodes: ${states.join(", ")}; ${decides}${rest}.`;
+  const alone = mesh.isolated ? " None of the others answers this node: look first at its own network." : "";
+  return `${total} nodes: ${states.join(", ")}; ${decides}${rest}.${alone}`;
 }
 
 export function showMesh(node) {
@@ -178,11 +182,11 @@ export function showMesh(node) {
 /* ---- what moves, what nobody serves ---- */
 
 function moveRow() {
-  const model = h("b");
+  const model = h("span", { class: "name" });
   const way = h("span", { class: "muted" });
   const gain = h("p", { class: "small muted" });
   return {
-    element: h("article", { class: "failure" }, h("div", { class: "failure-head" }, model, way), gain),
+    element: h("article", { class: "move" }, h("div", { class: "failure-head" }, model, way), gain),
     update(move) {
       setText(model, move.model);
       setText(way, `${move.source} → ${move.target}`);
@@ -201,7 +205,8 @@ export function unservedRow() {
   const why = h("p", { class: "error-text" });
   const devices = h("ul", { class: "verdicts small muted" });
   const command = h("span", { class: "mono" });
-  const hint = h("p", { class: "small muted" }, "Loaded nowhere. ", command, " says why.");
+  const tells = h("span");
+  const hint = h("p", { class: "small muted" }, "Loaded nowhere. ", command, tells);
   return {
     element: h("article", { class: "replica" }, h("div", { class: "replica-head" }, name, h("div", { class: "tags" }, kind), state), why, devices, hint),
     update(model) {
@@ -223,6 +228,7 @@ export function unservedRow() {
       });
       devices.hidden = !rows.length;
       setText(command, `tars explain ${model.model}`);
+      setText(tells, model.why ? " says more." : " says why.");
     },
   };
 }
