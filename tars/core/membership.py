@@ -331,15 +331,20 @@ class Membership:
         if peer is None:
             return None
         if overrules(update.incarnation, update.state, peer.incarnation, peer.state):
-            unprepared = peer.incarnation != UNHEARD and (
-                peer.state in (MemberState.ALIVE, MemberState.DRAINING)
-                or (peer.suspicion is not None and peer.suspicion.private)
+            # Nobody dies sooner after a sign of life than a suspicion lasts.
+            unlikely = now - peer.heard < self._settings.shortest_suspicion
+            unprepared = unlikely or (
+                peer.incarnation != UNHEARD
+                and (
+                    peer.state in (MemberState.ALIVE, MemberState.DRAINING)
+                    or (peer.suspicion is not None and peer.suspicion.private)
+                )
             )
             if update.state is MemberState.SUSPECT:
                 self._suspect(peer, update.accuser, max(0, update.incarnation), now)
             elif update.state is MemberState.DEAD and unprepared:
-                # Told across a partition that heals, most of all: see for oneself first, at once, and say nothing (memberlist's merge
-                # suspects then, too).
+                # Told across a partition that heals, most of all, or by who was removed and is refused by all: see for oneself first, at
+                # once, and say nothing (memberlist's merge suspects then, too).
                 if peer.suspicion is None:
                     self._suspect(peer, update.accuser, max(0, update.incarnation), now, private=True)
             else:

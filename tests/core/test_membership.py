@@ -17,6 +17,8 @@ ALIVE, SUSPECT, DEAD, DRAINING, LEFT = (
     MemberState.DRAINING,
     MemberState.LEFT,
 )
+LONG_AGO = MembershipSettings().shortest_suspicion
+"""Who was last heard then may be dead by now."""
 M, N, T = NodeId("m"), NodeId("n"), NodeId("t")
 """This node, the peer it is about, and who tells of it."""
 
@@ -39,7 +41,7 @@ class Bench:
         if state is DRAINING:
             self.hear(N, Update(N, incarnation, DRAINING), incarnation=incarnation, now=now)
         else:
-            self.hear(N, incarnation=incarnation, now=now)
+            self.hear(N, incarnation=incarnation, now=now - LONG_AGO)
             for step in {SUSPECT: [SUSPECT], DEAD: [SUSPECT, DEAD], LEFT: [LEFT]}.get(state, []):
                 self.hear(T, Update(N, incarnation, step, accuser=T), now=now)
         assert self.membership.state_of(N) is state
@@ -103,6 +105,16 @@ def test_what_others_say(held, claim, after):
     outbox = bench.hear(T, Update(N, claim[1], claim[0], accuser=T))
     assert bench.membership.state_of(N) is after
     assert changes(outbox) == ([] if after is held[0] else [(N, after)])
+
+
+def test_a_death_of_a_peer_that_was_heard_just_now_is_not_believed_though_it_was_suspected():
+    bench = Bench(N, T)
+    bench.hold(SUSPECT, 3)
+    bench.hear(N, incarnation=3, now=1.0)
+    just = 1.0 + LONG_AGO - 0.01
+    assert changes(bench.hear(T, Update(N, 3, DEAD, accuser=T), now=just)) == []
+    assert [each.state for each in bench.news(to=N)] == [SUSPECT]  # so that it can refute
+    assert changes(bench.hear(T, Update(N, 3, DEAD, accuser=T), now=just + 0.02)) == [(N, DEAD)]
 
 
 @pytest.mark.parametrize("state", [SUSPECT, DEAD, LEFT])
