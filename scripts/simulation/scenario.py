@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from breach import Breach
@@ -123,12 +123,15 @@ class Scenario:
         return join
 
     def _spread(self, node: VirtualNode) -> bool:
-        """Whether somebody else knows whom this node admitted or removed: with the only disk that knows, the fact itself is lost."""
-        others = [
-            each for each in self.world.nodes if each is not node and each.power is not Power.GONE and not each.removed
-        ]
+        """Whether the mesh stays one without this node's disk.
+
+        Whom it admitted or removed somebody else knows; and the others can still find each other: a PC that was away while others joined
+        believes only a member that it knows (a removed node has the CA's key, too). Without that an operator would have to let it join
+        again.
+        """
+        others = [each for each in self.world.nodes if each is not node and each.lasting]
         known = [record for key, record in node.disk.records.items() if key.startswith(MEMBER)]
-        return all(
+        return _linked(others) and all(
             any(other.disk.records.get(record.key) == record for other in others if MEMBER + other.id != record.key)
             for record in known
             if record.key != MEMBER + node.id
@@ -365,3 +368,18 @@ class Scenario:
             self.world.fails = 0.0
 
         self.world.time.after(self.dice.uniform(3.0, 10.0), well)
+
+
+def _linked(nodes: Sequence[VirtualNode]) -> bool:
+    """Whether each that has joined comes to know all others, by way of those that know each other."""
+    members = [node for node in nodes if MEMBER + node.id in node.disk.records]
+    reached = members[:1]
+    for node in reached:
+        reached += [each for each in members if each not in reached and _knows(node, each) and _knows(each, node)]
+    return len(reached) == len(members)
+
+
+def _knows(node: VirtualNode, other: VirtualNode) -> bool:
+    """On its disk, and not as removed."""
+    record = node.disk.records.get(MEMBER + other.id)
+    return record is not None and isinstance(record.value, Member) and not record.value.removed

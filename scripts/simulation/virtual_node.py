@@ -131,6 +131,11 @@ class VirtualNode:
         return self.power in (Power.UP, Power.PAUSED)
 
     @property
+    def lasting(self) -> bool:
+        """Whether what is on its disk can still reach the mesh."""
+        return self.power is not Power.GONE and self.returns and not self.removed
+
+    @property
     def draining(self) -> bool:
         return self.disk.draining
 

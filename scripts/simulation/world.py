@@ -15,7 +15,7 @@ from invariants import OperatorsWrites, check_decision, why_not_settled
 from virtual_executor import Conditions
 from virtual_fleet import Pc, models, pc, really_taken
 from virtual_network import VirtualNetwork
-from virtual_node import Power, VirtualNode
+from virtual_node import VirtualNode
 from virtual_time import VirtualTime
 
 from tars.core.coordination_view import CoordinationSettings, CoordinationView, Decision
@@ -260,7 +260,4 @@ class World:
 
     def lose_disk(self, node: VirtualNode) -> None:
         """What only this node's disk had is gone; tell the model of what operators did."""
-        self.writes.disk_lost(
-            node,
-            [each for each in self.nodes if each is not node and each.power is not Power.GONE and not each.removed],
-        )
+        self.writes.disk_lost(node, [each for each in self.nodes if each is not node and each.lasting])
