@@ -16,9 +16,11 @@ from virtual_time import VirtualTime
 from tars.core.node_steps import next_steps
 from tars.core.records import ReplicaReport
 from tars.core.types import Assignment, Bytes, DeviceId, DeviceSnapshot, ModelKind, ReplicaId, ReplicaState
+from tars.workers.lifecycle import BUSY_SECONDS
 
 MOVING = (ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING, ReplicaState.STOPPING)
 """A replica in these states has its device's memory in motion."""
+LOADING_OR_ENDING = (ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.STOPPING)
 COOL_DOWN_SECONDS = 5.0
 """Between a load that failed and the next try of its node, a fraction of the real one."""
 
@@ -189,8 +191,15 @@ class VirtualExecutor:
         self._set(running, ReplicaState.RESTARTING)
         running.bytes = Bytes(0)
         card.press()
-        self._then(running, 1.0, lambda: self._begin(card, running))
+        self._then(running, 1.0, lambda: self._restart(card, running))
         self._changed(f"worker of {running.assignment.replica} died")
+
+    def _restart(self, card: Card, running: Running) -> None:
+        """As `workers.lifecycle`: once nothing else loads or ends on the device."""
+        if any(each.state in LOADING_OR_ENDING for each in card.running.values()):
+            self._then(running, BUSY_SECONDS, lambda: self._restart(card, running))
+        else:
+            self._begin(card, running)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -212,11 +221,7 @@ class VirtualExecutor:
         self._begin(card, running)
 
     def _begin(self, card: Card, running: Running) -> None:
-        # A worker that died is started again by its supervisor, whatever else its device does: what it takes is promised to it.
-        if (
-            running.state is not ReplicaState.RESTARTING
-            and sum(each.state is ReplicaState.LOADING for each in card.running.values()) > 0
-        ):
+        if any(each.state is ReplicaState.LOADING for each in card.running.values()):
             raise Breach(
                 f"{running.assignment.replica} begins to load on {card.bought.id} while another one loads there"
             )

@@ -397,9 +397,19 @@ class Executor:
         if self._tuned is not None:
             spec = spec.model_copy(update={"tuned": self._tuned.known(spec, device)})
         worker = self._make_worker(spec, lambda worker: self._worker_changed(assignment.replica, worker))
+        worker.device_busy = lambda: self._busy_beside(worker, device.id)
         self.replicas[assignment.replica] = LiveReplica(assignment, device, kind, worker, spec)
         log.info("loading %s on %s: %s", assignment.replica, device.name, assignment.reason)
         await worker.start()
+
+    def _busy_beside(self, worker: ReplicaWorker, device: DeviceId) -> bool:
+        """Whether something else loads or ends there. Two that both wait for their restart do not wait for each other."""
+        return any(
+            live.assignment.device == device
+            and live.worker is not worker
+            and live.worker.state in (ReplicaState.STARTING, ReplicaState.LOADING)
+            for live in self.replicas.values()
+        ) or any(live.assignment.device == device for live in self._stops.values())
 
     def _worker_changed(self, replica: ReplicaId, worker: ReplicaWorker) -> None:
         live = self.replicas.get(replica)

@@ -10,6 +10,8 @@ The rules, in words:
 - After `crash_limit` quick crashes in a row it is FAILED, and may be tried again once after every `cool_down` seconds: nobody is on call,
   and a driver update or freed memory may have healed it. That try is asked for (`StartAsked`) by whoever sees to it that loads on one
   device come one at a time; here it only becomes due (`retry_due`).
+- A restart waits while something else loads or ends on its device, as ordered loads do: two at once would want the same memory, and each
+  would measure the other's.
 - Hung is: no answer to a ping for `hang` seconds (a stopped or swapped-out process), or calls in flight while the engine's progress mark
   stands still that long (a dead kernel, an endless grammar). A hung worker is killed; what follows is the same as after a crash.
 - While it imports or starts, native code may hold the interpreter for long: there the patience is `start_timeout`, as it is for a load
@@ -79,6 +81,9 @@ class ProcessEnded:
 class Tick:
     """Time passed; comes at least every `Limits.ping_interval` seconds."""
 
+    device_busy: bool = False
+    """Something else loads or ends on the worker's device just now: a restart that is due waits."""
+
 
 Happening = StartAsked | StopAsked | Progressed | Loaded | LoadFailed | PingAnswered | ProcessEnded | Tick
 
@@ -147,6 +152,9 @@ LEGAL: dict[ReplicaState, frozenset[ReplicaState]] = {
 }
 """Which state may follow which; everything else is a bug."""
 
+BUSY_SECONDS = 0.25
+"""A restart whose device is busy looks again after so long."""
+
 RUNNING = frozenset({ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.READY})
 """The states in which the child is meant to be alive."""
 
@@ -205,8 +213,8 @@ class Lifecycle:
                 return self._ping_answered(mark, in_flight, now)
             case ProcessEnded(cause):
                 return self._ended(cause, now)
-            case Tick():
-                return self._tick(now)
+            case Tick(device_busy):
+                return self._tick(now, device_busy)
 
     def next_wake(self) -> float | None:
         """When `Tick` is due next; None while nothing can happen by time alone."""
@@ -330,7 +338,7 @@ class Lifecycle:
             )
         return [FailCalls(calls_error)]
 
-    def _tick(self, now: float) -> list[Effect]:
+    def _tick(self, now: float, device_busy: bool) -> list[Effect]:
         slept = self._last_tick is not None and now - self._last_tick > 2 * self.limits.ping_interval + 1.0
         self._last_tick = now
         if self.state in (ReplicaState.RESTARTING, ReplicaState.FAILED):
@@ -339,6 +347,9 @@ class Lifecycle:
             if self.state is ReplicaState.FAILED:
                 self.restart_at = None
                 self.retry_due = True
+                return []
+            if device_busy:
+                self.restart_at = now + BUSY_SECONDS
                 return []
             self.restarts += 1
             return self._start(now)

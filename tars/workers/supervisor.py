@@ -61,11 +61,19 @@ class SavedSequence:
 class ReplicaWorker:
     """A replica and the worker that holds it, over all the worker's restarts.
 
-    `on_change` is called (in the event loop, synchronously) when `state`, `progress`, `info` or `last_error` changed.
+    `on_change` is called (in the event loop, synchronously) when `state`, `progress`, `info` or `last_error` changed. `device_busy` says
+    whether something else loads or ends on the worker's device; it may be set later.
     """
 
-    def __init__(self, spec: LoadSpec, options: WorkerOptions, on_change: Callable[[ReplicaWorker], None]) -> None:
+    def __init__(
+        self,
+        spec: LoadSpec,
+        options: WorkerOptions,
+        on_change: Callable[[ReplicaWorker], None],
+        device_busy: Callable[[], bool] = lambda: False,
+    ) -> None:
         self.spec = spec
+        self.device_busy = device_busy
         self.options = options
         self.calls_total = 0
         self._on_change = on_change
@@ -382,7 +390,10 @@ class ReplicaWorker:
             self._timer = None
         if (at := self._lifecycle.next_wake()) is not None:
             delay = max(0.0, at - time.monotonic())
-            self._timer = asyncio.get_running_loop().call_later(delay, self._happened, lifecycle.Tick())
+            self._timer = asyncio.get_running_loop().call_later(delay, self._tick)
+
+    def _tick(self) -> None:
+        self._happened(lifecycle.Tick(self.device_busy()))
 
     def _ended(self, child: Child, cause: str) -> None:
         if child is not self._child:

@@ -223,6 +223,27 @@ async def test_while_something_loads_its_device_is_told_as_it_was_before(bench):
     assert now.memory_free == Bytes.mib(700)
 
 
+async def test_a_restart_waits_for_other_loads_of_its_device_and_for_what_ends_there_and_not_for_another_restart(bench):
+    for model in (bench.model, bench.second):
+        bench.deployments.deploy(Deployment(model))
+        await bench.coordinator.reconcile()
+        bench.workers[-1].loaded()
+    first, second = bench.workers
+    assert not first.device_busy()
+    for state in ReplicaState:
+        second.state = state
+        assert first.device_busy() is (state in (ReplicaState.STARTING, ReplicaState.LOADING))
+    second.state = ReplicaState.READY
+    first.state = ReplicaState.LOADING
+    assert not first.device_busy()  # not for itself
+    second.may_stop.clear()
+    executor = bench.coordinator.executor
+    executor.retire(next(key for key, live in executor.replicas.items() if live.worker is second))
+    assert first.device_busy()
+    second.may_stop.set()
+    await until(lambda: not first.device_busy())
+
+
 async def test_orders_for_a_device_that_is_gone_are_left_alone(bench):
     bench.deployments.deploy(Deployment(bench.model))
     await bench.coordinator.reconcile()

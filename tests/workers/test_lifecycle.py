@@ -12,6 +12,7 @@ from tars.core.types import ReplicaState
 from tars.errors import BadModelFile, DiskFull, DoesNotFit, ReplicaFailed, WorkerCrashed
 from tars.messages.node import LoadedInfo
 from tars.workers.lifecycle import (
+    BUSY_SECONDS,
     Effect,
     FailCalls,
     Happening,
@@ -133,6 +134,18 @@ def test_quick_crashes_wait_longer_each_and_are_given_up_then_tried_once_in_a_wh
     assert machine.retry_due
     machine.handle(StopAsked(), now + 652)
     assert (machine.state, machine.retry_due) == (S.STOPPED, False)
+
+
+def test_a_restart_waits_while_something_else_loads_on_its_device() -> None:
+    machine = ready()
+    machine.handle(ProcessEnded("signal SIGKILL"), 10)
+    assert machine.next_wake() == 11
+    for now in (11, 11.25, 11.5):
+        assert machine.handle(Tick(device_busy=True), now) == []
+        assert (machine.state, machine.restarts, machine.next_wake()) == (S.RESTARTING, 0, now + BUSY_SECONDS)
+    assert machine.handle(Tick(), 11.75) == [Spawn()]
+    # What runs is watched however busy its device is.
+    assert machine.handle(Tick(device_busy=True), 13.75) == [SendPing()]
 
 
 def test_a_stable_time_forgives_earlier_crashes() -> None:

@@ -222,6 +222,22 @@ async def test_a_crash_mid_call_is_a_retryable_error_and_the_worker_comes_back(m
     assert await collect(worker, CompleteParams(prompt="count 1"))
 
 
+async def test_a_worker_comes_back_only_when_nothing_else_loads_on_its_device(make: Make) -> None:
+    worker = await make()
+    asked = 0
+
+    def busy() -> bool:
+        nonlocal asked
+        asked += worker.state is ReplicaState.RESTARTING
+        return asked < 3
+
+    worker.device_busy = busy
+    with pytest.raises(WorkerCrashed):
+        await collect(worker, CompleteParams(prompt="abort"))
+    await worker.wait_ready(20)
+    assert asked == 3
+
+
 async def test_what_a_dead_worker_printed_last_is_in_a_log_of_warnings(
     make: Make, caplog: pytest.LogCaptureFixture
 ) -> None:
