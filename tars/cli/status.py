@@ -65,7 +65,10 @@ class Seen:
 @connection_options
 @pass_connection
 def status(connection: Connection, node: str | None, watch: bool, wait: bool, wait_timeout: float) -> int:
-    """Show the node's devices, memory and recent errors, and the nodes and replicas of its mesh."""
+    """Show the node's devices, memory and recent errors, and the nodes and replicas of its mesh.
+
+    With --json: the message of node.describe, with that of mesh.describe under "mesh".
+    """
     if watch and wait:
         raise click.UsageError("--watch and --wait exclude each other")
     if node is not None and (watch or wait):
