@@ -132,7 +132,9 @@ class NodeMesh:
         self._check = MemberCheck(store.map, lost=store.lost)
         settings = MeshSettings(membership=MembershipSettings.paced(config.mesh.probe_seconds))
         machine = MeshMachine(identity.node, store.map, settings, random.Random())
-        self.connections = PeerConnections(identity, self._check, lambda node: self.gossip.addresses(node))
+        self.connections = PeerConnections(
+            identity, self._check, lambda node: self.gossip.addresses(node), thrown_out=self._removed
+        )
         self.gossip = Gossip(machine, self.connections, store, viewer=self._viewer, load=self._load)
         self.tokens = JoinTokens(folder, identity.ca_hash)
         self.admitting = Admitting(identity, self.tokens, store)
@@ -145,7 +147,7 @@ class NodeMesh:
         self._service: LocalNodeService | None = None
         self._coordinator: Coordinator | None = None
         self._tasks: list[asyncio.Task[None]] = []
-        self._cut_off = False
+        self._cut_off = self._thrown_out = False
 
     # --- what the other parts ask -------------------------------------------------------------------------------------
 
@@ -316,7 +318,12 @@ class NodeMesh:
         if self._cut_off and reached:
             log.warning("this node reaches its mesh again")
             self._cut_off = False
-        elif not self._cut_off and not reached and MemberState.DEAD in states and before in CALLABLE:
+        elif (
+            not (self._cut_off or self._thrown_out)
+            and not reached
+            and MemberState.DEAD in states
+            and before in CALLABLE
+        ):
             log.warning(
                 "this node is isolated: none of its peers answers any more. It serves the models that it has, and goes on looking "
                 "for them; look first at this PC's own network"
@@ -332,10 +339,15 @@ class NodeMesh:
         if MEMBER + self._identity.node in keys:
             own = self._store.map.get(MEMBER + self._identity.node)
             if isinstance(own, Member) and own.removed:
-                log.error(
-                    "this node was removed from the mesh, so its peers no longer talk to it; what it serves, it serves alone. To let it "
-                    "in again: `tars token new` on a node of the mesh, then `tars-node --join` here"
-                )
+                self._removed()
+
+    def _removed(self) -> None:
+        if not self._thrown_out:
+            log.error(
+                "this node was removed from the mesh, so its peers no longer talk to it; what it serves, it serves alone. To let it "
+                "in again: `tars token new` on a node of the mesh, then `tars-node --join` here"
+            )
+        self._thrown_out = True
 
     def _network_changed(self) -> None:
         self.gossip.network_changed()

@@ -68,6 +68,8 @@ class Administration:
         self._tokens = tokens
         self._hear = hear
         self._addresses = addresses
+        self._told: dict[str, str] = {}
+        """By member: what was last wrong with its records."""
 
     # --- nodes ----------------------------------------------------------------------------------------------------------
 
@@ -85,7 +87,9 @@ class Administration:
         envelope = decode_envelope(params.envelope, problems)
         if envelope.sender != sender:
             raise NotAMember("This packet was sent in another node's name, so it was not taken.")
-        if problems:
+        # Once: the same record comes again with every comparison.
+        if problems and self._told.get(sender) != problems[0].message:
+            self._told[sender] = problems[0].message
             log.warning("node %s sent %d records that were not taken: %s", sender, len(problems), problems[0].message)
         return GossipResult(envelopes=[encode_envelope(each) for each in self._hear(envelope.sender, envelope)])
 

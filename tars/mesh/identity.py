@@ -39,6 +39,8 @@ from tars.state_folder import write_atomically
 log = logging.getLogger(__name__)
 
 IDENTITY_FILE = "mesh_identity.pem"
+REMOVED = "removed"
+"""`details["reason"]` of `NotAMember` and of `JoinRefused` where the NodeId was thrown out of the mesh: that is for ever."""
 NODE_URI = "tars:node:"
 """How the subject alternative name of a node's certificate begins; the NodeId follows."""
 
@@ -381,7 +383,8 @@ def check_member(records: MemberRecords, peer: PeerCertificate) -> Member:
     if member.removed:
         raise NotAMember(
             "This node was removed from the mesh; join again with a new token: `tars token new` on a node of the mesh, then "
-            "`tars-node --join TOKEN@HOST:PORT` here."
+            "`tars-node --join TOKEN@HOST:PORT` here.",
+            details={"reason": REMOVED},
         )
     if not hmac.compare_digest(member.fingerprint, peer.fingerprint):
         raise NotAMember(

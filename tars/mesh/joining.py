@@ -23,7 +23,15 @@ from tars.core.records import Member
 from tars.core.replicated_map import MEMBER
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, InvalidParams, JoinRefused
-from tars.mesh.identity import IDENTITY_FILE, Identity, PeerCertificate, check_member, fingerprint_of, hash_of_ca
+from tars.mesh.identity import (
+    IDENTITY_FILE,
+    REMOVED,
+    Identity,
+    PeerCertificate,
+    check_member,
+    fingerprint_of,
+    hash_of_ca,
+)
 from tars.mesh.join_tokens import JoinTokens, Token, decode_secret, encode
 from tars.mesh.record_codec import decode_record, encode_record
 from tars.mesh.replicated_store import Records
@@ -36,9 +44,6 @@ CLOCK_DIFFERENCE_MS = 86_400_000
 """A day. Certificates reach two days back (`identity.CLOCK_TOLERANCE`); what is worse than that would lock the node out at once."""
 MOST_RECORDS = 1_000_000
 """Of a mesh's map: a hundred times what a thousand nodes with a hundred models have."""
-
-REMOVED = "removed"
-"""`details["reason"]` where the NodeId was removed from the mesh: that is for ever, so the joiner takes a new one and asks again."""
 
 
 class Admitting:

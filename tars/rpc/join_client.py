@@ -20,9 +20,9 @@ from pydantic import ValidationError
 
 from tars.config_schema import ListenAddress
 from tars.errors import BadPeerAnswer, ConfigError, JoinRefused, NotAMember, PeerUnreachable, TarsError
-from tars.mesh.identity import Identity, PeerCertificate, check_clock, hash_of_ca, trusting
+from tars.mesh.identity import REMOVED, Identity, PeerCertificate, check_clock, hash_of_ca, trusting
 from tars.mesh.join_tokens import Invitation
-from tars.mesh.joining import REMOVED, Grant, JoinRequest
+from tars.mesh.joining import Grant, JoinRequest
 from tars.messages.admission import JoinResult
 from tars.rpc.http_client import NotTls, RpcConnection
 from tars.rpc.mesh_listener import CA_PATH, HINT_PATH

@@ -16,7 +16,7 @@ from tars.core.mesh_messages import Envelope
 from tars.core.replicated_map import MEMBER
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, DeadlineExceeded, InvalidParams, NotAMember, PeerUnreachable, TarsError
-from tars.mesh.identity import Identity, MemberCheck, PeerCertificate
+from tars.mesh.identity import REMOVED, Identity, MemberCheck, PeerCertificate
 from tars.mesh.record_codec import decode_envelope, encode_envelope
 from tars.messages.mesh import MOST_ANSWERS
 from tars.rpc.http_client import NodeNotReachable, RpcConnection
@@ -39,6 +39,8 @@ class _Peer:
     def __init__(self, address: str, expected: NodeId | None, identity: Identity, check: MemberCheck) -> None:
         self.node = expected
         self.certificate: PeerCertificate | None = None
+        self.problem = ""
+        """What was last wrong with its records: said once, for they come again with every comparison."""
         self._check = check
         self._own = identity.node
         self.rpc = RpcConnection(
@@ -53,7 +55,11 @@ class _Peer:
             raise OtherNode(f"Node {peer.node} answers there, and not {self.node}.")
         if peer.node == self._own:
             raise OtherNode("This node itself answers there.")
-        self._check(peer)
+        try:
+            self._check(peer)
+        except NotAMember as error:
+            # Of the other one; what a peer says of this node comes as its answer.
+            raise NotAMember(error.message) from None
         # Every connection of this address belongs to the same node from now on, so an answer is its answer.
         self.node, self.certificate = peer.node, peer
 
@@ -65,7 +71,8 @@ class OtherNode(NotAMember):
 
 
 class PeerConnections:
-    """One per node. `addresses`: host:port of a node, best first."""
+    """One per node. `addresses`: host:port of a node, best first. `thrown_out` is called when a member says that this node was removed:
+    nobody sends it the record of that any more."""
 
     def __init__(
         self,
@@ -74,11 +81,13 @@ class PeerConnections:
         addresses: Callable[[NodeId], Sequence[str]],
         *,
         exchange_seconds: float = EXCHANGE_SECONDS,
+        thrown_out: Callable[[], None] = lambda: None,
     ) -> None:
         self._identity = identity
         self._check = check
         self._addresses = addresses
         self._exchange_seconds = exchange_seconds
+        self._thrown_out = thrown_out
         self._open: dict[tuple[str, NodeId | None], _Peer] = {}
         self._closing: set[asyncio.Task[None]] = set()
 
@@ -101,7 +110,8 @@ class PeerConnections:
             raise BadPeerAnswer(f"What node {peer.node} answered to a packet is none. Update the older of the two.")
         problems: list[InvalidParams] = []
         answers = [decode_envelope(each, problems) for each in envelopes]
-        if problems:
+        if problems and peer.problem != problems[0].message:
+            peer.problem = problems[0].message
             log.warning(
                 "node %s sent %d records that were not taken: %s", peer.node, len(problems), problems[0].message
             )
@@ -152,6 +162,10 @@ class PeerConnections:
                 self._drop((address, expected))
                 if last or expected is not None:
                     raise
+            except NotAMember as refusal:
+                if refusal.details.get("reason") == REMOVED:
+                    self._thrown_out()
+                raise
             except PeerUnreachable:
                 # A kept connection that the peer closed, as after its restart: a packet may come twice, so once more on a new one.
                 if last:

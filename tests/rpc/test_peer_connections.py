@@ -147,6 +147,26 @@ async def test_a_removed_nodes_connections_are_closed_at_once_on_both_sides(mesh
     assert (await one.peers.exchange(three.address, three.id, one.ping()))[0] == three.id
 
 
+async def test_a_node_that_was_removed_learns_it_from_the_first_member_that_it_asks(mesh: list[MeshNode]) -> None:
+    one, two, three = mesh
+    heard: list[str] = []
+    two.peers._thrown_out = lambda: heard.append("thrown out")
+    one.peers._thrown_out = lambda: heard.append("not this one")
+    await two.peers.exchange(one.address, one.id, two.ping())
+    remove(one, two)
+    one.peers.members_changed([f"member/{two.id}"])
+    one.listener.members_changed([f"member/{two.id}"])
+    # The other one, and not this one, is what this one's own check says.
+    with pytest.raises(NotAMember, match="removed"):
+        await one.peers.exchange(two.address, two.id, one.ping())
+    # Another member has not heard of it yet.
+    await two.peers.exchange(three.address, three.id, two.ping())
+    assert heard == []
+    with pytest.raises(NotAMember, match="removed"):
+        await two.peers.exchange(one.address, one.id, two.ping())
+    assert heard == ["thrown out"]
+
+
 async def test_a_peer_that_restarted_is_found_again_with_the_first_packet(mesh: list[MeshNode]) -> None:
     one, two, _ = mesh
     await one.peers.exchange(two.address, two.id, one.ping())
