@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import re
 import signal
+import ssl
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -19,7 +21,9 @@ from network_namespaces import Host, Network
 from running_node import RunningNode, node_command
 
 from tars.client import Client
+from tars.core.types import NodeId
 from tars.errors import TarsError
+from tars.mesh.identity import IDENTITY_FILE, Identity
 from tars.messages.node import PeerDescription
 from tars.rpc.http_client import RpcConnection
 from tars.rpc.listener import bind
@@ -44,17 +48,15 @@ def free_port() -> int:
 
 
 class Connection(RpcConnection):
-    """From within a PC's namespace."""
+    """From within a PC's namespace, where it has one."""
 
-    def __init__(self, host: Host, url: str, api_key: str) -> None:
-        super().__init__(url, api_key=api_key, timeout=60.0)
-        self._host = host
-
-    async def __aenter__(self) -> Connection:
-        self._session = aiohttp.ClientSession(
-            headers=self._headers, connector=aiohttp.TCPConnector(limit=0, socket_factory=self._host.socket_factory)
-        )
-        return self
+    def __init__(
+        self, host: Host | None, url: str, api_key: str | None = None, tls: ssl.SSLContext | None = None
+    ) -> None:
+        super().__init__(url, api_key=api_key, timeout=60.0, tls=tls)
+        factory = None if host is None else host.socket_factory
+        connector = aiohttp.TCPConnector(limit=0, ssl=True if tls is None else tls, socket_factory=factory)
+        self._session = aiohttp.ClientSession(headers=self._headers, connector=connector)
 
 
 class Pc:
@@ -89,8 +91,9 @@ class Pc:
             f'[[devices.simulated]]\nname = "Card of {name}"\nmemory_mib = {memory_mib}\n{more}\n'
         )
         self.node: RunningNode | None = None
-        self._connection: RpcConnection | None = None
+        self._connection: Connection | None = None
         self._client: Client | None = None
+        self._further = itertools.count(1)
         self.lines: list[str] = []
         """Everything that its earlier runs printed."""
 
@@ -111,8 +114,7 @@ class Pc:
         await self.node.printed(r"mesh +peers reach this node at", START_SECONDS)
         key = orjson.loads((self.state / "operator.key").read_bytes())["key"]
         url = f"http://127.0.0.1:{self.client_port}"
-        made = RpcConnection(url, api_key=key, timeout=60.0) if self.host is None else Connection(self.host, url, key)
-        self._connection = await made.__aenter__()
+        self._connection = Connection(self.host, url, key)
         self._client = Client(url, api_key=key)
         self._client._connection = self._connection
         return self
@@ -135,6 +137,41 @@ class Pc:
     def node_id(self) -> str:
         """As its state folder has it."""
         text: str = orjson.loads((self.state / "node.json").read_bytes())["id"]
+        return text
+
+    def identity(self) -> Identity:
+        """As whoever can read its state folder has it: its certificate and key, and the CA's."""
+        found = Identity.load_or_none(self.state, NodeId(self.node_id()))
+        assert found is not None
+        return found
+
+    def peer_call(self, other: Pc, identity: Identity | None = None) -> Connection:
+        """From this PC to another one's port for peers, with this node's certificate or another one; close it."""
+        shown = self.identity() if identity is None else identity
+        return Connection(self.host, f"https://{other.mesh_address}", tls=shown.client_context(lambda peer: None))
+
+    async def refused(self, *arguments: object, seconds: float = START_SECONDS) -> str:
+        """Start a further node here, with a state folder of its own, that must end by itself with exit status 2; what it printed."""
+        folder = self.folder / f"refused-{next(self._further)}"
+        folder.mkdir()
+        command = node_command("--listen", "0.0.0.0:9000", "--state-dir", folder, *arguments)
+        process = await asyncio.create_subprocess_exec(
+            *(self.host.command(*command) if self.host else command),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
+        try:
+            async with asyncio.timeout(seconds):
+                output, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        text = output.decode()
+        assert process.returncode == 2, text
+        assert "Traceback" not in text
+        # What was refused has made it no member of anything.
+        assert not (folder / IDENTITY_FILE).exists()
         return text
 
     def send(self, number: int) -> None:
