@@ -337,7 +337,9 @@ class LocalNodeService:
 
     async def pull(self, params: PullParams) -> PullResult:
         """A deployment that waits for the file is carried out then."""
-        pulled = await self._file_store().pull(params.model, params.variant)
+        store = self._file_store()
+        self._coordinator.wake()  # peers hear of the transfer as soon as there is one
+        pulled = await store.pull(params.model, params.variant)
         self._coordinator.wake()
         return pulled
 

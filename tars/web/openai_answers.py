@@ -13,7 +13,9 @@ from tars.errors import (
     CallerError,
     DeadlineExceeded,
     Forbidden,
+    JoinRefused,
     ModelError,
+    NotAMember,
     Overloaded,
     ServerStateError,
     TarsError,
@@ -38,6 +40,8 @@ Json = dict[str, Any]
 _ERROR_TYPES: tuple[tuple[type[TarsError], str], ...] = (
     (Unauthorized, "authentication_error"),
     (Forbidden, "permission_error"),
+    (NotAMember, "permission_error"),
+    (JoinRefused, "permission_error"),
     (Overloaded, "rate_limit_error"),
     (DeadlineExceeded, "timeout_error"),
     (CallerError, "invalid_request_error"),

@@ -15,6 +15,8 @@ from tars.catalogue import Catalogue
 from tars.config import AdapterSource, EnginesSection, ModelSource
 from tars.core.types import Bytes, Deployment, DeviceKind, ReplicaState
 from tars.errors import BadModelFile, DoesNotFit, ModelFileMissing, UnknownModel
+from tars.mesh.advertising import PACE_SECONDS
+from tars.mesh.coordinator import PROGRESS_SECONDS
 from tars.messages.node import LoadedInfo, MeasuredSpeeds, TunedSettings
 
 
@@ -103,6 +105,25 @@ async def test_a_failed_replica_is_tried_again_after_its_cool_down_when_nothing_
     assert (failed.starts, failed.state) == (2, ReplicaState.LOADING)
     await bench.coordinator.reconcile()
     assert failed.starts == 2
+
+
+async def test_while_something_loads_peers_are_told_how_far_it_is_and_not_afterwards(bench):
+    now = 1000.0
+    bench.coordinator._now = bench.coordinator.advertising._now = lambda: now
+
+    async def patience():
+        """Of a round that has nothing to tell any more."""
+        nonlocal now
+        for _ in range(2):
+            now += PACE_SECONDS
+            bench.coordinator._wake_at = None
+            await bench.coordinator.reconcile()
+        return bench.coordinator._patience()
+
+    bench.deployments.deploy(Deployment(bench.model))
+    assert await patience() == PROGRESS_SECONDS
+    bench.workers[0].loaded()
+    assert await patience() > PROGRESS_SECONDS
 
 
 async def test_two_devices_load_side_by_side(bench):
