@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import re
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -148,15 +148,24 @@ class ModelFetch:
         ]
 
     async def groups(
-        self, model: str, variant: Variant, job: Job, tried: list[dict[str, str]]
+        self,
+        model: str,
+        variant: Variant,
+        job: Job,
+        tried: list[dict[str, str]],
+        failed: Collection[tuple[NodeId, str]] = (),
     ) -> list[tuple[str, list[Holder]]]:
-        """Peers by the hash of what they hold, the most common first. Waits for one that is still hashing where no other has it."""
+        """Peers by the hash of what they hold, the most common first, without the `failed` (node, hash) of this attempt.
+
+        Waits for one that is still hashing where no other has it. Who has nothing to give is noted in `tried`, with the reason.
+        """
         give_up = asyncio.get_running_loop().time() + self._hashing_seconds
         while True:
             holders = self.holders(model, variant)
             groups: dict[str, list[Holder]] = {}
             for holder in holders:
-                if holder.file.sha256 is not None and (holder.node, holder.file.sha256) not in self._liars:
+                claim = (holder.node, holder.file.sha256)
+                if holder.file.sha256 is not None and claim not in self._liars and claim not in failed:
                     groups.setdefault(holder.file.sha256, []).append(holder)
             hashing = [holder.name for holder in holders if holder.file.sha256 is None]
             if groups or not hashing or asyncio.get_running_loop().time() >= give_up:
@@ -174,6 +183,8 @@ class ModelFetch:
             known = "no peer has it" if self.peers is not None else "this node has no peers"
             tried.append({"place": "peers", "reason": known})
         for holder in holders:
+            if (holder.node, holder.file.sha256) in failed:
+                continue  # that is said already
             if holder.file.sha256 is None and not groups:
                 tried.append({"place": holder.name, "reason": "it has not hashed the file yet"})
             elif (holder.node, holder.file.sha256) in self._liars:
@@ -332,15 +343,19 @@ class ModelFetch:
         try:
             outcome = await FileTransfer(wanted, sources, bandwidth=self._incoming, report=report).run()
         except SourcesExhausted as error:
-            self._avoid(error.liars, sha256)
+            self._avoid(error.liars, sha256, sources)
             raise
-        self._avoid(outcome.liars, sha256)
+        self._avoid(outcome.liars, sha256, sources)
         job.came_from(outcome.sources)
 
-    def _avoid(self, liars: Iterable[str], sha256: str) -> None:
+    def _avoid(self, liars: Iterable[str], sha256: str, sources: Sequence[Source]) -> None:
+        titles = {source.name: source.title for source in sources}
         for name in liars:
             log.warning(
-                "%s gave wrong bytes of the file %s: it is not asked for it again before the next start", name, sha256
+                "%s (%s) gave wrong bytes of the file %s: it is not asked for it again before the next start",
+                titles.get(name, "a former node"),
+                name,
+                sha256,
             )
             self._liars.add((name, sha256))
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from tars.catalogue import Catalogue
 from tars.core.records import HeldFile
-from tars.core.types import ModelEntry, Variant
+from tars.core.types import ModelEntry, NodeId, Variant
 from tars.errors import (
     BadModelFile,
     ConfigError,
@@ -263,14 +263,18 @@ class FileStore:
     async def _fetched(self, entry: ModelEntry, variant: Variant, job: _Job) -> Path:
         tried: list[dict[str, str]] = []
         retryable = False
-        for sha256, holders in await self._fetch.groups(entry.name, variant, job, tried):
-            try:
-                return await self._fetch.from_peers(entry, variant, sha256, holders, job)
-            except SourcesExhausted as error:
-                retryable = True
-                tried += [{"place": title, "reason": reason} for title, reason in error.reasons.items()]
-            except BadModelFile as error:
-                tried += [{"place": holder.name, "reason": error.message} for holder in holders]
+        failed: set[tuple[NodeId, str]] = set()
+        # Again while there are others: who was still hashing may have it when the first ones did not give it.
+        while groups := await self._fetch.groups(entry.name, variant, job, tried, failed):
+            for sha256, holders in groups:
+                try:
+                    return await self._fetch.from_peers(entry, variant, sha256, holders, job)
+                except SourcesExhausted as error:
+                    retryable = True
+                    tried += [{"place": title, "reason": reason} for title, reason in error.reasons.items()]
+                except BadModelFile as error:
+                    tried += [{"place": holder.name, "reason": error.message} for holder in holders]
+                failed |= {(holder.node, sha256) for holder in holders}
         if self._fetch.hub is None:
             tried.append({"place": TITLE, "reason": "not asked: `hub = false` stands in [files] of the configuration"})
         elif not (variant.repo and variant.file):

@@ -55,7 +55,7 @@ async def test_a_peer_that_lies_is_named_and_not_asked_again(make, owner, tiny_g
     store = make("other", peers=peers)
     path = await store.ensure(*wanted(owner))
     assert path.read_bytes() == tiny_gguf.read_bytes()
-    assert "id-liar gave wrong bytes" in caplog.text
+    assert "liar (id-liar) gave wrong bytes" in caplog.text
     shutil.rmtree(path.parent)
     asked = peers.asked["liar"]
     await store.ensure(*wanted(owner))
@@ -124,6 +124,23 @@ async def test_a_peer_that_is_still_hashing_is_waited_for(make, tiny_gguf, monke
     await owner.files.scan()
     peers.more = []
     assert (await waiting).exists()
+
+
+async def test_who_was_still_hashing_is_asked_when_the_others_gave_wrong_bytes(make, tiny_gguf, monkeypatch):
+    monkeypatch.setattr(model_fetch, "LOOK_SECONDS", 0.01)
+    liar, slow = make("liar", tiny_gguf), make("slow", tiny_gguf)
+    await liar.files.scan()
+    entry, variant = wanted(liar)
+    peers = Peers(liar=liar, slow=slow)
+    peers.tamper["liar"] = lambda chunk: bytes(len(chunk))
+    peers.more = [Holder(NodeId("id-slow"), "slow", HeldFile(NAME, variant.name, Bytes(1)))]
+    store = make("other", peers=peers)
+    waiting = asyncio.create_task(store.ensure(entry, variant))
+    await until(lambda: any("slow has it and is still hashing" in each.note for each in store.transfers()))
+    assert peers.asked["liar"]
+    await slow.files.scan()
+    peers.more = []
+    assert (await waiting).read_bytes() == tiny_gguf.read_bytes()
 
 
 async def test_one_that_never_ends_hashing_is_named(make, owner):
