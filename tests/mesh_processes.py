@@ -21,6 +21,7 @@ from network_namespaces import Host, Network
 from running_node import RunningNode, node_command
 
 from tars.client import Client
+from tars.core.replicated_map import range_of
 from tars.core.types import NodeId
 from tars.errors import TarsError
 from tars.mesh.identity import IDENTITY_FILE, Identity
@@ -149,6 +150,15 @@ class Pc:
         """From this PC to another one's port for peers, with this node's certificate or another one; close it."""
         shown = self.identity() if identity is None else identity
         return Connection(self.host, f"https://{other.mesh_address}", tls=shown.client_context(lambda peer: None))
+
+    async def record_at(self, other: Pc, key: str) -> dict[str, Any] | None:
+        """A record as another PC has it, which this one asks as a peer; None where it has none."""
+        wanted = {"is": "want", "ranges": [range_of(key)]}
+        envelope = {"sender": self.node_id(), "incarnation": 0, "body": wanted}
+        async with self.peer_call(other) as connection:
+            answer = await connection.call("mesh.gossip", {"envelope": envelope})
+        told = [record for each in answer["envelopes"] for record in each["records"]]
+        return next((record for record in told if record["key"] == key), None)
 
     async def refused(self, *arguments: object, seconds: float = START_SECONDS) -> str:
         """Start a further node here, with a state folder of its own, that must end by itself with exit status 2; what it printed."""

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import os
+import resource
+import shutil
 import socket
 import ssl
+import subprocess
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 from mesh_processes import HELP_DESK, Connection, Pc, assemble, fleet, said, stopping, told, until
 from network_namespaces import Host, network, why_not
+from tiny_gguf import write_tiny_gguf
 
 from tars.core.mesh_messages import Record, Stamp
 from tars.core.records import NodeAdvert
 from tars.core.replicated_map import range_of
 from tars.core.types import Bytes, DeviceId, DeviceKind, DeviceSnapshot, NodeId, NodeSnapshot
-from tars.errors import JoinRefused, NotAMember, PeerUnreachable
+from tars.errors import DiskFull, JoinRefused, NotAMember, PeerUnreachable
 from tars.mesh.identity import IDENTITY_FILE, trusting
 from tars.mesh.join_tokens import Token
 from tars.mesh.joining import JoinRequest
@@ -329,3 +336,162 @@ async def test_a_member_that_sends_numbers_that_cannot_be_is_not_believed(tmp_pa
             await a.sees(b, "ALIVE")
             await a.plans_with("a", "b")
             assert {each.name for each in (await a.client.plan()).devices} == {"Card of a", "Card of b"}
+
+
+# --- files --------------------------------------------------------------------------------------------------------------
+
+SHAPE = {"layers": 3, "embedding": 1024, "feed_forward": 4096}
+"""Of a model file of about 50 MB: several pieces of `core.transfer.PIECE`, so that each source gives some."""
+
+
+@pytest.fixture(scope="module")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Random weights; treat it as read-only."""
+    return write_tiny_gguf(tmp_path_factory.mktemp("model") / "tiny.Q8_0.gguf", **SHAPE)
+
+
+def with_model(folder: Path, source: Path) -> str:
+    """Lines of a configuration for a PC that has its own copy of the file."""
+    folder.mkdir()
+    copied = shutil.copy(source, folder / source.name)
+    return f'[[model]]\nname = "tiny"\npath = "{copied}"\n'
+
+
+async def offered(to: Pc, *holders: Pc) -> None:
+    """Wait until a PC knows that these hold the file, and its hash."""
+    for holder in holders:
+
+        async def look(holder: Pc = holder) -> bool:
+            record = await holder.record_at(to, f"node/{holder.node_id()}")
+            return record is not None and any(
+                file["model"] == "tiny" and "sha256" in file for file in record["value"].get("files", [])
+            )
+
+        await until(look, lambda seen: seen, 60, f"{to.name} knows that {holder.name} has it", gap=0.3)
+
+
+def hash_of(path: Path) -> str:
+    """sha256, hexadecimal."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def size_of(path: Path) -> int:
+    """Bytes."""
+    return path.stat().st_size
+
+
+def spoil(path: Path) -> None:
+    """Another byte in every MiB, and nothing that a look at the folder would show."""
+    before = path.stat()
+    with path.open("r+b") as file:
+        for at in range(1000, before.st_size, 2**20):
+            file.seek(at)
+            byte = file.read(1)
+            file.seek(at)
+            file.write(bytes([byte[0] ^ 0xFF]))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+async def test_a_peer_that_gives_wrong_bytes_is_named_and_the_good_copy_of_another_is_used(
+    tmp_path: Path, model_file: Path
+) -> None:
+    sha256 = hash_of(model_file)
+    with network(3) as lan:
+        hosts = lan.hosts
+        a = Pc(tmp_path, "a", host=hosts[0], priority=10)
+        b = Pc(tmp_path, "b", host=hosts[1], more=with_model(tmp_path / "of-b", model_file))
+        c = Pc(tmp_path, "c", host=hosts[2], more=with_model(tmp_path / "of-c", model_file))
+        async with stopping([a, b, c]):
+            await assemble([a, b, c])
+            await offered(a, b, c)
+            spoil(tmp_path / "of-c" / model_file.name)
+            began = time.time()
+            pulled = await a.client.pull("tiny", timeout=120)
+            assert pulled.sha256 == sha256
+            assert pulled.sources == ["b"]
+            await told(a, rf"\bc\b.* gave wrong bytes of the file {sha256}", began, 5)
+            assert said(a, r"\bb\b.* gave wrong bytes", began) is None
+            (fetched,) = [path for path in (a.state / "models").rglob("*") if path.is_file() and path.suffix == ".gguf"]
+            assert hash_of(fetched) == sha256
+            assert not [*a.state.rglob("*.partial"), *a.state.rglob("*.journal")]
+
+
+def fill(path: Path) -> None:
+    """Write until the disk is full."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(2**20)):
+            pass
+
+
+@contextmanager
+def small_disk(folder: Path, mib: int) -> Iterator[Path]:
+    """A disk of its own of so many MiB, in memory."""
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mib}m", "none", folder], check=True, capture_output=True)
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True, capture_output=True)
+
+
+async def test_a_disk_that_is_full_before_or_during_a_transfer_is_said_and_what_came_counts_afterwards(
+    tmp_path: Path, model_file: Path
+) -> None:
+    size = size_of(model_file)
+    mib = size // 2**20
+    with network(2) as lan, small_disk(tmp_path / "disk", mib + 256 + 24) as disk:
+        a = Pc(
+            tmp_path, "a", host=lan.hosts[0], priority=10, more=f'[files]\nfolder = "{disk}"\nmost_mib_per_second = 8\n'
+        )
+        b = Pc(tmp_path, "b", host=lan.hosts[1], more=with_model(tmp_path / "of-b", model_file))
+        async with stopping([a, b]):
+            await assemble([a, b])
+            await offered(a, b)
+            ballast = disk / "ballast"
+            # Full before: nothing is fetched.
+            ballast.write_bytes(bytes(40 * 2**20))
+            with pytest.raises(DiskFull) as refused:
+                await a.client.pull("tiny", timeout=60)
+            assert "the disk of the fetched model files" in refused.value.message
+            assert [path.name for path in disk.rglob("*") if path.is_file()] == ["ballast"]
+            ballast.unlink()
+            # Filled up by somebody else meanwhile.
+            pulling = asyncio.create_task(a.client.pull("tiny", timeout=120))
+            await until(
+                a.client.transfers, lambda seen: any(t.bytes_done > 2**20 for t in seen.transfers), 30, "it comes"
+            )
+            await asyncio.to_thread(fill, ballast)
+            with pytest.raises(DiskFull) as refused:
+                await pulling
+            print(refused.value.message)
+            assert "disk" in refused.value.message
+            # The node goes on; with room the same command goes on where it was.
+            assert (await a.client.ping()).state == "ready"
+            await b.sees(a, "ALIVE")
+            ballast.unlink()
+            pulled = await a.client.pull("tiny", timeout=120)
+            assert pulled.size_bytes == size
+            assert not [*disk.rglob("*.partial"), *disk.rglob("*.journal")]
+
+
+async def test_a_pc_that_has_less_memory_than_it_says_fails_there_and_the_model_goes_elsewhere(tmp_path: Path) -> None:
+    with network(2) as lan:
+        a = Pc(tmp_path, "a", host=lan.hosts[0], priority=10, memory_mib=3000)
+        b = Pc(tmp_path, "b", host=lan.hosts[1], memory_mib=90_000)
+        async with stopping([a, b]):
+            await assemble([a, b])
+            assert b.node is not None
+            # What a process of b may really have: a worker starts in it, and the 400 MiB of the KV cache do not fit any more.
+            limit = 700 * 2**20
+            resource.prlimit(b.node.process.pid, resource.RLIMIT_AS, (limit, limit))
+            began = time.time()
+            await a.client.deploy(HELP_DESK, slots=256, kv_tokens=256 * 1024)
+            await told(b, f"loading {HELP_DESK}@", began, 30)
+            await a.holds(HELP_DESK)
+            for pc in (a, b):
+                await pc.answered_by(a)
+            # Whoever asks is told what happened there, and that it was no word of the plan.
+            verdicts = {each.node_name: each for each in (await a.client.explain(HELP_DESK)).verdicts}
+            print(verdicts["b"].reason, "|", (await b.client.describe()).recent_errors)
+            assert not verdicts["b"].accepted
+            assert "memory" in verdicts["b"].reason
