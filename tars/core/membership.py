@@ -85,6 +85,8 @@ class Membership:
         self._dice = dice
         self._timers = timers
         self._addresses = addresses
+        self._own: Update | None = None
+        """What it says of itself, until its incarnation changes."""
         self._peers: dict[NodeId, Peer] = {}
         self._live = ProbeOrder(node, dice)
         self._gone: dict[NodeId, None] = {}
@@ -164,7 +166,10 @@ class Membership:
         return (*updates, *(update for update in news if update.node != self.node))
 
     def _own_update(self) -> Update:
-        return Update(self.node, self.incarnation, self.state, self._addresses)
+        own = self._own
+        if own is None or (own.incarnation, own.state) != (self.incarnation, self.state):
+            own = self._own = Update(self.node, self.incarnation, self.state, self._addresses)
+        return own
 
     # --- who may be a member ------------------------------------------------------------------------------------------
 

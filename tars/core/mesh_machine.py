@@ -259,7 +259,8 @@ class MeshMachine:
 
     @property
     def _has_news(self) -> bool:
-        return self._membership.live_count > 0 and (self._membership.has_news or self._reconciliation.pending > 0)
+        membership = self._membership
+        return membership.has_news or (self._reconciliation.pending > 0 and membership.live_count > 0)
 
     def _spread(self, now: float) -> None:
         """See to it that news is told: a round at once, or when the last one is long enough ago."""
@@ -281,6 +282,8 @@ class MeshMachine:
 
     def _flush(self) -> None:
         """Turn what the membership wants said and has seen into effects."""
+        if not self._membership.outbox:
+            return
         changed = False
         for item in self._membership.take():
             if isinstance(item, MemberChanged):

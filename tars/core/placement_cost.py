@@ -7,7 +7,8 @@ a measurement once a load was measured.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
 from tars.core.memory import estimate_replica
 from tars.core.records import MeasuredLoad
@@ -123,6 +124,36 @@ def cost_on(
     device: DeviceSnapshot, entry: ModelEntry, variant: Variant, deployment: Deployment, measured: Measured
 ) -> Cost:
     """Bytes and settings of one replica; whether they fit is not asked here."""
+    wishes = (
+        deployment.context,
+        deployment.slots,
+        deployment.kv_tokens,
+        deployment.kv_type,
+        deployment.gpu_layers,
+    )
+    known = (alike(device), entry.name, entry.kind, variant.name, variant.shape, entry.adapters, entry.draft, wishes)
+    settings, memory, key = _estimated(_Load(known, device, entry, variant, deployment))
+    taken = measured.get(key)
+    if taken is not None and not device.simulated:
+        memory = replace(memory, measured=taken)
+    return Cost(variant=variant, memory=memory, settings=settings)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """What an estimate is made from. `known` is all that it depends on, and all by which two are told apart."""
+
+    known: tuple[object, ...]
+    device: DeviceSnapshot = field(compare=False)
+    entry: ModelEntry = field(compare=False)
+    variant: Variant = field(compare=False)
+    deployment: Deployment = field(compare=False)
+
+
+@lru_cache(maxsize=16_384)
+def _estimated(load: _Load) -> tuple[RuntimeSettings, MemoryEstimate, MeasuredKey]:
+    """Kept: every plan asks the same of the same few kinds of cards."""
+    device, entry, variant, deployment = load.device, load.entry, load.variant, load.deployment
     settings = settings_for(
         device,
         entry.kind,
@@ -142,10 +173,7 @@ def cost_on(
         adapters=entry.adapters,
         draft=entry.draft,
     )
-    taken = measured.get(_key(card_of(device), entry.name, variant.name, memory, settings))
-    if taken is not None and not device.simulated:
-        memory = replace(memory, measured=taken)
-    return Cost(variant=variant, memory=memory, settings=settings)
+    return settings, memory, _key(card_of(device), entry.name, variant.name, memory, settings)
 
 
 def contradiction(entry: ModelEntry, deployment: Deployment) -> str | None:

@@ -51,6 +51,8 @@ FEW_RECORDS = 512
 class _Rumour:
     told: int
     order: int
+    size: int | None = None
+    """Bytes of the record as JSON, once it was asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +108,14 @@ class Reconciliation:
             if record is None:  # vanished with its node, or collected
                 del self._rumours[key]
                 continue
-            size = record_size(record)
+            rumour = self._rumours[key]
+            size = rumour.size
+            if size is None:
+                size = rumour.size = record_size(record)
             if size > left and chosen:
                 continue
             chosen.append(record)
             left -= size
-            rumour = self._rumours[key]
             rumour.told += 1
             if rumour.told >= most:
                 del self._rumours[key]

@@ -44,6 +44,7 @@ RANGE_BITS = 8
 RANGES = 2**RANGE_BITS
 
 
+@lru_cache(maxsize=65_536)
 def prefix_of(key: str) -> str:
     """`deployment/` of `deployment/mistral-7b`; empty where there is none."""
     return key[: key.find("/") + 1]
