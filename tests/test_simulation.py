@@ -27,7 +27,7 @@ from tars.core.replicated_map import DEPLOYMENT
 from tars.core.types import Bytes, Deployment, ModelKind, NodeId, NodeSnapshot, ReplicaState
 
 ROOT = Path(__file__).parents[1]
-FAST_SEEDS, SEEDS, BLOCK = 40, 2000, 50
+FAST_SEEDS, FAST_BLOCK, SEEDS, BLOCK = 16, 8, 2000, 50
 
 
 def run_block(first: int, count: int) -> None:
@@ -38,9 +38,9 @@ def run_block(first: int, count: int) -> None:
     assert total.packets > 100 * count
 
 
-@pytest.mark.parametrize("first", range(0, FAST_SEEDS, 10))
+@pytest.mark.parametrize("first", range(0, FAST_SEEDS, FAST_BLOCK))
 def test_some_seeds_hold_every_invariant(first):
-    run_block(first, 10)
+    run_block(first, FAST_BLOCK)
 
 
 @pytest.mark.slow
@@ -57,25 +57,22 @@ def digest(seed: int) -> str:
 
 
 def test_a_seed_has_one_history_in_every_process():
-    seeds = (3, 4)
-    here = [digest(seed) for seed in seeds]
-    assert here == [digest(seed) for seed in seeds]
-    assert len(set(here)) == len(seeds)
-    for hash_seed in ("4242",):
-        code = f"import test_simulation as t; print(*[t.digest(seed) for seed in {seeds}])"
-        elsewhere = subprocess.run(
-            [sys.executable, "-c", code],
-            env={
-                **os.environ,
-                "PYTHONHASHSEED": hash_seed,
-                "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT / "scripts/simulation"), str(ROOT))),
-            },
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=True,
-        )
-        assert elsewhere.stdout.split() == here
+    here = digest(3)
+    assert here == digest(3)
+    assert here != digest(4)
+    elsewhere = subprocess.run(
+        [sys.executable, "-c", "import test_simulation as t; print(t.digest(3))"],
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": "4242",
+            "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), str(ROOT / "scripts/simulation"), str(ROOT))),
+        },
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert elsewhere.stdout.split() == [here]
 
 
 # --- what seeds are too rare for ---------------------------------------------------------------------------------------

@@ -20,12 +20,12 @@ from tars.core.records import Member, Wish
 from tars.core.replicated_map import DEPLOYMENT, MEMBER
 from tars.core.types import Bytes, Deployment, NodeId, ReplicaState
 
-TROUBLE_SECONDS = (8.0, 24.0)
+TROUBLE_SECONDS = (6.0, 18.0)
 """How long things go wrong."""
 QUIET_SECONDS = 12.0
 """With the quiet that `World.settle` waited for it is longer than every patience of `world.QUICK`."""
 LONG_QUIET_SECONDS = 60.0
-LONG_QUIET_SHARE = 0.1
+LONG_QUIET_SHARE = 0.05
 
 
 def simulate(seed: int, *, trace: bool = False, packets: bool = False) -> Outcome:

@@ -76,7 +76,9 @@ class Card:
         if self.moving and self.quiet is not None:
             return self.quiet
         held = sum(each.takes for each in self.running.values() if each.state is ReplicaState.READY)
-        self.quiet = replace(self.bought, memory_free=Bytes(max(0, self.free)), memory_held=Bytes(held))
+        free = max(0, self.free)
+        if self.quiet is None or (self.quiet.memory_free, self.quiet.memory_held) != (free, held):
+            self.quiet = replace(self.bought, memory_free=Bytes(free), memory_held=Bytes(held))
         return self.quiet
 
 
