@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 import re
 import signal
 import ssl
+import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -150,6 +152,30 @@ class Pc:
         """From this PC to another one's port for peers, with this node's certificate or another one; close it."""
         shown = self.identity() if identity is None else identity
         return Connection(self.host, f"https://{other.mesh_address}", tls=shown.client_context(lambda peer: None))
+
+    async def cli(self, *words: object, status: int = 0, seconds: float = 60.0) -> str:
+        """What `tars WORDS` prints on this PC, both streams together."""
+        command = [
+            str(Path(sys.executable).with_name("tars")),
+            *map(str, words),
+            "--url",
+            f"http://127.0.0.1:{self.client_port}",
+        ]
+        process = await asyncio.create_subprocess_exec(
+            *(self.host.command(*command) if self.host else command),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env={**os.environ, "TARS_STATE_DIR": str(self.state)},
+        )
+        try:
+            async with asyncio.timeout(seconds):
+                output, _ = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert process.returncode == status, output.decode()
+        return output.decode()
 
     async def record_at(self, other: Pc, key: str) -> dict[str, Any] | None:
         """A record as another PC has it, which this one asks as a peer; None where it has none."""

@@ -145,7 +145,13 @@ async def test_a_dead_pc_is_known_within_five_seconds_every_time_and_one_that_is
             await assemble(pcs)
             dead, alive = (re.escape(f"node c ({c.node_id()}) is {state} now") for state in ("DEAD", "ALIVE"))
             lost, back = [], []
-            for cut, heal in [(c.host.silence, c.host.speak), (c.host.unplug, c.host.plug)] * 2:
+            ways = [
+                (c.host.silence, c.host.speak),
+                (c.host.unplug, c.host.plug),
+                # Its kernel still takes connections; nobody answers on them.
+                (lambda: c.send(signal.SIGSTOP), lambda: c.send(signal.SIGCONT)),
+            ]
+            for cut, heal in ways * 2:
                 began = time.time()
                 await asyncio.to_thread(cut)
                 lost += [await told(pc, dead, began, 30) for pc in (a, b)]
@@ -181,3 +187,52 @@ async def test_pcs_that_all_moved_find_each_other_by_multicast_dns_alone(tmp_pat
             peer = await a.peer(b)
             assert peer is not None
             assert f"{b.host.address}:{b.mesh_port + 101}" in peer.addresses
+
+
+async def test_a_pc_that_one_other_cannot_reach_is_nobodys_dead_and_costs_no_answer(tmp_path: Path) -> None:
+    """Half a broken link: what `a` sends to `c` vanishes; all else arrives."""
+    with network(3) as lan:
+        pcs = a, b, c = fleet(tmp_path, lan)
+        async with stopping(pcs):
+            await assemble(pcs)
+            await a.client.deploy(HELP_DESK, replicas=2)
+            await c.holds(HELP_DESK)
+            await until(lambda: replicas([a, b]), lambda seen: sum(map(len, seen.values())) == 1, 60, "the second one")
+            for pc in pcs:
+                await pc.answered_by(c)
+                await pc.asks()
+            began = time.time()
+            await asyncio.to_thread(a.host.deafen, c.host)
+            async with asked_all_the_while(a) as answers, asked_all_the_while(b):
+                await asyncio.sleep(12)  # twice as long as a death takes
+            assert answers
+            for pc in pcs:
+                assert said(pc, r"is DEAD now", began) is None
+            assert {state for pc in pcs for other in pcs if (state := await pc.state_of(other))} <= {"ALIVE", "SUSPECT"}
+            await asyncio.to_thread(a.host.hear, c.host)
+            await converge(pcs)
+            print(f"{len(answers)} answers at a meanwhile")
+
+
+async def test_a_drain_moves_what_runs_before_it_stops_and_resume_takes_the_pc_back(tmp_path: Path) -> None:
+    with network(2) as lan:
+        pcs = a, b = fleet(tmp_path, lan, largest=1)
+        async with stopping(pcs):
+            await assemble(pcs)
+            await a.client.deploy(HELP_DESK)
+            await b.holds(HELP_DESK)
+            await a.answered_by(b)
+            async with asked_all_the_while(a) as answers, asked_all_the_while(b):
+                await b.cli("drain")
+                await a.holds(HELP_DESK)
+                await b.holds()
+                await a.sees(b, "DRAINING")
+            assert {answer.served_by.node for answer in answers} <= {a.node_id(), b.node_id()}
+            await b.answered_by(a)
+            # It is remembered over a restart.
+            await b.stop()
+            await b.start()
+            await a.sees(b, "DRAINING")
+            await b.cli("resume")
+            await a.sees(b, "ALIVE")
+            assert await a.ready_replicas() == [HELP_DESK]

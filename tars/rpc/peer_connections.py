@@ -29,6 +29,8 @@ EXCHANGE_SECONDS = 2.0
 """For a packet and its answers; membership's own time-outs are shorter."""
 KEEP_SECONDS = 70.0
 """Just under the listener's 75 s, so that this side closes first and no call meets a closing connection."""
+SILENT_SECONDS = 5.0
+"""As long as a dead node may go unnoticed. It is for what membership cannot see: a path between two nodes that others still bridge."""
 MOST_UNKNOWN = 64
 """Connections to addresses of which it is not known who is there: seeds, and what multicast DNS suggests."""
 
@@ -48,6 +50,7 @@ class _Peer:
             tls=identity.client_context(self._judge),
             connect_seconds=CONNECT_SECONDS,
             keep_seconds=KEEP_SECONDS,
+            silent_seconds=SILENT_SECONDS,
         )
 
     def _judge(self, peer: PeerCertificate) -> None:

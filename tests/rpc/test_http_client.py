@@ -420,3 +420,24 @@ def test_a_certificate_that_is_refused_says_why_in_words(code: int, words: str) 
     assert words in told.message
     assert "https://box:8001" in told.message
     assert _distrust(OSError("other"), "https://box:8001") is None
+
+
+# --- a peer that vanished without a word ----------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux's")
+async def test_a_connection_to_a_peer_is_watched_by_the_kernel_and_a_clients_is_not(url: str) -> None:
+    """That it ends then, and the call with it, is tried over a cut cable: tests/test_mesh_network.py."""
+    for seconds, watched in ((5.0, (1, 5000, 2, 1)), (None, (None, 0, None, None))):
+        async with RpcConnection(url, silent_seconds=seconds) as connection:
+            await connection.call("node.ping")
+            assert connection._session is not None
+            assert connection._session.connector is not None
+            (kept,) = next(iter(connection._session.connector._conns.values()))  # type: ignore[attr-defined]  # aiohttp's pool
+            found = kept[0].transport.get_extra_info("socket")
+            keepalive, timeout, idle, between = watched
+            assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == timeout
+            if idle is not None:
+                assert found.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == keepalive
+                assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == idle
+                assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL) == between
