@@ -345,7 +345,10 @@ class Coordination:
         taken: Counter[DeviceId] = Counter()
         for each in kept:
             if scene.state(each) is not ReplicaState.FAILED:
-                taken[each.device] += targets.get(each.replica, each).memory.total
+                # What it takes by now: an order's words are of the time when it was given, and one that leaves has no newer ones.
+                report, planned = scene.reports.get(each.replica), targets.get(each.replica) or scene.updated(each)
+                known = None if report is None else report.taken
+                taken[each.device] += planned.memory.total if known is None else known
         priority = {model: deployment.priority for model, (deployment, _) in scene.wanted.items()}
         for each in sorted(targets.values(), key=lambda each: (-priority[each.model], each.replica)):
             if each.replica in names or each.device in busy or each.replica in scene.reports:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from pretend_mesh import PretendMesh
 
 from tars.core.coordination import Coordination
+from tars.core.placement_cost import measured_key
 from tars.core.records import HeldFile, Wish
 from tars.core.types import Bytes, Deployment, DeviceId, NodeId, ReplicaState
 
@@ -275,6 +276,35 @@ def test_a_healthy_replica_makes_room_for_a_refused_model_after_a_hold_and_with_
     assert move.gain.startswith("makes room for deepseek-33b, which fits nowhere else and needs ")
     mesh.obey()
     assert mesh.ready() == {"phi-2": ["a/gpu-0"]}, "it answers until its successor does"
+    mesh.settle()
+    assert mesh.ready() == {"deepseek-33b": ["a/gpu-0"], "phi-2": ["b/gpu-0"]}
+
+
+@pytest.mark.parametrize("told", ["measured", "reported"])
+def test_a_load_waits_for_one_that_leaves_and_took_more_than_was_estimated(told: str) -> None:
+    mesh = crowded()
+    (small,) = mesh.decision.plan.assignments
+    alone = PretendMesh([node("a", gpu("a", "RTX 4090"))], mesh.wanted[1:])
+    alone.settle()
+    (large,) = alone.decision.plan.assignments
+    # By its estimate the small one leaves room for the large one, to the byte.
+    a = pc(mesh, "a")
+    (device,) = a.snapshot.devices
+    a.snapshot = replace(a.snapshot, devices=(replace(device, cap=Bytes(small.memory.total + large.memory.total)),))
+    taken = Bytes(small.memory.total + 2**20)
+    measured = {measured_key(small, device): taken}
+    before = mesh.view
+    mesh.view = lambda: replace(before(), measured=measured)  # type: ignore[method-assign]
+    mesh.settle()
+    mesh.now += 60
+    if told == "reported":
+        mesh.decide()
+        mesh.orders.clear()
+        a.replicas[small.replica] = replace(a.replicas[small.replica], taken=taken)
+        measured.clear()
+    decision = mesh.decide()
+    assert [move.replica for move in decision.moves] == [small.replica]
+    assert [each.replica for each in decision.orders[NodeId("a")]] == [small.replica]
     mesh.settle()
     assert mesh.ready() == {"deepseek-33b": ["a/gpu-0"], "phi-2": ["b/gpu-0"]}
 
