@@ -255,11 +255,12 @@ def test_a_full_device_that_nobody_else_wants_keeps_its_replicas() -> None:
 # --- making room -----------------------------------------------------------------------------------------------------
 
 
-def crowded() -> PretendMesh:
-    """phi-2 sits on the only card that could take the 33B."""
-    mesh = PretendMesh([node("a", gpu("a", "RTX 4090")), node("b", gpu("b", "GTX 1660 SUPER"))], [Deployment("phi-2")])
+def crowded(small: str = "phi-2") -> PretendMesh:
+    """`small` sits on the only card that could take the 33B."""
+    mesh = PretendMesh([node("a", gpu("a", "RTX 4090")), node("b", gpu("b", "GTX 1660 SUPER"))], [Deployment(small)])
+    mesh.run(small, "a/gpu-0")
     mesh.settle()
-    assert mesh.ready() == {"phi-2": ["a/gpu-0"]}
+    assert mesh.ready() == {small: ["a/gpu-0"]}
     mesh.wanted.append(Deployment("deepseek-33b", context=4096, slots=2))
     return mesh
 
@@ -282,7 +283,7 @@ def test_a_healthy_replica_makes_room_for_a_refused_model_after_a_hold_and_with_
 
 @pytest.mark.parametrize("told", ["measured", "reported"])
 def test_a_load_waits_for_one_that_leaves_and_took_more_than_was_estimated(told: str) -> None:
-    mesh = crowded()
+    mesh = crowded("minilm")
     (small,) = mesh.decision.plan.assignments
     alone = PretendMesh([node("a", gpu("a", "RTX 4090"))], mesh.wanted[1:])
     alone.settle()
@@ -290,7 +291,9 @@ def test_a_load_waits_for_one_that_leaves_and_took_more_than_was_estimated(told:
     # By its estimate the small one leaves room for the large one, to the byte.
     a = pc(mesh, "a")
     (device,) = a.snapshot.devices
-    a.snapshot = replace(a.snapshot, devices=(replace(device, cap=Bytes(small.memory.total + large.memory.total)),))
+    both = Bytes(small.memory.total + large.memory.total)
+    assert both < device.capacity
+    a.snapshot = replace(a.snapshot, devices=(replace(device, cap=both),))
     taken = Bytes(small.memory.total + 2**20)
     measured = {measured_key(small, device): taken}
     before = mesh.view
@@ -306,7 +309,7 @@ def test_a_load_waits_for_one_that_leaves_and_took_more_than_was_estimated(told:
     assert [move.replica for move in decision.moves] == [small.replica]
     assert [each.replica for each in decision.orders[NodeId("a")]] == [small.replica]
     mesh.settle()
-    assert mesh.ready() == {"deepseek-33b": ["a/gpu-0"], "phi-2": ["b/gpu-0"]}
+    assert mesh.ready() == {"deepseek-33b": ["a/gpu-0"], "minilm": ["b/gpu-0"]}
 
 
 def test_a_pc_that_comes_in_time_costs_no_move() -> None:
