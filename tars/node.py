@@ -245,6 +245,8 @@ class Node:
             await self.coordinator.snapshot(),
             [*inventory.warnings, *filter(None, [inventory.no_gpu_reason])],
         )
+        if (reached := self._client_url()) is not None:
+            self._report.elsewhere(reached)
         if config.exposed and (key := keys.first_admin_key()) is not None:
             self._report.first_key(key)
         if mesh is not None:

@@ -102,6 +102,10 @@ class NodeReport:
         for warning in warnings:
             self._say(f"  note     {warning}")
 
+    def elsewhere(self, url: str) -> None:
+        """Where clients on other PCs reach the node."""
+        self._say(f"  clients  on other PCs: {url}")
+
     def first_key(self, key: str) -> None:
         """The admin key that the node made for itself, because others can reach it and none existed: shown this once."""
         self._say("  key      other machines need an API key. This one may do everything, and is shown this once:")

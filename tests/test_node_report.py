@@ -140,10 +140,12 @@ async def test_a_node_that_nobody_wants_a_model_of_says_so_and_no_fault(bench, c
 
 def test_says_where_peers_reach_it_how_the_next_pc_comes_in_and_the_first_key(capsys):
     report = NodeReport("text")
+    report.elsewhere("http://192.168.1.10:8000")
     report.first_key("tars-secret")
     report.in_mesh(["192.168.1.10:8001", "10.0.0.1:8001"], [], "TOKEN@192.168.1.10:8001")
     report.in_mesh([], ["pc1", "pc3"], None)
     said = capsys.readouterr().out
+    assert "on other PCs: http://192.168.1.10:8000\n" in said
     assert "tars-secret" in said
     assert "peers reach this node at 192.168.1.10:8001\n" in said
     assert "tars-node --join TOKEN@192.168.1.10:8001\n" in said

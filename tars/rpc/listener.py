@@ -47,8 +47,9 @@ class Listener:
 
     @property
     def url(self) -> str:
-        """Where the node answers: `http://127.0.0.1:8000`."""
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        """Where the node answers on this PC: `http://127.0.0.1:8000`; "all addresses" is none that one can go to, so loopback there."""
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        host = f"[{host}]" if ":" in host else host
         return f"{self.scheme}://{host}:{self.port}"
 
     async def close(self) -> None:

@@ -52,6 +52,11 @@ def test_the_url_of_an_ipv6_address_has_brackets() -> None:
     assert Listener("::1", 8000, None).url == "http://[::1]:8000"  # type: ignore[arg-type]  # no server is asked
 
 
+@pytest.mark.parametrize(("every", "this_pc"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]")])
+def test_the_url_of_all_addresses_is_one_that_can_be_gone_to(every: str, this_pc: str) -> None:
+    assert Listener(every, 8000, None).url == f"http://{this_pc}:8000"  # type: ignore[arg-type]  # no server is asked
+
+
 async def test_a_connection_that_never_asks_is_closed_and_one_that_asked_stays() -> None:
     async def answer(request: web.Request) -> web.Response:
         return web.Response(text="here")
