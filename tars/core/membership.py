@@ -326,7 +326,10 @@ class Membership:
                 break
         else:
             state, addresses = MemberState.ALIVE, peer.told
-        peer.behind = envelope.incarnation < peer.incarnation
+        # After a restart it counts from nothing: it may say another thing with the very number that it had.
+        peer.behind = envelope.incarnation < peer.incarnation or (
+            envelope.incarnation == peer.incarnation and state is not peer.state
+        )
         if overrules(envelope.incarnation, state, peer.incarnation, peer.state):
             self._set(peer, state, envelope.incarnation, addresses, now)
 

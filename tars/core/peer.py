@@ -51,7 +51,8 @@ class Peer:
     heard: float = float("-inf")
     corrected: float = float("-inf")
     behind: bool = False
-    """It spoke with a lower incarnation than it had: it has forgotten an earlier life, and must be told."""
+    """It spoke with a lower incarnation than it had, or with the same and something else: it has forgotten an earlier life, and must be
+    told."""
     suspicion: Suspicion | None = None
 
     @property

@@ -134,6 +134,21 @@ def test_who_is_held_for_gone_and_speaks_is_told_so_until_it_refutes(state, inca
         assert [(each.state, each.incarnation) for each in about_it] == [(state, 3)]
 
 
+@pytest.mark.parametrize(("before", "now"), [(ALIVE, DRAINING), (DRAINING, ALIVE)])
+def test_who_says_another_thing_after_a_restart_with_the_number_that_it_had_is_told_so_and_corrects_it(before, now):
+    bench, peer = Bench(N), Bench(M, me=N)
+    bench.hear(N, Update(N, 1, before), incarnation=1)
+    peer.membership.state, peer.membership.incarnation = now, 1
+    outbox = bench.hear(N, Update(N, 1, now), incarnation=1, body=Ping(1), now=5.0)
+    assert bench.membership.state_of(N) is before
+    (answer,) = [each for each in outbox if isinstance(each, Tell) and isinstance(each.body, Ack)]
+    peer.hear(M, *bench.membership.updates_for(answer), body=Ack(1), incarnation=0)
+    assert (peer.membership.state, peer.membership.incarnation) == (now, 2)
+    bench.hear(N, *peer.membership.updates_for(Tell(M, (), News())), incarnation=2, now=5.1)
+    assert bench.membership.state_of(N) is now
+    assert bench.news(to=N) == []
+
+
 def test_what_says_nothing_to_answer_is_corrected_too_but_not_each_time():
     bench = Bench(N, T)
     bench.hold(DEAD, 3)
