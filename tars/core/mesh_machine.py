@@ -236,6 +236,7 @@ class MeshMachine:
 
     def _admit(self, keys: Iterable[str], now: float) -> None:
         """Draw what follows from these records for who is a member and who coordinates."""
+        differs = False
         for key in keys:
             prefix = prefix_of(key)
             if prefix == MEMBER:
@@ -253,7 +254,9 @@ class MeshMachine:
                 )
                 if self._candidacies.get(node, (0, False)) != candidacy:
                     self._candidacies[node] = candidacy
-                    self._decide()
+                    differs = True
+        if differs:  # once for all of them: a node that starts among 1,000 hears of each
+            self._decide()
 
     # --- what goes out ------------------------------------------------------------------------------------------------
 
