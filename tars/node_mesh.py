@@ -82,7 +82,14 @@ async def enter(
     node = folder.node_id()
     identity = Identity.load_or_none(folder.path, node)
     if join is not None:
-        grant = await enter_mesh(join, folder, Applicant(config.node.name, _addresses(config)), identity)
+        known = ReplicatedStore(folder, node).map
+        grant = await enter_mesh(
+            join,
+            folder,
+            Applicant(config.node.name, _addresses(config)),
+            identity,
+            knows=lambda peer: isinstance(known.get(MEMBER + peer), Member),
+        )
         if grant is not None:
             store = ReplicatedStore(folder, grant.node)
             store.adopt(grant.records)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
@@ -19,6 +20,7 @@ from cryptography import x509
 from pydantic import ValidationError
 
 from tars.config_schema import ListenAddress
+from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, ConfigError, JoinRefused, NotAMember, PeerUnreachable, TarsError
 from tars.mesh.identity import REMOVED, Identity, PeerCertificate, check_clock, hash_of_ca, trusting
 from tars.mesh.join_tokens import Invitation
@@ -46,9 +48,16 @@ class Applicant:
 
 
 async def enter_mesh(
-    invitation: Invitation, folder: StateFolder, applicant: Applicant, identity: Identity | None
+    invitation: Invitation,
+    folder: StateFolder,
+    applicant: Applicant,
+    identity: Identity | None,
+    knows: Callable[[NodeId], bool] = lambda node: True,
 ) -> Grant | None:
     """Join, unless this node is a member already (`identity`, from `Identity.load_or_none`): then None, and the token is not used.
+
+    `knows` says whether a node is a member by this node's own records. A member whose inviting node is none there was away while the mesh
+    changed, and whoever could vouch for the newcomers is gone: with a fresh token it joins again, under its own NodeId.
 
     So the same command line serves every start. Give the grant's records to the store (`ReplicatedStore.adopt`, made with the grant's
     NodeId, which may be new), then `save` it. Raises `JoinRefused`, `ConfigError`, `PeerUnreachable` and other `TarsError`s; then nothing
@@ -60,9 +69,20 @@ async def enter_mesh(
                 f"this PC belongs to another mesh ({identity.mesh_id}) than the token's. To move it, start it with a state folder of its "
                 f"own for the new mesh (--state-dir), or move {folder.path} away first; on the old mesh, `tars node remove` takes it out."
             )
-        thrown_out = await _why_no_member(invitation.address, identity)
+        thrown_out, host = await _why_no_member(invitation.address, identity)
         if thrown_out is None:
-            return None
+            if host is None or knows(host):
+                return None
+            try:
+                return await join(invitation, folder, applicant)
+            except TarsError as refusal:
+                log.warning(
+                    "node %s, which this PC was told to join through, is a member that this PC does not know yet. If they do not find each "
+                    "other, make a new token there (`tars token new`) and join with it. %s",
+                    host,
+                    refusal.message,
+                )
+                return None
         try:
             return await join(invitation, folder, applicant)
         except JoinRefused as refusal:
@@ -162,17 +182,22 @@ async def _hinted(address: ListenAddress) -> ListenAddress:
     )
 
 
-async def _why_no_member(address: ListenAddress, identity: Identity) -> NotAMember | None:
-    """Why the mesh does not take this node any more; None where it does, or cannot be asked: a restart must not depend on one other PC."""
-    context = identity.client_context(_is_a_node)
+async def _why_no_member(address: ListenAddress, identity: Identity) -> tuple[NotAMember | None, NodeId | None]:
+    """Why the mesh does not take this node any more; None where it does, or cannot be asked: a restart must not depend on one other PC.
+
+    And who it was that takes this node; None where nobody does.
+    """
+    met: list[NodeId] = []
+    context = identity.client_context(lambda peer: met.append(peer.node))
     async with RpcConnection(f"https://{address}", tls=context, connect_seconds=CONNECT_SECONDS) as connection:
         try:
             await connection.call("node.ping", timeout=CONNECT_SECONDS)
         except NotAMember as refusal:
-            return refusal
+            return refusal, None
         except TarsError as error:
             log.info("this node is a member already, and %s could not be asked: %s", address, error.message)
-    return None
+            return None, None
+    return None, met[-1] if met else None
 
 
 def _is_a_node(peer: PeerCertificate) -> None:

@@ -83,6 +83,23 @@ async def test_one_token_brings_a_pc_in_and_a_restart_needs_none(one: MeshNode, 
         await two.listener.close()
 
 
+async def test_a_member_that_does_not_know_its_host_any_more_joins_again_with_a_fresh_token(
+    one: MeshNode, folder: StateFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    invitation = invite(one)
+    grant = await enter_mesh(invitation, folder, APPLICANT, None)
+    assert grant is not None
+    identity = grant.save(folder)
+    # The used token of a command line is no error: they may find each other by themselves.
+    assert await enter_mesh(invitation, folder, APPLICANT, identity, knows=lambda node: node != one.id) is None
+    assert "make a new token there" in caplog.text
+    again = await enter_mesh(invite(one), folder, APPLICANT, identity, knows=lambda node: node != one.id)
+    assert again is not None
+    assert again.node == identity.node
+    assert again.save(folder).fingerprint != identity.fingerprint
+    assert any(record.key == f"member/{one.id}" for record in again.records)
+
+
 @pytest.mark.parametrize(
     ("what", "words"),
     [
