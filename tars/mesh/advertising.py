@@ -15,7 +15,7 @@ from tars.catalogue import Catalogue
 from tars.core.advert_changes import differs
 from tars.core.records import HeldFile, NodeAdvert, ReplicaReport, TransferReport
 from tars.core.replicated_map import NODE
-from tars.core.types import Bytes, ModelEntry, NodeSnapshot
+from tars.core.types import Bytes, ModelEntry, NodeSnapshot, ReplicaId, ReplicaState
 from tars.errors import TarsError
 from tars.mesh.replicated_store import Records
 from tars.messages.files import TransferDescription
@@ -80,8 +80,10 @@ class Advertising:
         if not differs(told, advert):
             return None
         due = self._told_at + PACE_SECONDS
-        # A node that comes, goes or drains does not wait for its turn.
-        if self._now() < due and told is not None and told.node.draining == advert.node.draining:
+        # A node that comes, goes or drains does not wait for its turn; nor does a replica that is ready: another one, which it replaces,
+        # is unloaded at once, and meanwhile peers would know of none.
+        urgent = told is None or told.node.draining != advert.node.draining or bool(_ready(advert) - _ready(told))
+        if self._now() < due and not urgent:
             return due
         try:
             self._records.put(f"{NODE}{advert.node.id}", advert, saved=False)
@@ -107,3 +109,7 @@ def _reported(transfer: TransferDescription) -> TransferReport:
         tuple(transfer.sources),
         transfer.note,
     )
+
+
+def _ready(advert: NodeAdvert) -> set[ReplicaId]:
+    return {each.assignment.replica for each in advert.replicas if each.state is ReplicaState.READY}

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 
-from fleets import gpu, node
+from fleets import MODELS, gpu, node
 
 from tars.catalogue import Catalogue
 from tars.core.mesh_messages import Record
-from tars.core.records import HeldFile, NodeAdvert, TransferReport
+from tars.core.placement import plan
+from tars.core.records import HeldFile, NodeAdvert, ReplicaReport, TransferReport
 from tars.core.replicated_map import adverts
-from tars.core.types import Bytes, NodeId
+from tars.core.types import Bytes, Deployment, ModelKind, NodeId, ReplicaState
 from tars.mesh.advertising import PACE_SECONDS, Advertising
 from tars.mesh.replicated_store import MemoryStore
 from tars.messages.files import TransferDescription
@@ -33,8 +34,8 @@ class Bench:
             now=lambda: self.now,
         )
 
-    def tell(self, snapshot=PC):
-        return self.advertising.tell(self.advertising.advert(snapshot, ()))
+    def tell(self, snapshot=PC, *replicas):
+        return self.advertising.tell(self.advertising.advert(snapshot, replicas))
 
     @property
     def told(self):
@@ -105,6 +106,18 @@ def test_a_drain_does_not_wait_for_its_turn(tiny_gguf):
     bench.tell()
     assert bench.tell(replace(PC, draining=True)) is None
     assert bench.told.node.draining
+
+
+def test_a_replica_that_is_ready_does_not_wait_for_its_turn_as_the_one_that_it_replaces_goes_at_once(tiny_gguf):
+    bench = Bench(tiny_gguf)
+    (assignment,) = plan([PC], MODELS, [Deployment("phi-2")]).assignments
+    loading = ReplicaReport(assignment, ModelKind.CHAT, ReplicaState.LOADING, percent=93.0)
+    ready = replace(loading, state=ReplicaState.READY, percent=None)
+    bench.tell(PC, loading)
+    assert bench.tell(PC, ready) is None
+    assert bench.told.replicas == (ready,)
+    # What it was before is no hurry.
+    assert bench.tell(PC, loading) == bench.now + PACE_SECONDS
 
 
 def test_an_advert_that_no_node_would_take_is_logged_and_stops_nothing(tiny_gguf, caplog):
