@@ -247,10 +247,12 @@ class Node:
         )
         if (reached := self._client_url()) is not None:
             self._report.elsewhere(reached)
-        if config.exposed and (key := keys.first_admin_key()) is not None:
-            self._report.first_key(key)
+        # A collector keeps what it is told: secrets are for a person at the terminal.
+        told = not self._report.is_collected
+        if config.exposed and not keys.exist:
+            self._report.first_key(keys.first_admin_key() if told else None)
         if mesh is not None:
-            self._report.in_mesh(mesh.addresses(), mesh.names(), mesh.invitation())
+            self._report.in_mesh(mesh.addresses(), mesh.names(), mesh.invitation() if told else None)
         self._saving = asyncio.create_task(store.run(), name="saving the replicated map")
         self._rounds = asyncio.create_task(self.coordinator.run(), name="placement rounds")
         self._hashing = asyncio.create_task(self.files.run(), name="hash model files")

@@ -106,8 +106,18 @@ class NodeReport:
         """Where clients on other PCs reach the node."""
         self._say(f"  clients  on other PCs: {url}")
 
-    def first_key(self, key: str) -> None:
-        """The admin key that the node made for itself, because others can reach it and none existed: shown this once."""
+    @property
+    def is_collected(self) -> bool:
+        """Whether what is said goes into a log that others keep."""
+        return self._json
+
+    def first_key(self, key: str | None) -> None:
+        """The admin key that the node made for itself, because others can reach it and none existed, is shown this once. None: none was made."""
+        if key is None:
+            self._say(
+                "  key      other machines need an API key, and there is none yet: `tars key new NAME` on this PC makes one"
+            )
+            return
         self._say("  key      other machines need an API key. This one may do everything, and is shown this once:")
         self._say(f"             {key}")
         self._say("           `tars key new NAME` makes more; on this PC `tars` needs none")

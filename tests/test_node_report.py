@@ -151,3 +151,13 @@ def test_says_where_peers_reach_it_how_the_next_pc_comes_in_and_the_first_key(ca
     assert "tars-node --join TOKEN@192.168.1.10:8001\n" in said
     assert "nowhere: this PC has no network; with pc1, pc3\n" in said
     assert said.count("--join") == 1
+
+
+def test_no_secret_goes_into_a_collected_log(caplog):
+    caplog.set_level(logging.INFO)
+    report = NodeReport("json")
+    assert report.is_collected
+    report.first_key(None)
+    report.in_mesh(["192.168.1.10:8001"], [], None)
+    assert "`tars key new NAME` on this PC makes one" in caplog.text
+    assert "--join" not in caplog.text
