@@ -212,6 +212,7 @@ class Node:
             make_worker=lambda spec, on_change: ReplicaWorker(spec, options, on_change),
             process_memory=inventory.process_memory,
             mesh=(lambda: None) if mesh is None else mesh.view,
+            takes_part=lambda: mesh is None or mesh.takes_part,
             files=self.files,
             hub=config.files.hub,
             draining=Draining(self._folder),

@@ -174,6 +174,11 @@ class NodeMesh:
         """Of the port for peers; None before `start`."""
         return None if self._listener is None else self._listener.port
 
+    @property
+    def takes_part(self) -> bool:
+        """False once this node has learned that it was removed."""
+        return not self._thrown_out
+
     def names(self) -> list[str]:
         """Of the other members, by name."""
         own = self._identity.node

@@ -112,7 +112,7 @@ class NodeReport:
         return self._json
 
     def first_key(self, key: str | None) -> None:
-        """The admin key that the node made for itself, because others can reach it and none existed, is shown this once. None: none was made."""
+        """The admin key that the node made for itself, because others can reach it: shown this once. None: none was made."""
         if key is None:
             self._say(
                 "  key      other machines need an API key, and there is none yet: `tars key new NAME` on this PC makes one"

@@ -92,6 +92,7 @@ class Coordinator:
         engines: EnginesSection | None = None,
         process_memory: Callable[[], Mapping[DeviceId, Mapping[int, Bytes | None]]] = dict,
         mesh: Callable[[], MeshView | None] = lambda: None,
+        takes_part: Callable[[], bool] = lambda: True,
         files: ModelFiles | None = None,
         hub: bool = False,
         draining: Draining | None = None,
@@ -105,6 +106,8 @@ class Coordinator:
         self.deployments = deployments
         self._measured = measured
         self.mesh = mesh
+        self.takes_part = takes_part
+        """False for a node that was removed from its mesh: it keeps what runs, and the mesh's wishes are no longer its own."""
         self._hub = hub
         self.draining = Draining() if draining is None else draining
         self._now = now
@@ -405,6 +408,8 @@ class Coordinator:
     def _decides(self) -> bool:
         """Whether this node gives orders now: it coordinates, and has done so for long enough to know the others."""
         view, now = self.mesh(), self._now()
+        if not self.takes_part():
+            return False
         if view is None:
             return True
         self._isolated_since = (

@@ -400,3 +400,14 @@ async def test_exact_answers_do_not_share_a_cache_by_default(bench):
     await bench.coordinator.reconcile()
     settings = {each.model: each.settings for each in bench.coordinator.plan.assignments}
     assert [(each.slots, each.kv_tokens) for _, each in sorted(settings.items())] == [(3, 1536), (1, 512)]
+
+
+async def test_a_node_that_was_removed_from_its_mesh_keeps_what_runs_and_loads_no_more(bench):
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    bench.coordinator.takes_part = lambda: False
+    bench.deployments.deploy(Deployment(bench.model, replicas=2))
+    await bench.coordinator.reconcile()
+    assert len(bench.coordinator.replicas) == 1
+    assert len(bench.workers) == 1
