@@ -3,6 +3,7 @@
 import os
 import socket
 import subprocess
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -86,6 +87,16 @@ def test_nothing_is_left_behind_even_after_a_failure():
             process = subprocess.Popen(lan.hosts[0].command("sleep", "1000"))
             name = lan.hosts[0].name
             assert Path("/run/netns", name).exists()
+            # What has not entered yet cannot be found there.
+            ends = time.monotonic() + 10
+            while (
+                str(process.pid)
+                not in subprocess.run(
+                    ["ip", "netns", "pids", name], capture_output=True, text=True, check=True
+                ).stdout.split()
+            ):
+                assert time.monotonic() < ends
+                time.sleep(0.01)
             raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):

@@ -12,6 +12,9 @@ from mesh_processes import HELP_DESK, MINILM, Pc, stopping
 
 pytestmark = [pytest.mark.model, pytest.mark.slow]
 
+AS_A_PERSON = ("--log-format", "text")
+"""A log that others keep gets no token."""
+
 
 def pair(folder: Path) -> tuple[Pc, Pc]:
     """`one` coordinates while it lives; a chat model goes to the larger card, `two`'s, and an embedding model to the smaller one."""
@@ -22,7 +25,7 @@ def pair(folder: Path) -> tuple[Pc, Pc]:
 async def test_two_pcs_become_a_mesh_by_one_line_and_each_answers_for_the_others_models(tmp_path: Path) -> None:
     one, two = pair(tmp_path)
     async with stopping([one, two]):
-        await one.start()
+        await one.start(None, *AS_A_PERSON)
         line = await one.printed_invitation()
         await two.start(line)
         assert f"peers reach this node at {two.mesh_address}; with one" in two.output
@@ -74,7 +77,7 @@ async def test_who_leaves_is_seen_at_once_and_who_is_killed_within_five_seconds_
 ) -> None:
     one, two = pair(tmp_path)
     async with stopping([one, two]):
-        await one.start()
+        await one.start(None, *AS_A_PERSON)
         await two.start(await one.printed_invitation())
         await one.sees(two, "ALIVE")
         await one.plans_with("one", "two")
