@@ -81,29 +81,28 @@ async def enter(
     """
     node = folder.node_id()
     identity = Identity.load_or_none(folder.path, node)
+    store = ReplicatedStore(folder, node)
     if join is not None:
-        known = ReplicatedStore(folder, node).map
         grant = await enter_mesh(
             join,
             folder,
             Applicant(config.node.name, _addresses(config)),
             identity,
-            knows=lambda peer: isinstance(known.get(MEMBER + peer), Member),
+            knows=lambda peer: isinstance(store.map.get(MEMBER + peer), Member),
         )
         if grant is not None:
-            store = ReplicatedStore(folder, grant.node)
-            store.adopt(grant.records)
-            return grant.save(folder), store
+            joined = ReplicatedStore(folder, grant.node)
+            joined.adopt(grant.records)
+            return grant.save(folder), joined
     if identity is None and asks_for_mesh(config):
         identity = Identity.create(folder.path, node)
-    store = ReplicatedStore(folder, node)
     if identity is not None:
         take_place(identity, store, config.node.name, _addresses(config))
     return identity, store
 
 
 def founded(identity: Identity, store: ReplicatedStore) -> bool:
-    """Whether this node is the one that began the mesh, or is alone in it still."""
+    """Whether this node began the mesh."""
     own = store.map.get(MEMBER + identity.node)
     return not isinstance(own, Member) or own.admitted_by in (None, identity.node)
 

@@ -103,7 +103,7 @@ class Access:
             )
         if method in _WITH_BODY:
             content_type = headers.get(hdrs.CONTENT_TYPE, "")
-            if content_type != "application/json" and not _is_json(content_type):
+            if content_type != "application/json" and not is_json(content_type):
                 raise UnsupportedMediaType(
                     "The body must be JSON and say so, so nothing was run. Send the header Content-Type: application/json."
                 )
@@ -143,7 +143,8 @@ def access_middleware(access: Access, render: RenderError, public: frozenset[str
     return checked
 
 
-def _is_json(content_type: str) -> bool:
+def is_json(content_type: str) -> bool:
+    """Whether a header Content-Type declares JSON in UTF-8."""
     kind, _, parameters = content_type.partition(";")
     if kind.strip().lower() != "application/json":
         return False

@@ -16,7 +16,7 @@ from aiohttp import hdrs, web
 from tars.core.replicated_map import MEMBER
 from tars.errors import InvalidRequest, LimitExceeded, NotAMember, TarsError, UnsupportedMediaType
 from tars.mesh.identity import Identity, MemberCheck, PeerCertificate, peer_of
-from tars.rpc.access import CALLER, ROLE
+from tars.rpc.access import CALLER, ROLE, is_json
 from tars.rpc.dispatcher import Dispatcher
 from tars.rpc.http_server import PEER, RPC_PATH, SOURCE, add_dispatcher, error_response
 from tars.rpc.listener import Listener, listen
@@ -106,7 +106,7 @@ class MeshListener:
                 if transport is not None:
                     self._connections.setdefault(peer, weakref.WeakSet()).add(transport)
                 request[CALLER], request[ROLE], request[PEER] = PEERS, Role.PEER, peer.node
-            if request.method == hdrs.METH_POST and not _is_json(request):
+            if request.method == hdrs.METH_POST and not is_json(request.headers.get(hdrs.CONTENT_TYPE, "")):
                 raise UnsupportedMediaType(
                     "The body must be JSON and say so, so nothing was run. Send the header Content-Type: application/json."
                 )
@@ -149,7 +149,3 @@ def add_mesh_hint(app: web.Application, port: Callable[[], int | None]) -> None:
         return web.json_response({"mesh_port": port()})
 
     app.router.add_get(HINT_PATH, hint)
-
-
-def _is_json(request: web.Request) -> bool:
-    return request.headers.get(hdrs.CONTENT_TYPE, "").partition(";")[0].strip().lower() == "application/json"

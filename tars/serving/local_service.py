@@ -198,7 +198,7 @@ class LocalNodeService:
         """The node ends: no new call, and nothing moves because of that."""
         self._closing = True
 
-    # --- the mesh: one node sees itself ------------------------------------------------------------------------------
+    # --- the mesh -----------------------------------------------------------------------------------------------------
 
     def peers(self) -> PeersResult:
         """This node first, then its peers."""
