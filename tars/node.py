@@ -363,6 +363,10 @@ async def serve(prepared: Prepared, report: NodeReport) -> None:
             stopping = asyncio.ensure_future(node.stop(0.0))
         await stopping
     report.stopped()
+    # All is saved and said. A signal that still comes (a service manager's second one) ends the process at once, as one that ended well.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, lambda *_: os._exit(0))
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -417,6 +421,9 @@ def main(
             return
         set_up_logging(config.node.log_format)
         asyncio.run(serve(prepared, NodeReport(config.node.log_format)))
+        # The interpreter's own end gives Python's handlers back, not this.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
     except TarsError as error:
         click.echo(f"tars-node: {error.message}", err=True)
         sys.exit(EXIT_USAGE)

@@ -9,6 +9,7 @@ import signal
 import socket
 import struct
 import subprocess
+from contextlib import suppress
 
 import aiohttp
 import psutil
@@ -258,6 +259,19 @@ async def test_a_second_ctrl_c_ends_the_node_before_its_grace_time_is_over(tmp_p
         assert await node.ended(60) == 0
         with pytest.raises(TarsError):
             await talking
+
+
+async def test_signals_that_go_on_until_the_last_moment_do_not_change_how_it_ended(tmp_path):
+    config = tmp_path / "c.toml"
+    config.write_text("[demo]\nmodels = false\n")
+    for number in (signal.SIGTERM, signal.SIGINT):
+        async with running_node(tmp_path / "state", "--config", config) as node:
+            while node.process.returncode is None:
+                # Not `node.send`: Popen looks for the end before it sends, and takes it from asyncio.
+                with suppress(ProcessLookupError):
+                    os.kill(node.process.pid, number)
+                await asyncio.sleep(0.001)
+            assert await node.ended() == 0, node.output
 
 
 @pytest.mark.model
