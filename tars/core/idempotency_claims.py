@@ -1,0 +1,190 @@
+"""What a node asks its peers before and after it runs a call under an idempotency key.
+
+Law of this file: who is asked what, in which order, and what follows from the answers. The protocols are generators without I/O: each
+yields the questions to put now (or a pause), is sent the replies in their order (None: that node did not answer), and returns what came of
+it. The serving node puts them over the mesh, the simulation through its own network.
+
+The homes are asked one after the other, the first one first: of two nodes that claim a key at once, the first common home tells the second
+one who came first. What is known counts in the order answered, running, free. Whoever finds the call running waits at its owner; where
+that is not there, or does not know the call any more, it claims again and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeAlias, TypeVar
+
+from tars.core.idempotency_keys import Claim, KeyReply, KeyState
+from tars.core.probe_order import Dice
+from tars.core.types import NodeId
+
+WAIT_SECONDS = 1.0
+"""How long the owner of a running call keeps a question before it says that it still runs: so the asker learns that the owner lives."""
+PAUSE_SECONDS = 0.05
+"""At least, before a key is claimed again whose owner gave it up: two that meet so part by chance."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClaimQuestion:
+    """To a home: may this node run the call? `KeyTable.claim` answers."""
+
+    key: str
+    body: str
+    claim: Claim
+    gone: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerQuestion:
+    """To an owner: what came of the call? ANSWERED with the answer, RUNNING after `wait` seconds, CONFLICT, or UNKNOWN where it does not
+    run it (any more, or waits for another owner itself)."""
+
+    key: str
+    body: str
+    wait: float = WAIT_SECONDS
+
+
+@dataclass(frozen=True, slots=True)
+class Settlement:
+    """To a home: what came of the call. `KeyTable.settle` answers."""
+
+    key: str
+    body: str
+    claim: Claim
+    answer: bytes | None = None
+    failed: bool = False
+
+
+Question: TypeAlias = ClaimQuestion | AnswerQuestion | Settlement
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Put `question` to `node`, which may be this one."""
+
+    node: NodeId
+    question: Question
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """Go on after so many seconds; no reply is sent in."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The call is this node's to run under `claim`; `homes` know of it. End it with `settling`."""
+
+    claim: Claim
+    homes: tuple[NodeId, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """The call was answered."""
+
+    answer: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """The key is another body's."""
+
+
+Replies: TypeAlias = Sequence[KeyReply | None]
+Outcome = TypeVar("Outcome")
+Steps: TypeAlias = Generator[tuple[Ask, ...] | Pause, Replies, Outcome]
+
+
+def claiming(
+    key: str,
+    body: str,
+    claim: Claim,
+    homes: Callable[[], Sequence[NodeId]],
+    dice: Dice,
+    joining: Callable[[bool], None] = lambda joins: None,
+) -> Steps[Run | Known | Refused]:
+    """Run the call, or get the answer of the one who does, however long that takes: the driver closes it at the call's deadline and then
+    frees the homes with `freeing`.
+
+    `homes` gives the key's homes as this node sees them now. `joining` is told True while this node waits for another owner (and then
+    answers `AnswerQuestion`s for the key with UNKNOWN, so that nobody waits in a circle) and False when it claims again.
+    """
+    gone: str | None = None
+    while True:
+        joining(False)
+        claim = replace(claim, epoch=1)
+        asked = tuple(homes())
+        granted: list[NodeId] = []
+        found: KeyReply | None = None
+        for home in asked:
+            (reply,) = yield (Ask(home, ClaimQuestion(key, body, claim, gone)),)
+            if reply is None:
+                continue
+            if reply.state is KeyState.GRANTED and reply.claim is not None:
+                claim = replace(claim, epoch=max(claim.epoch, reply.claim.epoch))
+                granted.append(home)
+            else:
+                found = reply
+                break
+        if found is None:
+            return Run(claim, asked)
+        if found.state is KeyState.ANSWERED and found.answer is not None and found.claim is not None:
+            if granted:
+                # Those did not know it: they came to be its home since. Under the asker's claim, which they hold.
+                yield tuple(Ask(home, Settlement(key, body, claim, found.answer)) for home in granted)
+            return Known(found.answer)
+        if granted:
+            yield tuple(Ask(home, Settlement(key, body, claim, failed=True)) for home in granted)
+        if found.state is KeyState.CONFLICT:
+            return Refused()
+        if found.claim is None:
+            # No home says this; whoever does has nothing that can be waited for.
+            yield Pause(PAUSE_SECONDS * (1 + dice.random()))
+            continue
+        joining(True)
+        ended = yield from _join(key, body, found.claim.owner)
+        if ended is not None:
+            return ended
+        gone = found.claim.token
+        yield Pause(PAUSE_SECONDS * (1 + dice.random()))
+
+
+def settling(
+    key: str, body: str, run: Run, homes: Callable[[], Sequence[NodeId]], answer: bytes | None
+) -> Steps[Known | None]:
+    """Tell the homes that the call is answered (`answer` None: it is too large to be sent about).
+
+    Returns the answer to give instead, where this node was thought gone and another one has taken over: all who ask get the same one.
+    """
+    ended = Settlement(key, body, run.claim, answer)
+    replies = yield tuple(Ask(home, ended) for home in dict.fromkeys((*homes(), *run.homes)))
+    # In the order in which a claim is decided: the first home's word counts.
+    said = next((reply for reply in replies if reply is not None), None)
+    if said is None or said.claim is None or said.claim.token == run.claim.token:
+        return None
+    if said.answer is not None:
+        return Known(said.answer)
+    winner = yield from _join(key, body, said.claim.owner)
+    return winner if isinstance(winner, Known) else None
+
+
+def freeing(key: str, body: str, claim: Claim, run: Run | None, homes: Callable[[], Sequence[NodeId]]) -> Steps[None]:
+    """Tell the homes that the call failed or was given up, so that the next one may run it. `run` None: it was not granted yet."""
+    told = dict.fromkeys((*homes(), *(run.homes if run is not None else ())))
+    yield tuple(Ask(home, Settlement(key, body, claim, failed=True)) for home in told)
+
+
+def _join(key: str, body: str, owner: NodeId) -> Steps[Known | Refused | None]:
+    """Wait at the owner for as long as it runs the call. None: it is not there, or knows it no more."""
+    while True:
+        (reply,) = yield (Ask(owner, AnswerQuestion(key, body)),)
+        if reply is not None and reply.state is KeyState.ANSWERED and reply.answer is not None:
+            return Known(reply.answer)
+        if reply is not None and reply.state is KeyState.CONFLICT:
+            return Refused()
+        if reply is None or reply.state is not KeyState.RUNNING:
+            return None
