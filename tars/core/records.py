@@ -45,6 +45,9 @@ class ReplicaReport:
     slots: int = 1
     taken: Bytes | None = None
     file_sha256: str | None = None
+    """Of all that it was loaded from (`engine.loaded_identity`): equal ones go on with each other's answers."""
+    exact: bool = False
+    """It computes so that a continued answer is identical to an unbroken one."""
     speed: float | None = None
     """Tokens (texts) a second of one call alone, as it measured itself after its load."""
     prefill_speed: float | None = None

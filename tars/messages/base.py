@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
+import sys
+from array import array
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 from tars.core.types import Deadline
 
@@ -28,8 +32,77 @@ MAX_TIMEOUT_MS = 86_400_000
 """A day: a call that may take longer is a mistake in its units."""
 
 
+MOST_CALLER_LENGTH = 200
+"""Of a caller's name, in characters; those of keys are shorter."""
+
+
 class NoParams(Message):
     """A method that takes nothing."""
+
+
+Priority = Literal["interactive", "batch"]
+"""Who waits: a person, or nobody."""
+
+
+def _token_text(tokens: list[int]) -> str:
+    return base64.b64encode(_little_endian(array("I", tokens)).tobytes()).decode()
+
+
+def _tokens_of(value: object) -> object:
+    """Of base64 text; anything else is for pydantic to check."""
+    if not isinstance(value, str):
+        return value
+    try:
+        given = base64.b64decode(value, validate=True)
+    except (binascii.Error, ValueError):
+        raise ValueError("token ids are base64 of 32-bit little-endian numbers") from None
+    if len(given) % TOKEN_BYTES:
+        raise ValueError("token ids are base64 of 32-bit little-endian numbers, and this is no whole number of them")
+    return _little_endian(array("I", given)).tolist()
+
+
+def _little_endian(numbers: array[int]) -> array[int]:
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return numbers
+
+
+TOKEN_BYTES = 4
+
+TokenIds = Annotated[
+    list[Annotated[int, Field(ge=0, lt=2**32)]],
+    BeforeValidator(_tokens_of),
+    PlainSerializer(_token_text, when_used="json"),
+    WithJsonSchema({"type": "string", "contentEncoding": "base64"}),
+]
+"""Token ids, in JSON as base64 of little-endian uint32: an answer of 128 Ki tokens would be more values than a body may hold."""
+
+
+class SavedState(Message):
+    """The state of a running answer, in a file that node `node` keeps for whoever goes on with it."""
+
+    node: str = Field(max_length=64)
+    id: str = Field(max_length=64, description="Random: who knows it may have the file, once.")
+    bytes: int = Field(ge=0)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+class ResumeMeta(Message):
+    """Go on with answers that were broken off elsewhere: how one node tells another. The call's own params come with it unchanged."""
+
+    answers: list[TokenIds] = Field(
+        min_length=1, max_length=16, description="All tokens of each of the `n` answers so far."
+    )
+    handed_out: list[int] | None = Field(
+        None,
+        max_length=16,
+        description="How many of each answer's tokens the caller has; None is all. What is behind them was held back when it broke.",
+    )
+    ended: list[int] = Field(
+        default_factory=list, max_length=16, description="Answers (by index) that were whole: nothing is added to them."
+    )
+    seed: int = Field(ge=0, le=2**32 - 1)
+    state: SavedState | None = Field(None, description="Saves computing the tokens again, where it can be had.")
 
 
 class CallMeta(Message):
@@ -43,11 +116,16 @@ class CallMeta(Message):
     )
     traceparent: str | None = Field(None, max_length=64, description="W3C trace context.")
     hops: int = Field(0, ge=0, le=8, description="How often the call was forwarded; never forwarded again after 1.")
+    priority: Priority | None = Field(None, description="Default: interactive, which goes before batch.")
+    caller: str | None = Field(None, max_length=MOST_CALLER_LENGTH, description="Only between nodes: whose call it is.")
+    resume: ResumeMeta | None = Field(None, description="Only between nodes: the answers are begun already.")
 
 
 @dataclass(frozen=True, slots=True)
 class CallContext:
-    """One call's surroundings: made by a face (rpc, web), carried to the router. `caller`: the key's name, `local`, or `mesh`."""
+    """One call's surroundings: made by a face (rpc, web), carried to the router. `caller`: the key's name, `local`, or `mesh`; of a call
+    that a peer forwarded, the caller there.
+    """
 
     deadline: Deadline
     trace_id: str
@@ -61,3 +139,7 @@ class CallContext:
     """The NodeId of the peer that forwarded the call, or asks for itself; its certificate proved it. None for clients."""
     source: str = ""
     """The address that the call came from, where it matters who it is that nobody knows yet: `mesh.join`."""
+    priority: Priority | None = None
+    """None is interactive."""
+    resume: ResumeMeta | None = None
+    """Of a call that a peer forwarded: where its answers are."""

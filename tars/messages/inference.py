@@ -161,6 +161,10 @@ class Delta(Message):
     index: int = Field(0, description="Which of the `n` answers.")
     reasoning: str = Field("", description="What the model thinks, apart from its answer.")
     tool_calls: list[ToolCallDelta] = Field(default_factory=list)
+    ended: bool = Field(
+        False,
+        description="True in the last piece of one of several answers, and where an answer's last piece is known as such: it is whole.",
+    )
 
     def wire(self) -> dict[str, Any]:
         """Text and tokens always; the rest, which would be longer than both in every piece of every answer, only where it is set."""
@@ -173,7 +177,17 @@ class Delta(Message):
             said["reasoning"] = self.reasoning
         if self.tool_calls:
             said["tool_calls"] = self.tool_calls
+        if self.ended:
+            said["ended"] = True
         return said
+
+
+class Progress(Message):
+    """How far the load of a model is that a call waits for: `inference.progress`."""
+
+    stage: str = Field(description="`fetch` while the file is copied, then `spawn`, `import`, `read`, `load`, `warm`.")
+    percent: float = Field(ge=0, le=100)
+    node: str = Field(description="The name of the node that loads it.")
 
 
 class Usage(Message):
@@ -200,6 +214,8 @@ class Attempt(Message):
     replica: str
     node: str
     outcome: str
+    tokens: int = Field(0, description="Given to the caller by this attempt before it broke; of all answers.")
+    reason: str = Field("", description="Why this replica.")
 
 
 class ServedBy(Message):

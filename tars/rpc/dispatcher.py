@@ -19,8 +19,8 @@ from jsonrpcserver.async_dispatcher import call as run_element
 from jsonrpcserver.request import Request
 from jsonrpcserver.result import Error, Success
 
-from tars.errors import Cancelled, Forbidden, InternalError, MethodNotFound, NotAMember, TarsError
-from tars.messages.base import CallContext, Message
+from tars.errors import Cancelled, Forbidden, InternalError, InvalidParams, MethodNotFound, NotAMember, TarsError
+from tars.messages.base import CallContext, CallMeta, Message
 from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.envelope import BadElement, Call, Element, encode_error, encode_result
 from tars.rpc.method_table import METHODS, MethodSpec, Role
@@ -135,6 +135,8 @@ class Dispatcher:
             return None if element.notification else self._error(element.id, unknown, trace_id)
         if arrival.role not in spec.roles:
             return None if element.notification else self._error(element.id, _not_for(spec, arrival.role), trace_id)
+        if (misused := _misused(element.meta, spec, arrival)) is not None:
+            return None if element.notification else self._error(element.id, misused, trace_id)
         running = _Running(element, spec, arrival, emit, trace_id)
         counted = not spec.is_background
         if counted:
@@ -204,10 +206,12 @@ class Dispatcher:
                 running.spec.name,
                 meta.idempotency_key,
                 meta.hops,
-                arrival.caller,
+                meta.caller or arrival.caller,
                 arrival.face,
                 arrival.peer,
                 arrival.source,
+                meta.priority,
+                meta.resume,
             )
             work = handler(params, context)
             if running.spec.streams:
@@ -246,6 +250,21 @@ def _not_for(spec: MethodSpec, role: Role) -> TarsError:
             "key in the state folder), or with an admin key (`tars key new NAME --admin`), or a key of the node's configuration."
         )
     return Forbidden(f"{spec.name} is what nodes ask each other on the mesh's own port, so nothing was run.")
+
+
+def _misused(meta: CallMeta, spec: MethodSpec, arrival: Arrival) -> TarsError | None:
+    """Why this sender may not say this in `_meta`."""
+    if meta.resume is None and meta.caller is None:
+        return None
+    if arrival.peer is None:
+        return Forbidden(
+            "_meta.resume and _meta.caller are what nodes tell each other on the mesh's own port, so nothing was run. Leave them out."
+        )
+    if meta.resume is not None and not spec.streams:
+        return InvalidParams(
+            f"Invalid params: _meta.resume: {spec.name} generates nothing that could go on. Nothing was run."
+        )
+    return None
 
 
 async def _consume(running: _Running, stream: AsyncIterator[Any]) -> object:

@@ -293,7 +293,7 @@ def _with_meta(method: str, params: dict[str, Any], request_id: RequestId, notif
         listed = faults(CallMeta, raw, fault)
     error = InvalidParams(
         f"Invalid params: _meta{'.' if listed[0]['at'] else ''}{listed[0]['at']}: {listed[0]['problem']}. Nothing was run; it may "
-        "hold timeout_ms, idempotency_key, traceparent and hops.",
+        "hold timeout_ms, idempotency_key, traceparent, hops and priority.",
         details={"errors": [{**one, "at": f"_meta.{one['at']}".rstrip(".")} for one in listed[:10]]},
     )
     return BadElement(request_id, error, notification)

@@ -30,7 +30,7 @@ from tars.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
-from tars.messages.base import CallContext
+from tars.messages.base import MOST_CALLER_LENGTH, CallContext, ResumeMeta
 from tars.messages.inference import (
     ChatParams,
     ChatResult,
@@ -156,7 +156,7 @@ class PeerTarget:
         self._lifeline = lifeline or Lifeline()
         self._now = now
 
-    async def run(self, work: Work, call: CallContext) -> AsyncGenerator[Event]:
+    async def run(self, work: Work, call: CallContext, resume: ResumeMeta | None = None) -> AsyncGenerator[Event]:
         """The peer's events. Raises its own `TarsError`s, or `PeerUnreachable`, with `details["sent"]` False where it was never reached."""
         method = METHOD_OF.get(type(work))
         if method is None:
@@ -166,6 +166,8 @@ class PeerTarget:
         if budget <= 0:
             raise DeadlineExceeded("the call's time budget ran out on the way to a peer; allow more time")
         meta = meta_of(call, self.served_by.replica)
+        if resume is not None:
+            meta["resume"] = resume.model_dump(mode="json", exclude_none=True)
         began = ended = False
         try:
             if isinstance(work, ChatParams | CompleteParams):
@@ -182,7 +184,10 @@ class PeerTarget:
                             yield self._finished(work, body)
                         elif name == DELTA:
                             began = True
-                            yield Delta.model_validate(body)
+                            delta = Delta.model_validate(body)
+                            if not 0 <= delta.index < work.n:
+                                raise ValueError("a piece of an answer that was not asked for")
+                            yield delta
             else:
                 calling = self._connection.call(method, params_of(work), timeout=budget, **meta)
                 yield self._finished(work, await self._lifeline.hold(calling))
@@ -224,11 +229,13 @@ class PeerTarget:
 
 
 def meta_of(call: CallContext, replica: str) -> dict[str, Any]:
-    """What goes with the call beside its time: one hop more, the trace with a span of its own, the idempotency key.
+    """What goes with the call beside its time: one hop more, whose it is, the trace with a span of its own, the idempotency key.
 
     The key is the caller's and the method's own: at the peer every caller of this node is "mesh", and two of them may use the same words.
     """
-    meta: dict[str, Any] = {"hops": call.hops + 1}
+    meta: dict[str, Any] = {"hops": call.hops + 1, "caller": call.caller[:MOST_CALLER_LENGTH]}
+    if call.priority is not None:
+        meta["priority"] = call.priority
     if _TRACE_ID.fullmatch(call.trace_id) and int(call.trace_id, 16):
         span = hashlib.blake2b(f"{call.trace_id}|{replica}".encode(), digest_size=8).hexdigest()
         meta["traceparent"] = f"00-{call.trace_id}-{span}-01"

@@ -117,6 +117,7 @@ def _joined(rows: deque[Row]) -> list[Row]:
                     "logprobs": logprobs if any(more["logprobs"] is not None for more in further) else None,
                     "reasoning": "".join(more["reasoning"] for more in further),
                     "tool_calls": [one for more in further for one in more["tool_calls"]],
+                    "ended": any(more["ended"] for more in further),
                 }
             )
         joined.append(row)

@@ -52,13 +52,15 @@ class Saved(Message):
 
 
 class Resume(Message):
-    """Go on with an answer that was broken off: `generated` is replayed (or read with the state in `path`), `max_tokens` still counts from
-    the very beginning, and `handed_out` of the generated tokens' text was given to the caller already and does not come again.
+    """Go on with answers that were broken off, `n` of them: of each, `generated` is replayed (or read with the state in `path`),
+    `max_tokens` still counts from the very beginning, and `handed_out` of the generated tokens' text was given to the caller already and
+    does not come again. Those whose index is in `ended` were whole.
     """
 
-    generated: list[int]
-    handed_out: int
+    generated: list[list[int]]
+    handed_out: list[int]
     seed: int
+    ended: list[int] = Field(default_factory=list)
     path: str | None = None
 
 

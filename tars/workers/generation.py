@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tars.errors import Cancelled, DeadlineExceeded, TarsError
+from tars.errors import Cancelled, DeadlineExceeded, InvalidParams, TarsError
 from tars.messages.inference import (
     ChatParams,
     Choice,
@@ -24,7 +24,7 @@ from tars.messages.inference import (
     Usage,
 )
 from tars.workers.answer_format import AnswerFormat, AnswerPiece
-from tars.workers.engine import Event, Submission
+from tars.workers.engine import Event, Resume, Submission
 from tars.workers.text_stream import Released, TextStream
 
 Emission = tuple[int, Event | Exception]
@@ -51,6 +51,18 @@ class SavedCells:
     """How many of the answer's tokens they hold."""
 
 
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """How far an answer had come elsewhere."""
+
+    tokens: Sequence[int] = ()
+    """That were generated."""
+    handed_out: int = 0
+    """How many of them the caller has."""
+    ended: bool = False
+    """It was whole, and the caller knows."""
+
+
 class Answer:
     """One sequence. `tokens` are the prompt's, then the generated ones; the first `position` of them are in the KV cache."""
 
@@ -62,6 +74,7 @@ class Answer:
         "_reasoning",
         "_stream",
         "_text",
+        "_was_whole",
         "aborted",
         "cached",
         "call",
@@ -80,7 +93,8 @@ class Answer:
     def __init__(self, call: Call, index: int, prompt: Sequence[int]) -> None:
         self.call = call
         self.index = index
-        self.tokens = [*prompt, *call.replayed]
+        begun = call.begun[index] if call.begun else Begun()
+        self.tokens = [*prompt, *begun.tokens]
         self.prompt_length = len(prompt)
         self.position = 0
         self.stream: int | None = None
@@ -101,8 +115,9 @@ class Answer:
         self._logprobs: list[TokenLogprob] = []
         self._certain = 0
         """Generated tokens whose text was released by the stream."""
-        self._hidden = call.handed_out
+        self._hidden = begun.handed_out
         """So many of them the caller had before this answer was continued."""
+        self._was_whole = begun.ended
 
     @property
     def generated(self) -> int:
@@ -133,6 +148,10 @@ class Answer:
                 return self._ended_before(shown, "stop")
         if self.generated >= self.call.most:
             return self._ended_before(shown, "length")
+        if self._was_whole:
+            # By the model's own end, which is no token of the text; all that was held back came with it.
+            self._with_end(None, "stop")
+            return None
         return shown
 
     def accept(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> Delta | None:
@@ -174,6 +193,13 @@ class Answer:
         return None if self._certain <= self._hidden else delta
 
     def _with_end(self, delta: Delta | None, reason: FinishReason) -> Delta | None:
+        delta = self._last(delta, reason)
+        if delta is not None:
+            return delta.model_copy(update={"ended": True})
+        # The end of the only answer comes with the call's result; that of one of several is to be known before it.
+        return Delta(text="", index=self.index, ended=True) if len(self.call.answers) > 1 else None
+
+    def _last(self, delta: Delta | None, reason: FinishReason) -> Delta | None:
         rest = self._show(self._stream.finish())
         self.finish_reason = reason
         if self._parser is not None and (last := self._parsed(self._parser.finish(), [], None)) is not None:
@@ -214,15 +240,14 @@ class Call:
     __slots__ = (
         "adapter",
         "answers",
+        "begun",
         "deadline",
         "format",
-        "handed_out",
         "most",
         "number",
         "prompt_end",
         "prompt_length",
         "received",
-        "replayed",
         "seed",
         "stop",
         "work",
@@ -253,8 +278,7 @@ class Call:
         self.format = answers
         self.prompt_end = prompt_end
         self.stop = [*work.stop, *template_stop]
-        self.replayed = submission.resume.generated if submission.resume is not None else []
-        self.handed_out = submission.resume.handed_out if submission.resume is not None else 0
+        self.begun = [] if submission.resume is None else _begun(submission.resume, work.n)
         self.prompt_length = len(prompt)
         room = context - len(prompt)
         self.most = room if work.max_tokens is None else min(work.max_tokens, room)
@@ -281,7 +305,7 @@ class Call:
         first_token = min(
             (answer.first_token for answer in self.answers if answer.first_token is not None), default=None
         )
-        computed = generated - len(self.replayed) * len(self.answers)
+        computed = generated - sum(len(one.tokens) for one in self.begun)
         decode_seconds = now - (first_token or now)
         # The first token comes out of the prefill; the speed is that of the ones after it.
         speed = (computed - 1) / decode_seconds if computed > 1 and decode_seconds > 0 else None
@@ -306,6 +330,24 @@ class Call:
                 tokens_per_second=None if speed is None else round(speed, 2),
             ),
         )
+
+
+def _begun(resume: Resume, answers: int) -> list[Begun]:
+    """How far each answer had come. Raises `InvalidParams` where that cannot be."""
+    counts = [len(tokens) for tokens in resume.generated]
+    if (
+        len(counts) != answers
+        or len(resume.handed_out) != answers
+        or any(not 0 <= handed <= count for handed, count in zip(resume.handed_out, counts, strict=True))
+        or not set(resume.ended) <= set(range(answers))
+    ):
+        raise InvalidParams(
+            "What is to be continued does not fit the call: it needs the tokens of each of the `n` answers."
+        )
+    return [
+        Begun(tokens, handed, index in resume.ended)
+        for index, (tokens, handed) in enumerate(zip(resume.generated, resume.handed_out, strict=True))
+    ]
 
 
 def ending_error(cancelled: bool) -> TarsError:

@@ -418,8 +418,6 @@ class LlamaEngine:
         number = prepared.submission.sequence
         resume = prepared.submission.resume
         drawn = secrets.randbelow(SEEDS) if work.seed is None else work.seed
-        if resume is not None and work.n > 1:
-            raise InvalidParams("One of several answers (`n`) cannot be continued; begin the call anew.")
         seed = drawn if resume is None else resume.seed
         call = Call(
             prepared.submission,
@@ -432,25 +430,25 @@ class LlamaEngine:
             adapter=adapter_of(work.model, self._spec.model, self._adapters.names),
             template_stop=self._template_stop if isinstance(work, ChatParams) else (),
         )
-        if any(not 0 <= token < self._model.tokens for token in call.replayed):
+        if any(not 0 <= token < self._model.tokens for one in call.begun for token in one.tokens):
             raise InvalidParams("The answer to be continued holds tokens that this model does not have.")
         try:
             for answer in call.answers:
-                answer.sampler = Sampler(
-                    self._model, work, prepared.tokens, call.replayed, answer.seed, prepared.grammar
-                )
-                if call.replayed and (delta := answer.replay(self._model.pieces)) is not None:
+                generated = answer.tokens[answer.prompt_length :]
+                answer.sampler = Sampler(self._model, work, prepared.tokens, generated, answer.seed, prepared.grammar)
+                if resume is not None and (delta := answer.replay(self._model.pieces)) is not None:
                     self._out.append((number, delta))
         except BaseException:
             for answer in call.answers:
                 answer.close()
             raise
-        if call.ended:  # it was whole already when it was broken off
-            for answer in call.answers:
+        for answer in call.answers:
+            if answer.finish_reason is not None:  # it was whole already when it was broken off
                 answer.close()
+        if call.ended:
             self._out.append((number, call.result(time.monotonic())))
             return
-        if resume is not None and resume.path is not None:
+        if resume is not None and resume.path is not None and work.n == 1:
             call.answers[0].saved = read_state(Path(resume.path), call.answers[0].tokens, call.adapter)
         self._calls[number] = call
         self._batcher.add([answer for answer in call.answers if answer.finish_reason is None])

@@ -78,9 +78,9 @@ milliseconds for each sequence.
 
 def row_of(sequence: int, delta: Delta) -> Row:
     """A delta as it goes over the pipe."""
-    if delta.logprobs is None and not delta.reasoning and not delta.tool_calls:
+    if delta.logprobs is None and not delta.reasoning and not delta.tool_calls and not delta.ended:
         return (sequence, delta.index, delta.text, delta.token_ids)
-    more = delta.model_dump(include={"logprobs", "reasoning", "tool_calls"})
+    more = delta.model_dump(include={"logprobs", "reasoning", "tool_calls", "ended"})
     return (sequence, delta.index, delta.text, delta.token_ids, more)
 
 

@@ -148,10 +148,11 @@ class FakeEngine:
         wanted = int(argument) if what in ("count", "slow") else 10**9 if what in ("forever", "flood") else 1
         first = 0
         if submission.resume is not None:
-            first = len(submission.resume.generated)
+            generated = submission.resume.generated[0]
+            first = len(generated)
             if submission.resume.path is not None:
-                assert json.loads(Path(submission.resume.path).read_text()) == submission.resume.generated
-            ready = submission.resume.generated[submission.resume.handed_out :]
+                assert json.loads(Path(submission.resume.path).read_text()) == generated
+            ready = generated[submission.resume.handed_out[0] :]
             self._emit([(number, Delta(text="".join(f"{one} " for one in ready), token_ids=ready))])
         for index in range(first, wanted):
             self._mark += 1

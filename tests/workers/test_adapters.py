@@ -54,6 +54,7 @@ class Adapted(EventLog):
         """Save a running answer, which ends it."""
         while len(self.deltas.get(running, [])) < 10:
             self.take()
+        file.touch(0o600)
         saving = self.thread.submit(SaveParams(sequence=running, path=str(file)))
         with pytest.raises(Draining):
             self.end(running)
@@ -146,7 +147,7 @@ def test_a_saved_answer_goes_on_elsewhere_with_its_adapter(
     file = tmp_path / "state"
     saved = exact.saved(started, file)
     other = Adapted(tiny_gguf, files, exact=True)
-    resume = Resume(generated=saved.generated, handed_out=0, seed=saved.seed, path=str(file))
+    resume = Resume(generated=[saved.generated], handed_out=[0], seed=saved.seed, path=str(file))
     assert other.end(other.submit("m:blue", resume=resume, **params)).text == whole.text
     assert other.engine.counters().steps < 120, "the prompt and the first tokens were computed again"
     other.thread.close()
@@ -158,7 +159,7 @@ def test_cells_of_another_adapter_are_computed_again(exact: Adapted, tmp_path: P
     started = exact.submit("m:blue", **params)
     file = tmp_path / "state"
     saved = exact.saved(started, file)
-    computed_again = Resume(generated=saved.generated, handed_out=0, seed=saved.seed)
+    computed_again = Resume(generated=[saved.generated], handed_out=[0], seed=saved.seed)
     wanted = exact.end(exact.submit("m:red", resume=computed_again, **params)).text
     resume = computed_again.model_copy(update={"path": str(file)})
     assert exact.end(exact.submit("m:red", resume=resume, **params)).text == wanted

@@ -328,7 +328,7 @@ def test_a_broken_off_answer_goes_on_elsewhere_without_a_lost_or_doubled_token(
     had = [token for delta in shown for token in delta.token_ids]
     handed_out = sum(len(delta.token_ids) for delta in shown[:4])
     other = Collected(LlamaEngine(), tiny_gguf, exact=True)
-    resumed = other.submit(SYSTEM, resume=Resume(generated=had, handed_out=handed_out, seed=3), **params)
+    resumed = other.submit(SYSTEM, resume=Resume(generated=[had], handed_out=[handed_out], seed=3), **params)
     other.resumed = {resumed}
     result = other.end(resumed)
     assert result.text == whole.text
@@ -347,6 +347,7 @@ def test_a_saved_answer_moves_to_another_engine_and_computes_nothing_again(
     started = exact.submit(SYSTEM, **params)
     exact.until_tokens(started, 20)
     file = tmp_path / "state"
+    file.touch(0o600)
     saving = exact.thread.submit(SaveParams(sequence=started, path=str(file)))
     with pytest.raises(Draining):
         exact.end(started)
@@ -358,7 +359,7 @@ def test_a_saved_answer_moves_to_another_engine_and_computes_nothing_again(
     handed_out = sum(len(delta.token_ids) for delta in exact.deltas[started])
     assert handed_out <= len(saved.generated)
     other = Collected(LlamaEngine(), tiny_gguf, exact=True)
-    resume = Resume(generated=saved.generated, handed_out=handed_out, seed=saved.seed, path=str(file))
+    resume = Resume(generated=[saved.generated], handed_out=[handed_out], seed=saved.seed, path=str(file))
     resumed = other.submit(SYSTEM, resume=resume, **params)
     other.resumed = {resumed}
     assert other.end(resumed).text == whole.text
@@ -380,6 +381,7 @@ def test_a_restored_answer_does_not_overwrite_cells_that_are_still_to_be_copied(
     moving = engine.submit("1 " * 80, **long)
     engine.until_tokens(moving, 10)
     file = tmp_path / "state"
+    file.touch(0o600)
     saving = engine.thread.submit(SaveParams(sequence=moving, path=str(file)))
     while saving not in engine.ends:
         engine.take()
@@ -390,7 +392,7 @@ def test_a_restored_answer_does_not_overwrite_cells_that_are_still_to_be_copied(
         engine.engine._context.perform(actions)
     # Stream 0 has the prompt's cells and goes on behind them: they are copied to stream 1, and the restored answer comes into stream 0.
     engine.ask(prompt, **{**long, "max_tokens": 30})
-    resume = Resume(generated=saved.generated, handed_out=0, seed=saved.seed, path=str(file))
+    resume = Resume(generated=[saved.generated], handed_out=[0], seed=saved.seed, path=str(file))
     with engine.engine._inbox._condition:  # the engine takes both at once
         asked = engine.submit(prompt, max_tokens=8)
         resumed = engine.submit("1 " * 80, resume=resume, **long)
@@ -407,6 +409,7 @@ def test_a_state_that_does_not_suit_is_computed_again(exact: Collected, tmp_path
     started = exact.submit(SYSTEM, **params)
     exact.until_tokens(started, 5)
     file = tmp_path / "state"
+    file.touch(0o600)
     saving = exact.thread.submit(SaveParams(sequence=started, path=str(file)))
     while saving not in exact.ends:
         exact.take()
@@ -418,7 +421,7 @@ def test_a_state_that_does_not_suit_is_computed_again(exact: Collected, tmp_path
         file.write_bytes(file.read_bytes()[:-500])
     else:
         file.write_bytes(file.read_bytes().replace(b'"tokens": [', b'"tokens": [1, ', 1))
-    resume = Resume(generated=saved.generated, handed_out=0, seed=saved.seed, path=str(file))
+    resume = Resume(generated=[saved.generated], handed_out=[0], seed=saved.seed, path=str(file))
     resumed = exact.submit(SYSTEM, resume=resume, **params)
     assert exact.end(resumed).text == whole.text
 
@@ -442,7 +445,7 @@ def test_a_state_that_cannot_be_written_leaves_the_answer_running(batch: Collect
 
 def test_tokens_of_another_vocabulary_are_refused(batch: Collected) -> None:
     with pytest.raises(InvalidParams, match="tokens that this model does not have"):
-        batch.end(batch.submit("hello", resume=Resume(generated=[10**8], handed_out=0, seed=1)))
+        batch.end(batch.submit("hello", resume=Resume(generated=[[10**8]], handed_out=[0], seed=1)))
 
 
 def test_a_step_that_the_watchdog_stops_is_tried_again(tiny_gguf: Path) -> None:

@@ -181,6 +181,7 @@ def saved(calls: Calls, tmp_path: Path, tokens: int = 5, **params: Any) -> tuple
     running = calls.submit(max_tokens=200, **params)
     calls.until(running, tokens)
     file = tmp_path / "state"
+    file.touch(0o600)
     saving = calls.event(calls.thread.submit(SaveParams(sequence=running, path=str(file))))
     assert isinstance(saving, Saved)
     assert isinstance(calls.event(running), TarsError)
@@ -188,7 +189,7 @@ def saved(calls: Calls, tmp_path: Path, tokens: int = 5, **params: Any) -> tuple
 
 
 def resume_of(file: Path, one: Saved) -> Resume:
-    return Resume(generated=one.generated, handed_out=0, seed=one.seed, path=str(file))
+    return Resume(generated=[one.generated], handed_out=[0], seed=one.seed, path=str(file))
 
 
 @pytest.mark.parametrize("shift", [-7, 2])
@@ -222,7 +223,7 @@ def test_a_state_that_has_no_memory_to_come_in_is_computed_again(
 
 def test_one_of_several_answers_cannot_be_continued(calls: Calls) -> None:
     with pytest.raises(InvalidParams, match="several"):
-        calls.ask(n=2, resume=Resume(generated=[50], handed_out=0, seed=1))
+        calls.ask(n=2, resume=Resume(generated=[[50]], handed_out=[0], seed=1))
 
 
 def test_steps_that_were_stopped_long_ago_are_forgiven(tiny_gguf: Path) -> None:
@@ -248,7 +249,7 @@ def test_exact_answers_take_over_only_what_was_computed_as_a_prompt_of_theirs(ti
     calls.ask(SYSTEM * 3, max_tokens=1)
     generated = long[len(short) :]
     before = calls.engine.counters().steps
-    resume = Resume(generated=generated, handed_out=0, seed=1)
+    resume = Resume(generated=[generated], handed_out=[0], seed=1)
     calls.ask(SYSTEM, max_tokens=len(generated) + 2, resume=resume)
     assert calls.engine.counters().steps - before >= len(generated)
     calls.close()

@@ -213,9 +213,9 @@ class Storm:
         if planned.kind in ("cancelled", "broken off"):
             self.engine.cancel(planned.number)
         elif planned.kind == "moved":
-            planned.saving = self.thread.submit(
-                SaveParams(sequence=planned.number, path=str(self.folder / f"state-{planned.number}"))
-            )
+            file = self.folder / f"state-{planned.number}"
+            file.touch(0o600)
+            planned.saving = self.thread.submit(SaveParams(sequence=planned.number, path=str(file)))
             self.savings[planned.saving] = planned
             self.open.add(planned.saving)
         planned.acted = True
@@ -225,8 +225,8 @@ class Storm:
         had = planned.before + planned.deltas
         had = had[: self.random.randrange(len(had) + 1)] if self.random.random() < 0.5 else had
         resume = Resume(
-            generated=generated,
-            handed_out=sum(len(delta.token_ids) for delta in had),
+            generated=[generated],
+            handed_out=[sum(len(delta.token_ids) for delta in had)],
             seed=planned.params["seed"],
             path=None if path is None else str(path),
         )

@@ -107,7 +107,7 @@ def test_an_answer_broken_off_anywhere_goes_on_without_a_lost_or_doubled_token(
     before = before[: round(shown_share * len(before))]
     handed_out = sum(len(delta.token_ids) for delta in before)
 
-    again = call_of(resume=Resume(generated=had, handed_out=handed_out, seed=3), **params).answers[0]
+    again = call_of(resume=Resume(generated=[had], handed_out=[handed_out], seed=3), **params).answers[0]
     shown = again.replay(PIECES)
     after = [] if shown is None else [shown]
     after += run(again, tokens[len(had) :], to_the_end=True)
@@ -130,7 +130,7 @@ def test_deltas_make_the_result(tokens: list[int], stop: list[str]) -> None:
 def test_nothing_is_replayed_twice_at_the_border_of_what_was_handed_out() -> None:
     tokens = [0, 1, 2]
     for handed_out, expected in ((0, "abab"), (1, "bab"), (2, "ab"), (3, None)):
-        answer = call_of(resume=Resume(generated=tokens, handed_out=handed_out, seed=3)).answers[0]
+        answer = call_of(resume=Resume(generated=[tokens], handed_out=[handed_out], seed=3)).answers[0]
         shown = answer.replay(PIECES)
         assert (None if shown is None else shown.text) == expected
         assert (None if shown is None else shown.token_ids) == (tokens[handed_out:] or None)
@@ -196,7 +196,7 @@ def test_times_of_a_result() -> None:
 
 
 def test_what_was_replayed_is_counted_but_not_as_speed() -> None:
-    call = call_of(resume=Resume(generated=[0] * 4, handed_out=4, seed=3))
+    call = call_of(resume=Resume(generated=[[0] * 4], handed_out=[4], seed=3))
     answer = call.answers[0]
     assert answer.replay(PIECES) is None
     answer.started, answer.first_token = 11.0, 12.0
@@ -234,7 +234,7 @@ def test_a_call_ends_by_its_deadline_or_by_its_caller() -> None:
 
 
 def test_only_what_is_pending_is_left_to_compute() -> None:
-    answer = call_of(resume=Resume(generated=[0, 1], handed_out=0, seed=3)).answers[0]
+    answer = call_of(resume=Resume(generated=[[0, 1]], handed_out=[0], seed=3)).answers[0]
     answer.replay(PIECES)
     assert (answer.generated, answer.pending, answer.tokens) == (2, 5, [*PROMPT, 0, 1])
     answer.position = 4

@@ -374,7 +374,7 @@ async def test_a_running_answer_is_saved_and_goes_on_where_it_was_without_a_gap(
     # On another worker, which knows the answer by its state only; two tokens' text was held back.
     other = await make()
     resume = Resume(
-        generated=state.saved.generated, handed_out=len(tokens) - 2, seed=state.saved.seed, path=str(state.path)
+        generated=[state.saved.generated], handed_out=[len(tokens) - 2], seed=state.saved.seed, path=str(state.path)
     )
     rest = [event async for event in other.run(CompleteParams(prompt="slow 300"), soon(), resume=resume)]
     assert isinstance(rest.pop(), Generated)
