@@ -60,7 +60,13 @@ def engines() -> str:
     """The keys under [engines], with their defaults and meanings."""
     lines = ["| key | default | what it does |", "|---|---|---|"]
     for name, field in EnginesSection.model_fields.items():
-        default = {None: "measured", False: "false"}.get(field.default, f"{field.default:g}" if field.default else "")
+        match field.default:
+            case None:
+                default = "measured"
+            case str() as word:
+                default = f"`{word}`"
+            case number:
+                default = f"{number:g}"
         lines.append(f"| `{name}` | {default} | {field.description} |")
     return "\n".join(lines)
 

@@ -396,15 +396,22 @@ class EnginesSection(Section):
         description="How long a prompt that comes in may hold up the next token of running answers; where a step of these takes long "
         "itself, half as long again as that. More makes prompts wait less and answers less smooth. Never less than 16 tokens are computed.",
     )
-    exact: bool = Field(
-        False,
-        description="Compute every answer in fixed shapes, so that its text does not depend on what else runs. Slower, and without "
-        "`slots` a model has one, for slots that share a KV cache cannot be exact.",
+    continuation: Literal["fast", "exact"] = Field(
+        "fast",
+        description="How an answer goes on whose replica broke. `fast`: what it has is computed again as a prompt is, so where two next "
+        "words nearly tie the rest may take the other one. `exact`: the text is that of an unbroken call, and depends on nothing else that "
+        "runs: every answer is computed in fixed shapes, which is slower, and without `slots` a model has one, for slots that share a KV "
+        "cache cannot be exact.",
     )
     embedding_backend: str | None = Field(
         None,
         description="Take this back end for embeddings. Default: the fastest faithful one, measured when the model is loaded.",
     )
+
+    @property
+    def exact(self) -> bool:
+        """Whether answers are computed in fixed shapes."""
+        return self.continuation == "exact"
 
     @field_validator("embedding_backend")
     @classmethod

@@ -1,6 +1,6 @@
 """Bad input through a real node, as a caller meets it: one clear error each, while another answer goes on unharmed.
 
-One node for all of them. Beside each case a long greedy-by-seed answer streams from the same replica; `exact` makes its text the same as
+One node for all of them. Beside each case a long greedy-by-seed answer streams from the same replica; exact mode makes its text the same as
 when it ran alone, so that a single changed token would be seen.
 """
 
@@ -34,7 +34,7 @@ LONG = {"model": "tiny", "prompt": "A long story:", "max_tokens": 900, "temperat
 
 CONFIG = f"""
 [engines]
-exact = true
+continuation = "exact"
 [worker]
 hang_seconds = 4
 abort_seconds = 1.5

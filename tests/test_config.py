@@ -219,7 +219,7 @@ def test_the_commented_lines_of_the_shipped_configurations_are_right_too(tmp_pat
 def test_adapters_and_the_draft_lie_beside_the_file_and_their_mistakes_have_lines(tmp_path: Path) -> None:
     text = """
 [engines]
-exact = true
+continuation = "exact"
 
 [[model]]
 name = "m"

@@ -100,7 +100,7 @@ class LlamaEngine:
         if spec.exact and shares_cells(spec):
             raise ReplicaFailed(
                 "Exact mode needs a KV cache of its own for every slot: shared cells lie in another order each time. Deploy the model "
-                "without kv_tokens and with as many slots as fit, or switch `exact` off under [engines]."
+                'without kv_tokens and with as many slots as fit, or set `continuation = "fast"` under [engines].'
             )
         if spec.kv_tokens is not None and spec.kv_tokens < spec.context:
             raise ReplicaFailed(
@@ -243,7 +243,7 @@ class LlamaEngine:
             if None in least:
                 raise ReplicaFailed(
                     "On this device a sequence's numbers depend on how many others are computed with it, so several slots cannot be exact. "
-                    "Deploy the model with slots = 1, or switch `exact` off under [engines]."
+                    'Deploy the model with slots = 1, or set `continuation = "fast"` under [engines].'
                 )
             self._least_rows = max(rows for rows in least if rows is not None)
         self._adapters.try_out(context, ordinary)

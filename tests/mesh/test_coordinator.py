@@ -365,7 +365,7 @@ async def test_a_worker_is_told_of_the_engines_settings_adapters_and_the_draft_m
     given = (AdapterSource(name="legal", path=adapter, scale=0.5),)
     model = ModelSource(name="mine", path=tiny_gguf, adapters=given, draft=draft)
     bench.coordinator.catalogue = Catalogue.load(builtin=False, extra=[model])
-    bench.coordinator.executor.engines = EnginesSection(inter_token_ms=50.0, exact=True, embedding_backend="onnx")
+    bench.coordinator.executor.engines = EnginesSection(inter_token_ms=50.0, continuation="exact", embedding_backend="onnx")
     bench.deployments.deploy(Deployment("mine"))
     await bench.coordinator.reconcile()
     spec = bench.workers[0].spec
@@ -394,7 +394,7 @@ async def test_what_a_load_measured_is_told_to_the_next_of_the_same(tmp_path, ti
 
 
 async def test_exact_answers_do_not_share_a_cache_by_default(bench):
-    bench.coordinator.executor.engines = EnginesSection(exact=True)
+    bench.coordinator.executor.engines = EnginesSection(continuation="exact")
     for model, slots in ((bench.model, None), (bench.second, 3)):
         bench.deployments.deploy(Deployment(model, context=512, slots=slots))
     await bench.coordinator.reconcile()
