@@ -108,6 +108,21 @@ class LoadedInfo(Message):
     adapters: list[str] = Field(default_factory=list, description="LoRA adapters that calls may name after a colon.")
 
 
+class WaitingDescription(Message):
+    """Calls that wait in front of a replica, and what became of those before them since the node saw it first."""
+
+    interactive: int = Field(description="Waiting now.")
+    batch: int = Field(description="Waiting now.")
+    callers: int = Field(description="Whose they are.")
+    longest_ms: float = Field(description="How long the one has waited that came first.")
+    expected_ms: float = Field(description="What an interactive call of a caller who has none here would wait now.")
+    passed: int = Field(description="Calls that were let in.")
+    refused: dict[str, int] = Field(
+        description="By reason: `late` (it would have begun too late for its deadline), `full`, `dropped` (from a full queue, for a "
+        "caller who had less in it)."
+    )
+
+
 class ReplicaDescription(Message):
     """One replica: where, in what state, how much it really takes."""
 
@@ -127,6 +142,7 @@ class ReplicaDescription(Message):
     queued_calls: int
     calls_total: int
     counters: EngineCounters | None = None
+    waiting: WaitingDescription | None = None
     last_error: str | None
     reason: str = Field(description="Why it was placed here.")
 

@@ -1,0 +1,99 @@
+"""How long a new call would wait for a replica, from how fast the replica works off what it is given.
+
+Law of this file: pure; time comes as an argument, on one monotonic clock.
+
+The rate is measured while the replica is saturated only. A call that ends brings its units, and its share of the seconds: while k calls
+ran together, each of them had one k-th of the time. So nothing is counted before its seconds are, and a replica whose answers take long
+does not look slow until the first one ended. Until something was measured the replica's own word counts, as if it had been measured for
+`OWN_WORD_SECONDS`; what is older than about `HORIZON_SECONDS` of saturation fades.
+
+    wait  =  (units that are served before it  +  units left of what runs / calls that run)  /  rate
+
+The second term is the mean time until one of the running calls ends: exact for calls that share the replica evenly and have as much left as
+each other, and for exponential lengths.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+HORIZON_SECONDS = 20.0
+"""Of saturation: some ten answers each of all slots; a game that is started on the PC shows within it."""
+OWN_WORD_SECONDS = 2.0
+"""The weight of what the replica said of itself: a few answers are enough to correct it."""
+LEAST_SECONDS = 0.25
+"""Without any word of the replica nothing is predicted before so much saturation was seen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a call keeps from when it began, for `ServiceRate.ended`."""
+
+    at: float
+    saturated: float
+    shares: float
+
+
+class ServiceRate:
+    """Units a second of a saturated replica, all its calls together."""
+
+    def __init__(self) -> None:
+        self._units = 0.0
+        self._seconds = 0.0
+        self._running = 0
+        self._saturated = False
+        self._at = 0.0
+        self._saturated_seconds = 0.0
+        self._shares = 0.0
+        """The integral of 1 / running over the saturated time."""
+
+    def note(self, running: int, saturated: bool, now: float) -> None:
+        """From now on `running` calls run, and the replica has all that it can take, or not."""
+        self._pass(now)
+        self._running = running
+        self._saturated = saturated
+
+    def started(self, now: float) -> Start:
+        """A call begins."""
+        self._pass(now)
+        return Start(now, self._saturated_seconds, self._shares)
+
+    def ended(self, start: Start, units: float, now: float) -> None:
+        """It ended, and cost `units`."""
+        self._pass(now)
+        saturated, elapsed = self._saturated_seconds - start.saturated, now - start.at
+        if saturated <= 0 or elapsed <= 0 or units <= 0:
+            return
+        seconds = self._shares - start.shares
+        fade = math.exp(-seconds / HORIZON_SECONDS)
+        self._units = self._units * fade + units * min(1.0, saturated / elapsed)
+        self._seconds = self._seconds * fade + seconds
+
+    def per_second(self, own_word: float | None) -> float | None:
+        """Units a second; None where nothing is known yet. `own_word`: what the replica measured of itself."""
+        if own_word is not None and own_word > 0:
+            return (self._units + own_word * OWN_WORD_SECONDS) / (self._seconds + OWN_WORD_SECONDS)
+        return self._units / self._seconds if self._seconds >= LEAST_SECONDS else None
+
+    def _pass(self, now: float) -> None:
+        if self._saturated and now > self._at:
+            self._saturated_seconds += now - self._at
+            self._shares += (now - self._at) / max(1, self._running)
+        self._at = now
+
+
+def expected_wait(before: float, running_units: float, running: int, rate: float | None) -> float:
+    """Seconds until a new call is begun; see the module's law. 0 where no rate is known."""
+    if not rate:
+        return 0.0
+    return (before + (running_units / running if running else 0.0)) / rate
+
+
+def latest_start(remaining: float, own_seconds: float) -> float:
+    """In how many seconds a call with `remaining` seconds of budget must be begun to be worth it.
+
+    `own_seconds` are kept for the answer, but at most half of the budget: how long an answer gets is a guess, and a call that asks for
+    more than its time allows is not refused for a queue that is short.
+    """
+    return remaining - min(own_seconds, remaining / 2)
