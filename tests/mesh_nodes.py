@@ -137,6 +137,9 @@ class OwnFleet:
     def models(self):
         return [each for each in self.node.wanted if not isinstance(each, Wish)]
 
+    def loadable(self):
+        return ()
+
     def candidates(self, model):
         return [
             Candidate(
@@ -156,6 +159,12 @@ class OwnFleet:
     def target(self, replica):
         found = {each.id: each for each in self.node.replicas}[replica]
         return _Target(found, ServedBy(node=self.node.id, replica=replica, device=f"Card of {self.node.name}"))
+
+    async def wait_change(self):
+        await asyncio.Event().wait()
+
+    async def ask_to_load(self, model):
+        raise self.not_ready(model)
 
     def not_ready(self, model):
         return StillLoading(f"{model} is planned", retry_after_ms=1000)

@@ -234,6 +234,12 @@ class Coordinator:
         """An entry by name or alias: this node's own, else a peer's."""
         return self._catalogue.find(model) or self.entries().get(model)
 
+    def on_disk(self) -> dict[str, ModelEntry]:
+        """Models that nobody wants and of which some live node has a file, by name."""
+        wanted = {wish.deployment.model for wish in self._wishes()}
+        others = [Wish(Deployment(name), entry) for name, entry in self.entries().items() if name not in wanted]
+        return plannable(self._catalogue.entries, self._adverts(), others, hub=False).models
+
     async def preview(self, deployment: Deployment) -> Plan:
         """The plan as it would be with `deployment`. Raises the reason why its model cannot be planned at all."""
         return self._coordination.preview(await self._view_with(deployment))

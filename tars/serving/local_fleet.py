@@ -13,15 +13,17 @@ from tars.core.routing import Candidate
 from tars.core.types import ModelEntry, ModelKind, ReplicaId, ReplicaState
 from tars.errors import StillLoading, TarsError
 from tars.mesh.coordinator import Coordinator, LiveReplica
+from tars.serving.fleet import ServedModel, no_replica_error
+from tars.serving.load_on_demand import LoadOnDemand
 from tars.serving.local_target import LocalTarget
-from tars.serving.router import ServedModel, no_replica_error
 
 
 class LocalFleet:
     """This node's replicas as the router sees them; see `router.Fleet`."""
 
-    def __init__(self, coordinator: Coordinator):
+    def __init__(self, coordinator: Coordinator, load_on_demand: bool = True):
         self._coordinator = coordinator
+        self._on_demand = LoadOnDemand(coordinator, load_on_demand)
 
     def models(self) -> list[ServedModel]:
         """Every deployed model that the catalogue knows."""
@@ -37,6 +39,10 @@ class LocalFleet:
                 ServedModel(entry.name, entry.kind, entry.aliases, None if has_replica else problem, adapters)
             )
         return served
+
+    def loadable(self) -> list[ServedModel]:
+        """What a call may have loaded."""
+        return self._on_demand.loadable()
 
     def entries(self) -> dict[str, ModelEntry]:
         """Wanted models that the catalogue lacks: without a mesh there are none."""
@@ -87,8 +93,18 @@ class LocalFleet:
             if live.worker.state is ReplicaState.READY
         ]
 
+    async def wait_change(self) -> None:
+        """A replica, a load's progress, the plan; what peers tell and who they are ends in a round, too."""
+        await self._coordinator.changed()
+
+    async def ask_to_load(self, model: str) -> None:
+        """See `LoadOnDemand`. Raises what `not_ready` says where loading on demand is off."""
+        if not self._on_demand.on:
+            raise self.not_ready(model)
+        await self._on_demand.ask(model)
+
     def not_ready(self, model: str) -> TarsError:
-        """Still loading, with stage and percent; failed, with the load's own error; or no replica."""
+        """Still loading, with stage and percent; failed, with the load's own error; why it is loaded nowhere; or no replica."""
         live = [each for each in self._coordinator.replicas.values() if each.assignment.model == model]
         for each in live:
             if each.worker.state is ReplicaState.FAILED and each.worker.last_error is not None:
@@ -98,6 +114,8 @@ class LocalFleet:
             for fetch in fetches:
                 if fetch.error is not None:
                     return fetch.error
+            if not fetches and (refusal := self._on_demand.refusal(model)) is not None:
+                return refusal
         states = [*(each.worker.state for each in live), *(each.state for each in fetches)]
         error = no_replica_error(states or [ReplicaState.STARTING], model)
         told = [*(each.worker.progress for each in live), *(each.progress for each in fetches)]

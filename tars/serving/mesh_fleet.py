@@ -6,7 +6,7 @@ own word, and whether it lives is membership's: a node that is dead or has left 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -16,10 +16,10 @@ from tars.core.records import NodeAdvert, ReplicaReport, Wish
 from tars.core.replicated_map import ReplicatedMap, adverts, wishes
 from tars.core.routing import Candidate
 from tars.core.types import DeviceSnapshot, ModelEntry, NodeId, ReplicaId, ReplicaState
-from tars.errors import PeerUnreachable, ReplicaFailed, StillLoading, TarsError
+from tars.errors import ModelError, PeerUnreachable, ReplicaFailed, StillLoading, TarsError
 from tars.messages.inference import ServedBy
+from tars.serving.fleet import Fleet, ServedModel
 from tars.serving.peer_target import Lifeline, PeerConnection, PeerTarget
-from tars.serving.router import Fleet, ServedModel
 from tars.serving.targets import Target
 
 ASKED = frozenset({MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING})
@@ -127,6 +127,18 @@ class MeshFleet:
         known = {each.name for each in served}
         return [*served, *(model for name, model in index.served.items() if name not in known)]
 
+    def loadable(self) -> Sequence[ServedModel]:
+        """What a call may have loaded, on any node."""
+        return self._local.loadable()
+
+    async def wait_change(self) -> None:
+        """News of peers end in a placement round of this node, which its own fleet hears of."""
+        await self._local.wait_change()
+
+    async def ask_to_load(self, model: str) -> None:
+        """Its own fleet asks for the whole mesh."""
+        await self._local.ask_to_load(model)
+
     def entries(self) -> Mapping[str, ModelEntry]:
         """The wanted models' catalogue entries, also of those that only peers know."""
         return self._indexed().entries
@@ -177,7 +189,7 @@ class MeshFleet:
             furthest = max(loading, key=lambda each: each.report.percent or 0.0)
             return _loading(model, furthest)
         lost = [each for each in remotes if each not in there and each.report.state is ReplicaState.READY]
-        if lost and not there:
+        if lost and not there and (own.retryable or not isinstance(own, ModelError)):
             names = ", ".join(sorted({each.advert.node.name for each in lost}))
             return PeerUnreachable(
                 f"{model} was served by {names}, which does not answer. It is loaded elsewhere where it fits; try again in a moment, or "

@@ -12,14 +12,12 @@ A call that came from a peer (`hops`) is run here or not at all, so there are no
 
 from __future__ import annotations
 
-import difflib
 import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Protocol, cast
+from typing import cast
 
 from tars.core.prefix_affinity import Block, blocks_of
 from tars.core.replica_ledger import ReplicaLedger, Reservation
@@ -27,24 +25,23 @@ from tars.core.routing import HOP_SECONDS, Candidate, rank
 from tars.core.types import ModelKind, NodeId, ReplicaId, ReplicaState
 from tars.errors import (
     DeadlineExceeded,
-    Draining,
-    InvalidParams,
     Overloaded,
     PeerUnreachable,
-    ReplicaFailed,
     ServerStateError,
     StaleRoute,
     StillLoading,
     TarsError,
-    UnknownModel,
     WorkerCrashed,
-    WrongModelKind,
 )
 from tars.messages.base import CallContext
 from tars.messages.inference import Attempt, Delta, ServedBy
 from tars.serving.demand import demand_of, observed, prompt_text
+from tars.serving.fleet import Fleet, ServedModel, draining_error, no_replica_error
+from tars.serving.model_names import resolve
 from tars.serving.targets import Target
 from tars.workers.engine import Event, Finished, Work
+
+__all__ = ["Fleet", "Router", "ServedModel", "draining_error", "no_replica_error"]
 
 log = logging.getLogger(__name__)
 
@@ -56,38 +53,6 @@ AVOID_OVERLOADED_SECONDS = 1.0
 """At most: a full queue moves on within one short answer."""
 MOST_TRIES = 8
 """Replicas that one call asks: beyond it the mesh is in trouble, and the caller had better hear of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model that is wanted here: how it is called, and why it has no replica where it has none."""
-
-    name: str
-    kind: ModelKind
-    aliases: tuple[str, ...]
-    unavailable: TarsError | None = None
-    adapters: tuple[str, ...] = ()
-    """LoRA adapters: a call names one as `<model>:<adapter>`."""
-
-
-class Fleet(Protocol):
-    """What the router sees of the replicas."""
-
-    def models(self) -> Sequence[ServedModel]:
-        """Every deployed model."""
-        ...
-
-    def candidates(self, model: str) -> Sequence[Candidate]:
-        """Its replicas, in whatever state."""
-        ...
-
-    def target(self, replica: ReplicaId) -> Target:
-        """The way to one replica. Raises `KeyError` for one that went away."""
-        ...
-
-    def not_ready(self, model: str) -> TarsError:
-        """The clearest error for a model without a ready replica: still loading (with stage), failed, does not fit."""
-        ...
 
 
 class Router:
@@ -109,45 +74,8 @@ class Router:
         """This node's own replicas take no new calls; those of its peers do."""
 
     def resolve(self, name: str | None, kind: ModelKind) -> ServedModel:
-        """The deployed model that `name` (or an alias) means; None means the only one of its kind that can answer.
-
-        `<model>:<adapter>` is the model; which adapter is for the engine to read from the call. A model whose own name holds a colon wins.
-        Raises `UnknownModel`, `WrongModelKind` or, where None is ambiguous, `InvalidParams`.
-        """
-        models = self._fleet.models()
-        of_kind = [model for model in models if model.kind is kind]
-        if name is None:
-            usable = [model for model in of_kind if model.unavailable is None] or of_kind
-            if len(usable) == 1:
-                return usable[0]
-            if not of_kind:
-                raise UnknownModel(
-                    f"no {kind.value} model is deployed here; deploy one with `tars deploy MODEL` "
-                    "or start the node with --model FILE",
-                    details={"known": [model.name for model in models]},
-                )
-            names = ", ".join(model.name for model in usable)
-            raise InvalidParams(
-                f"several {kind.value} models are served here: {names}; say which one in `model`",
-                details={"known": [model.name for model in usable]},
-            )
-        named = _called(name, models) or _with_adapter(name, models)
-        if named is not None:
-            if named.kind is not kind:
-                raise WrongModelKind(
-                    f"{named.name} is a model for {named.kind.value}, not for {kind.value}"
-                    + (f"; try {of_kind[0].name}" if of_kind else ""),
-                    details={"known": [each.name for each in of_kind]},
-                )
-            return named
-        known = [model.name for model in models]
-        shown = name[:100]
-        near = difflib.get_close_matches(shown, [*known, *(a for m in models for a in m.aliases)], n=1)
-        raise UnknownModel(
-            f"no model {shown!r} is served here"
-            + (f"; did you mean {near[0]!r}?" if near else "; `models.list` shows what is"),
-            details={"known": known},
-        )
+        """The model that `name` (or an alias) means: see `model_names.resolve`."""
+        return resolve(name, kind, self._fleet.models(), self._fleet.loadable)
 
     def can_take(self, model: ServedModel, call: CallContext) -> bool:
         """False where only replicas that are being drained are left for the call."""
@@ -304,44 +232,6 @@ class Router:
         return why
 
 
-def draining_error() -> Draining:
-    """What a call gets that only a node which is being drained could take."""
-    return Draining(
-        "this node is being drained and takes no new calls; send the call to another node, "
-        "or resume this one with `node.resume`",
-        retry_after_ms=5000,
-    )
-
-
 def _may_have_run(error: TarsError) -> bool:
     """True where the call may have been under way when it failed. A peer that was never reached says so."""
     return isinstance(error, WorkerCrashed) or (isinstance(error, PeerUnreachable) and error.details.get("sent", True))
-
-
-def _called(name: str, models: Sequence[ServedModel]) -> ServedModel | None:
-    return next((model for model in models if name == model.name or name in model.aliases), None)
-
-
-def _with_adapter(name: str, models: Sequence[ServedModel]) -> ServedModel | None:
-    """The model before the last colon. Raises `UnknownModel` where it has no adapter of the name behind it."""
-    base, _, adapter = name.rpartition(":")
-    model = _called(base, models)
-    if model is None or adapter in model.adapters:
-        return model
-    known = [f"{base}:{each}" for each in model.adapters]
-    raise UnknownModel(
-        f"{model.name} has no adapter {adapter[:100]!r}; "
-        + (f"it has {', '.join(known)}" if known else "it has none: name one in `adapters` of its [[model]] table"),
-        details={"known": known},
-    )
-
-
-def no_replica_error(states: Sequence[ReplicaState], model: str) -> TarsError:
-    """The error for a model none of whose replicas is ready, from their states alone."""
-    if states and all(state is ReplicaState.FAILED for state in states):
-        return ReplicaFailed(
-            f"{model} could not be loaded and TARS gave up; `tars explain {model}` and the node's log say why"
-        )
-    if any(state in (ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING) for state in states):
-        return StillLoading(f"{model} is still loading; try again shortly", retry_after_ms=1000)
-    return Overloaded(f"{model} has no ready replica now; try again shortly", retry_after_ms=2000)

@@ -1,5 +1,7 @@
 """The whole mesh's replicas as one node's router sees them."""
 
+import asyncio
+
 import pytest
 from mesh_nodes import ScriptedReplica, report_of
 
@@ -40,11 +42,20 @@ class Own:
     def models(self):
         return self._models
 
+    def loadable(self):
+        return ()
+
     def candidates(self, model):
         return [each for each in self._candidates if each.model == model]
 
     def target(self, replica):
         return {each.replica: each for each in self._candidates}[replica]
+
+    async def wait_change(self):
+        await asyncio.Event().wait()
+
+    async def ask_to_load(self, model):
+        raise self.not_ready(model)
 
     def not_ready(self, model) -> TarsError:
         return self.error or no_replica_error([each.state for each in self.candidates(model)], model)

@@ -10,24 +10,19 @@ from tars.core.routing import Candidate
 from tars.core.types import Deadline, ModelKind, NodeId, ReplicaId, ReplicaState
 from tars.errors import (
     DeadlineExceeded,
-    DoesNotFit,
     Draining,
-    InvalidParams,
     Overloaded,
     PeerUnreachable,
     PromptTooLong,
-    ReplicaFailed,
     StaleRoute,
     StillLoading,
     TarsError,
-    UnknownModel,
     WorkerCrashed,
-    WrongModelKind,
 )
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams, Delta, Generated, ServedBy, Timings, Usage
 from tars.serving.demand import prompt_text
-from tars.serving.router import AVOID_UNREACHABLE_SECONDS, MOST_TRIES, Router, ServedModel, no_replica_error
+from tars.serving.router import AVOID_UNREACHABLE_SECONDS, MOST_TRIES, Router, ServedModel
 
 WORK = ChatParams(messages=[ChatMessage(role="user", content="hello")])
 DONE = Generated(
@@ -70,6 +65,9 @@ class FakeFleet:
     def models(self):
         return self._models
 
+    def loadable(self):
+        return ()
+
     def candidates(self, model):
         return [
             Candidate(ReplicaId(name), model, ModelKind.CHAT, ReplicaState.READY, queued=number)
@@ -78,6 +76,12 @@ class FakeFleet:
 
     def target(self, replica):
         return self.targets[replica]
+
+    async def wait_change(self):
+        await asyncio.Event().wait()
+
+    async def ask_to_load(self, model):
+        raise self.not_ready(model)
 
     def not_ready(self, model):
         return StillLoading("loading", retry_after_ms=5)
@@ -177,106 +181,6 @@ async def test_learns_how_long_a_replica_takes():
     await collect(router)
     # One token in two seconds: the next call of the usual size is predicted to take as long.
     assert "predicted 2.000 s" in router.ranked("chat-model")["a"]
-
-
-@pytest.mark.parametrize(
-    ("name", "kind", "expected"),
-    [
-        ("chat-model", ModelKind.CHAT, CHAT),
-        ("chat-alias", ModelKind.CHAT, CHAT),
-        (None, ModelKind.EMBEDDING, EMBEDDING),
-    ],
-)
-def test_resolves_a_name_an_alias_and_the_only_model_of_a_kind(name, kind, expected):
-    assert Router(FakeFleet()).resolve(name, kind) == expected
-
-
-def test_an_unknown_model_names_the_nearest():
-    with pytest.raises(UnknownModel, match="did you mean 'chat-model'") as caught:
-        Router(FakeFleet()).resolve("chat-modle", ModelKind.CHAT)
-    assert caught.value.details["known"] == ["chat-model", "embedder"]
-
-
-def test_a_model_of_the_wrong_kind_names_the_right_one():
-    with pytest.raises(WrongModelKind, match="try chat-model"):
-        Router(FakeFleet()).resolve("embedder", ModelKind.CHAT)
-
-
-def test_no_name_among_several_models_is_refused_with_their_names():
-    fleet = FakeFleet(models=(CHAT, ServedModel("other", ModelKind.CHAT, ())))
-    with pytest.raises(InvalidParams, match="chat-model, other"):
-        Router(fleet).resolve(None, ModelKind.CHAT)
-
-
-def test_no_name_means_the_only_model_that_can_answer():
-    fleet = FakeFleet(models=(CHAT, ServedModel("big", ModelKind.CHAT, (), DoesNotFit("too big"))))
-    assert Router(fleet).resolve(None, ModelKind.CHAT) == CHAT
-
-
-def test_no_name_and_no_model_says_how_to_get_one():
-    with pytest.raises(UnknownModel, match="tars deploy"):
-        Router(FakeFleet(models=())).resolve(None, ModelKind.CHAT)
-
-
-@pytest.mark.parametrize(
-    ("states", "expected"),
-    [
-        ([ReplicaState.FAILED], ReplicaFailed),
-        ([ReplicaState.FAILED, ReplicaState.LOADING], StillLoading),
-        ([ReplicaState.RESTARTING], StillLoading),
-        ([ReplicaState.STOPPING], Overloaded),
-        ([], Overloaded),
-    ],
-)
-def test_the_error_without_a_ready_replica_follows_from_the_states(states, expected):
-    assert type(no_replica_error(states, "m")) is expected
-
-
-def test_an_unavailable_model_still_resolves_so_that_its_own_reason_can_be_told():
-    refused = ServedModel("big", ModelKind.CHAT, (), DoesNotFit("too big"))
-    assert Router(FakeFleet(models=(refused,))).resolve("big", ModelKind.CHAT).unavailable.kind == "does_not_fit"
-
-
-ADAPTED = ServedModel("mistral-7b", ModelKind.CHAT, ("mistral",), adapters=("legal", "polite"))
-
-
-@pytest.mark.parametrize("name", ["mistral-7b", "mistral-7b:legal", "mistral:polite"])
-def test_a_name_with_an_adapter_is_the_model(name):
-    assert Router(FakeFleet(models=(CHAT, ADAPTED))).resolve(name, ModelKind.CHAT) == ADAPTED
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("mistral:rude", "mistral-7b has no adapter 'rude'; it has mistral:legal, mistral:polite"),
-        ("chat-model:legal", "chat-model has no adapter 'legal'; it has none"),
-        ("mistral-7b:", "has no adapter ''"),
-        ("nobody:legal", "no model 'nobody:legal' is served here"),
-        ("mistral-7b:legal:polite", "no model 'mistral-7b:legal:polite' is served here"),
-        (":", "no model ':' is served here"),
-    ],
-)
-def test_an_unknown_adapter_is_answered_with_the_known_ones(name, said):
-    with pytest.raises(UnknownModel) as caught:
-        Router(FakeFleet(models=(CHAT, ADAPTED))).resolve(name, ModelKind.CHAT)
-    assert caught.value.message.startswith(said) or said in caught.value.message
-
-
-def test_a_model_whose_own_name_holds_a_colon_wins():
-    llama, tagged = (
-        ServedModel("llama3", ModelKind.CHAT, (), adapters=("8b",)),
-        ServedModel("llama3:8b", ModelKind.CHAT, ()),
-    )
-    both = Router(FakeFleet(models=(llama, tagged)))
-    assert both.resolve("llama3:8b", ModelKind.CHAT) == tagged
-    assert Router(FakeFleet(models=(llama,))).resolve("llama3:8b", ModelKind.CHAT) == llama
-    adapted = ServedModel("llama3:8b", ModelKind.CHAT, (), adapters=("legal",))
-    assert Router(FakeFleet(models=(llama, adapted))).resolve("llama3:8b:legal", ModelKind.CHAT) == adapted
-
-
-def test_an_adapter_does_not_change_what_a_model_is_for():
-    with pytest.raises(WrongModelKind):
-        Router(FakeFleet(models=(EMBEDDING, ADAPTED))).resolve("mistral-7b:legal", ModelKind.EMBEDDING)
 
 
 # --- over several nodes -----------------------------------------------------------------------------------------------
