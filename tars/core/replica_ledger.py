@@ -13,8 +13,9 @@ from collections import OrderedDict
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from tars.core.health import Breaker, BreakerState, Uniform
 from tars.core.prefix_affinity import Block, PrefixAffinity
-from tars.core.routing import UNITS_PER_CALL, USUAL, Candidate, Demand, Ranked, rank
+from tars.core.routing import UNITS_PER_CALL, USUAL, Candidate, Demand, Ranked, first_seconds, rank
 from tars.core.types import NodeId, ReplicaId, ReplicaState
 
 MEAN_WEIGHT = 0.2
@@ -25,8 +26,6 @@ TOLD_HALF_LIFE_SECONDS = 5.0
 """A peer's word on its queue loses half its weight in this time: about what a call takes, and how often ten nodes hear of each other."""
 WARM_SECONDS = 60.0
 """Used so lately, clocks and caches are still up."""
-AVOID_MOST_SECONDS = 30.0
-"""However often a replica failed in a row, it is tried again after this; membership has long had its say by then."""
 MOST_BOOKS = 4096
 """Replicas and nodes kept in mind; idle ones that were used the longest ago go first."""
 
@@ -56,7 +55,13 @@ class Reservation:
     calls_ahead: float
     slots: int
     local: bool = True
+    predicted: float = 0.0
+    """Seconds until the call is done there, as it was ranked."""
+    predicted_first: float = 0.0
+    """Seconds until its first token, likewise: queue, prefill and the way there."""
     open: bool = True
+    probe: bool = False
+    """It finds out whether a replica (or node) whose breaker is half-open works again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,18 +90,14 @@ class _Book:
     told_at: float = float("-inf")
 
 
-@dataclass(slots=True)
-class _Avoided:
-    until: float
-    failures: int
-
-
 class ReplicaLedger:
-    """See the module's law."""
+    """See the module's law. `rng` spreads the breakers' cooldowns; without it they are exact."""
 
-    def __init__(self) -> None:
+    def __init__(self, rng: Uniform | None = None) -> None:
+        self._rng = rng
         self._books: OrderedDict[ReplicaId, _Book] = OrderedDict()
-        self._avoided: OrderedDict[str, _Avoided] = OrderedDict()
+        self._breakers: OrderedDict[str, Breaker] = OrderedDict()
+        """Of replicas and nodes that failed and have not answered since."""
         self._prefixes = PrefixAffinity()
 
     # --- choosing ----------------------------------------------------------------------------------------------------
@@ -127,8 +128,20 @@ class ReplicaLedger:
         assert candidate.ahead is not None
         calls_ahead = max(book.calls, candidate.active + candidate.queued)
         reservation = Reservation(
-            chosen, candidate.node, ranked.units, candidate.ahead, calls_ahead, max(1, candidate.slots), candidate.local
+            chosen,
+            candidate.node,
+            ranked.units,
+            candidate.ahead,
+            calls_ahead,
+            max(1, candidate.slots),
+            candidate.local,
+            predicted=ranked.seconds[chosen],
+            predicted_first=first_seconds(candidate, demand.prompt_tokens, ranked.otherwise),
         )
+        for breaker in self._breakers_of(reservation):
+            if breaker.state(now) is BreakerState.HALF_OPEN and breaker.may_try(now):
+                breaker.tried(now)
+                reservation.probe = True
         book.units += ranked.units
         book.calls += 1
         self._prefixes.computed(chosen, blocks, candidate.cache_tokens)
@@ -137,7 +150,7 @@ class ReplicaLedger:
     def annotated(self, candidate: Candidate, now: float, blocks: Sequence[Block] = ()) -> Candidate:
         """The candidate with what was learned of it."""
         book = self._books.get(candidate.replica)
-        avoided = max(self._avoided_for(candidate.replica, now), self._avoided_for(candidate.node, now))
+        breaker, cooldown = self._health(candidate, now) if self._breakers else (BreakerState.CLOSED, 0.0)
         if book is None:
             usual, others, own = None, float(candidate.active + candidate.queued), 0.0
         else:
@@ -162,12 +175,15 @@ class ReplicaLedger:
             candidate.speed,
             candidate.prefill_speed,
             candidate.cache_tokens,
+            candidate.file_sha256,
+            candidate.exact,
             ahead=own + others * (usual or UNITS_PER_CALL),
             measured=_ratio(book.rate_units, book.rate_seconds) if recent and book else None,
             measured_prefill=_ratio(book.prefill_tokens, book.prefill_seconds) if recent and book else None,
             usual_units=usual,
             cold=others < 0.5 and not own and (book is None or now - book.used_at > WARM_SECONDS),
-            avoided=avoided,
+            breaker=breaker,
+            cooldown=cooldown,
             shared_tokens=self._prefixes.shared_tokens(candidate.replica, blocks) if blocks else 0.0,
         )
 
@@ -178,6 +194,10 @@ class ReplicaLedger:
         if not reservation.open:
             return
         reservation.open = False
+        if reservation.probe:
+            # Where it answered or failed, that was said before and the breakers know.
+            for breaker in self._breakers_of(reservation):
+                breaker.gave_up()
         book = self._book(reservation.replica)
         book.calls = max(0, book.calls - 1)
         # Sums of floats drift: with nothing in flight it is nothing.
@@ -186,8 +206,7 @@ class ReplicaLedger:
 
     def learn(self, reservation: Reservation, seen: Observation, now: float, hop_seconds: float = 0.0) -> None:
         """A call was answered: the replica is in good standing, and as fast as this. `hop_seconds`: of the way, no part of its speed."""
-        self._avoided.pop(reservation.replica, None)
-        self._avoided.pop(reservation.node, None)
+        self.began(reservation)
         book = self._book(reservation.replica)
         asked = seen.units if seen.asked is None else seen.asked
         if asked > 0:
@@ -211,15 +230,29 @@ class ReplicaLedger:
             book.prefill_tokens = _mean(book.prefill_tokens or None, seen.prefill_tokens)
             book.prefill_seconds = _mean(book.prefill_seconds or None, seen.prefill_seconds)
 
+    def began(self, reservation: Reservation) -> None:
+        """The first piece of an answer came: the replica and its node work. A long stream keeps nobody away until it ends."""
+        self.works(reservation.replica)
+        self.works(reservation.node)
+
     def failed(self, who: ReplicaId | NodeId, seconds: float, now: float) -> None:
-        """Ask others first for `seconds`; twice as long for each failure since the last answer, at most `AVOID_MOST_SECONDS`."""
-        before = self._avoided.get(who)
-        failures = before.failures + 1 if before is not None else 1
-        length = min(AVOID_MOST_SECONDS, seconds * 2.0 ** min(failures - 1, 10))
-        self._avoided[who] = _Avoided(now + length, failures)
-        self._avoided.move_to_end(who)
-        while len(self._avoided) > MOST_BOOKS:
-            self._avoided.popitem(last=False)
+        """Its breaker opens: ask others first for `seconds`, longer for each failure in a row; see `health.Breaker.failed`."""
+        breaker = self._breakers.get(who)
+        if breaker is None:
+            breaker = self._breakers[who] = Breaker(self._rng)
+        breaker.failed(seconds, now)
+        self._breakers.move_to_end(who)
+        while len(self._breakers) > MOST_BOOKS:
+            self._breakers.popitem(last=False)
+
+    def works(self, who: ReplicaId | NodeId) -> None:
+        """Its breaker closes: it answered, or it was heard of again."""
+        self._breakers.pop(who, None)
+
+    def breaker(self, who: ReplicaId | NodeId, now: float) -> BreakerState:
+        """How a replica's, or a node's own breaker stands."""
+        breaker = self._breakers.get(who)
+        return BreakerState.CLOSED if breaker is None else breaker.state(now)
 
     def told(self, loads: Iterable[tuple[str, int, int]], now: float) -> None:
         """A peer's word on its replicas: (replica, active calls, queued calls). Those that this node sent are among them."""
@@ -252,9 +285,18 @@ class ReplicaLedger:
         self._books.move_to_end(replica)
         return book
 
-    def _avoided_for(self, who: str, now: float) -> float:
-        avoided = self._avoided.get(who)
-        return 0.0 if avoided is None else max(0.0, avoided.until - now)
+    def _breakers_of(self, place: Reservation | Candidate) -> list[Breaker]:
+        if not self._breakers:
+            return []
+        found = (self._breakers.get(place.replica), self._breakers.get(place.node))
+        return [each for each in found if each is not None]
+
+    def _health(self, candidate: Candidate, now: float) -> tuple[BreakerState, float]:
+        """The worse of the replica's breaker and its node's; seconds until both may be tried. One that is being tried counts as open."""
+        found = self._breakers_of(candidate)
+        if all(each.may_try(now) for each in found):
+            return (BreakerState.HALF_OPEN if found else BreakerState.CLOSED), 0.0
+        return BreakerState.OPEN, max(each.cooldown(now) for each in found)
 
 
 def _mean(before: float | None, newest: float) -> float:

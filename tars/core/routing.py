@@ -18,6 +18,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tars.core.health import BreakerState
 from tars.core.mesh_messages import MemberState
 from tars.core.types import ModelKind, NodeId, ReplicaId, ReplicaState
 
@@ -58,6 +59,10 @@ class Candidate:
     """Prompt tokens a second, likewise."""
     cache_tokens: int = 0
     """Tokens that its KV cache holds: how much of earlier prompts can still be there."""
+    file_sha256: str | None = None
+    """Of all that it was loaded from: only a replica of the same files goes on where another one broke."""
+    exact: bool = False
+    """It computes so that a continuation is identical to an unbroken answer."""
 
     # --- learned here; see `replica_ledger` ---
     ahead: float | None = None
@@ -69,8 +74,10 @@ class Candidate:
     """What a call to it asked for, as a mean."""
     cold: bool = False
     """Nobody used it lately."""
-    avoided: float = 0.0
-    """Seconds for which others are asked first, because a call failed there a moment ago."""
+    breaker: BreakerState = BreakerState.CLOSED
+    """OPEN: a call failed there (or on its node) a moment ago, and others are asked first. HALF_OPEN: this call may find out."""
+    cooldown: float = 0.0
+    """Seconds until its open breaker lets one call try; 0 and OPEN: one is trying it just now."""
     shared_tokens: float = 0.0
     """Tokens of this call's prompt that it computed lately."""
 
@@ -96,6 +103,8 @@ class Ranked:
     candidates: Sequence[Candidate]
     units: float = UNITS_PER_CALL
     """What the call was taken to ask for."""
+    otherwise: float = 1 / SECONDS_PER_UNIT
+    """Units a second that were taken where no speed is known."""
 
     @property
     def reasons(self) -> dict[ReplicaId, str]:
@@ -130,21 +139,26 @@ def predicted_seconds(
 ) -> float:
     """Time until a new call of `units` would be done; see the module's law. `otherwise`: the speed to take where none is known."""
     speed = candidate.measured or candidate.speed or otherwise
+    return first_seconds(candidate, prompt_tokens, otherwise) + units / speed * (1 + COLD_PART * candidate.cold)
+
+
+def first_seconds(candidate: Candidate, prompt_tokens: float = 0.0, otherwise: float = 128.0) -> float:
+    """Time until a new call's first token would be here: the queue, its prompt, and the way there."""
+    speed = candidate.measured or candidate.speed or otherwise
     ahead = candidate.ahead
     if ahead is None:
         ahead = (candidate.active + candidate.queued) * (candidate.usual_units or UNITS_PER_CALL)
-    own = units / speed * (1 + COLD_PART * candidate.cold)
     waiting = ahead / max(1, candidate.slots) / speed
     prefill = candidate.measured_prefill or candidate.prefill_speed or speed * PREFILL_PART
     computed = max(0.0, prompt_tokens - candidate.shared_tokens)
-    return waiting + own + computed / prefill + (0.0 if candidate.local else HOP_SECONDS)
+    return waiting + computed / prefill + (0.0 if candidate.local else HOP_SECONDS)
 
 
 def standing_of(candidate: Candidate) -> int:
-    """0 for a replica in good standing; then those that failed a moment ago, on suspected nodes, on nodes that are being drained."""
+    """0 for a replica in good standing; then those whose breaker is open, on suspected nodes, on nodes that are being drained."""
     match candidate.standing:
         case MemberState.ALIVE:
-            return 1 if candidate.avoided > 0 else 0
+            return 1 if candidate.breaker is BreakerState.OPEN else 0
         case MemberState.SUSPECT:
             return 2
         case MemberState.DRAINING:
@@ -170,7 +184,7 @@ def rank(candidates: Sequence[Candidate], call_key: str, demand: Demand = USUAL)
 
     # Most calls have one place to go: nothing to sort, nothing to hash.
     order = tuple(each.replica for each in (kept if len(kept) < 2 else sorted(kept, key=place)))
-    return Ranked(order, seconds, candidates, units)
+    return Ranked(order, seconds, candidates, units, otherwise)
 
 
 def choose(candidates: Sequence[Candidate], call_key: str, demand: Demand = USUAL) -> ReplicaId | None:
@@ -195,8 +209,14 @@ def _chosen(each: Candidate, place: int, seconds: float) -> str:
         said.append("one hop away")
     if each.standing is not MemberState.ALIVE:
         said.append(f"its node is {each.standing.value}")
-    elif each.avoided > 0:
-        said.append(f"failed a moment ago, asked last for {each.avoided:.1f} s more")
+    elif each.breaker is BreakerState.OPEN:
+        said.append(
+            f"failed a moment ago, asked last for {each.cooldown:.1f} s more"
+            if each.cooldown > 0
+            else "failed a moment ago, and another call is finding out whether it works again"
+        )
+    elif each.breaker is BreakerState.HALF_OPEN:
+        said.append("failed a moment ago, may be tried by one call")
     return f"rank {place}: predicted {seconds:.3f} s ({'; '.join(said)})"
 
 

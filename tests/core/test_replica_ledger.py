@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tars.core.health import COOLDOWN_MOST_SECONDS, BreakerState
 from tars.core.mesh_messages import MemberState
 from tars.core.prefix_affinity import BLOCK_CHARACTERS, blocks_of
 from tars.core.replica_ledger import (
-    AVOID_MOST_SECONDS,
     MEASURED_SECONDS,
     MOST_BOOKS,
     TOLD_HALF_LIFE_SECONDS,
@@ -247,7 +247,7 @@ def test_prefill_is_measured_apart():
     assert known.usual_units == pytest.approx(100.0)
 
 
-# --- warm, avoided, prefixes ------------------------------------------------------------------------------------------
+# --- warm, breakers, prefixes ------------------------------------------------------------------------------------------
 
 
 def test_a_replica_is_warm_while_it_is_used_and_a_minute_longer():
@@ -262,26 +262,58 @@ def test_a_replica_is_warm_while_it_is_used_and_a_minute_longer():
     assert not ledger.annotated(one, 100.0).cold
 
 
-def test_who_failed_is_avoided_for_a_while_longer_each_time_and_an_answer_forgives():
+def test_who_failed_is_asked_last_for_a_while_longer_each_time_and_an_answer_forgives():
     ledger, one, other = ReplicaLedger(), candidate("a"), candidate("b", speed=1.0)
     ledger.failed(one.replica, 2.0, 0.0)
     assert ledger.choose([one, other], "k", 1.9).reservation.replica == "b"
     assert ledger.choose([one, other], "k", 2.1).reservation.replica == "a"
     ledger.failed(one.replica, 2.0, 10.0)
-    assert ledger.annotated(one, 10.0).avoided == pytest.approx(4.0)
-    for _ in range(20):
-        ledger.failed(one.replica, 2.0, 10.0)
-    assert ledger.annotated(one, 10.0).avoided == pytest.approx(AVOID_MOST_SECONDS)
-    answered(ledger, one, 11.0, Observation(1.0, 1.0))
-    assert ledger.annotated(one, 11.0).avoided == 0.0
+    assert ledger.annotated(one, 10.0).breaker is BreakerState.OPEN
+    assert ledger.annotated(one, 10.0).cooldown == pytest.approx(4.0)
+    for number in range(20):
+        ledger.failed(one.replica, 2.0, 100.0 * (number + 1))
+    assert ledger.annotated(one, 2000.0).cooldown == pytest.approx(COOLDOWN_MOST_SECONDS)
+    answered(ledger, one, 2001.0, Observation(1.0, 1.0))
+    assert ledger.annotated(one, 2001.0).breaker is BreakerState.CLOSED
 
 
-def test_a_node_that_was_not_reached_is_avoided_with_all_of_its_replicas():
+def test_one_call_finds_out_whether_it_works_again_and_the_others_go_elsewhere_meanwhile():
+    ledger, one, other = ReplicaLedger(), candidate("a"), candidate("b", speed=1.0)
+    ledger.failed(one.replica, 2.0, 0.0)
+    probe = ledger.choose([one, other], "k", 3.0).reservation
+    assert (probe.replica, probe.probe) == ("a", True)
+    assert {ledger.choose([one, other], f"k{number}", 3.1).reservation.replica for number in range(9)} == {"b"}
+    assert "finding out" in ledger.choose([one, other], "k", 3.1).ranked.reasons["a"]
+    ledger.began(probe)
+    assert ledger.breaker(one.replica, 3.2) is BreakerState.CLOSED, "the first token is enough"
+    assert ledger.choose([one, other], "k", 3.2).reservation.replica == "a"
+
+
+def test_a_probe_whose_caller_left_leaves_the_place_to_the_next_one():
+    ledger, one, other = ReplicaLedger(), candidate("a"), candidate("b", speed=1.0)
+    ledger.failed(one.node, 2.0, 0.0)
+    probe = ledger.choose([one, other], "k", 3.0).reservation
+    assert probe.probe
+    ledger.release(probe, 3.5)
+    assert ledger.choose([one, other], "k", 3.5).reservation.replica == "a"
+
+
+def test_a_node_that_was_not_reached_is_asked_last_with_all_of_its_replicas():
     ledger = ReplicaLedger()
     ledger.failed(NodeId("big"), 5.0, 0.0)
-    assert ledger.annotated(candidate("x", node=NodeId("big")), 0.0).avoided == pytest.approx(5.0)
-    assert ledger.annotated(candidate("y", node=NodeId("big")), 0.0).avoided == pytest.approx(5.0)
-    assert ledger.annotated(candidate("z", node=NodeId("small")), 0.0).avoided == 0.0
+    assert ledger.annotated(candidate("x", node=NodeId("big")), 0.0).cooldown == pytest.approx(5.0)
+    assert ledger.annotated(candidate("y", node=NodeId("big")), 0.0).cooldown == pytest.approx(5.0)
+    assert ledger.annotated(candidate("z", node=NodeId("small")), 0.0).breaker is BreakerState.CLOSED
+    ledger.works(NodeId("big"))
+    assert ledger.annotated(candidate("x", node=NodeId("big")), 0.0).breaker is BreakerState.CLOSED
+
+
+def test_a_choice_says_when_its_first_token_and_its_end_are_expected():
+    ledger = ReplicaLedger()
+    one = candidate("a", prefill_speed=1000.0, active=1)
+    made = ledger.choose([one], "k", 0.0, Demand(units=100.0, prompt_tokens=500.0)).reservation
+    assert made.predicted_first == pytest.approx(128 / 50 + 0.5)
+    assert made.predicted == pytest.approx(made.predicted_first + 100 / 50)
 
 
 def test_the_only_replica_is_asked_even_if_it_failed_a_moment_ago():
@@ -324,7 +356,7 @@ def test_what_is_kept_is_bounded_and_calls_in_flight_are_never_forgotten():
         ledger.failed(ReplicaId(f"r{number}"), 1.0, 0.0)
     assert ledger.in_flight(busy.replica) == 1
     assert len(ledger._books) <= MOST_BOOKS
-    assert len(ledger._avoided) <= MOST_BOOKS
+    assert len(ledger._breakers) <= MOST_BOOKS
     ledger.release(reservation, 1.0)
     assert ledger.in_flight(busy.replica) == 0
 
@@ -358,4 +390,4 @@ def test_whatever_happens_places_are_counted_right_and_predictions_are_numbers(e
             known = ledger.annotated(each, now)
             assert 0 <= known.ahead < 1e9
             assert known.measured is None or known.measured > 0
-            assert 0 <= known.avoided <= AVOID_MOST_SECONDS
+            assert 0 <= known.cooldown <= COOLDOWN_MOST_SECONDS

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tars.core.health import BreakerState
 from tars.core.mesh_messages import MemberState
 from tars.core.routing import (
     COLD_PART,
@@ -56,7 +57,7 @@ def test_only_ready_replicas_are_ranked_and_every_one_has_its_reason():
             candidate("d", standing=MemberState.DEAD),
             candidate("e", standing=MemberState.LEFT),
             candidate("f", standing=MemberState.SUSPECT, local=False),
-            candidate("g", avoided=2.0, measured=64.0, cold=True, shared_tokens=128),
+            candidate("g", breaker=BreakerState.OPEN, cooldown=2.0, measured=64.0, cold=True, shared_tokens=128),
         ],
         "key",
     )
@@ -86,7 +87,7 @@ def test_a_dead_node_is_never_asked():
 def test_standing_goes_before_speed():
     slow = candidate("slow", measured=1.0)
     suspect = candidate("suspect", measured=1e6, standing=MemberState.SUSPECT)
-    failed = candidate("failed", measured=1e5, avoided=1.0)
+    failed = candidate("failed", measured=1e5, breaker=BreakerState.OPEN, cooldown=1.0)
     assert rank([suspect, failed, slow], "k").order == ("slow", "failed", "suspect")
 
 
@@ -165,7 +166,8 @@ candidates = st.lists(
         measured_prefill=st.none() | positive,
         usual_units=st.none() | positive,
         cold=st.booleans(),
-        avoided=st.floats(0, 30),
+        breaker=st.sampled_from(BreakerState),
+        cooldown=st.floats(0, 30),
         shared_tokens=st.floats(0, 1e4),
     ),
     max_size=12,
