@@ -37,6 +37,7 @@ def test_a_piece_of_an_answer_says_only_what_is_set():
         index=2,
         reasoning="hm",
         tool_calls=[ToolCallDelta(index=0, id="1", name="f", arguments="{}")],
+        ended=True,
     )
     assert whole.wire() == whole.__dict__
     assert Delta.model_validate_json(orjson.dumps(whole.wire(), default=lambda one: one.wire())) == whole

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tars.errors import BadGrammar, DoesNotFit, StillLoading, TarsError, UnknownModel
-from tars.messages.base import CallContext, Message, NoParams
+from tars.messages.base import CallContext, Message, NoParams, ResumeMeta
 from tars.messages.inference import Delta
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
 from tars.rpc.envelope import BadElement, Call, decode
@@ -272,6 +272,32 @@ async def test_what_surrounds_a_call_reaches_its_method(node: FakeNode) -> None:
     assert (context.idempotency_key, context.hops, context.caller) == ("abc", 1, "laptop")
     assert (context.method, context.face) == ("inference.chat", "rpc")
     assert context.trace_id == "0af7651916cd43dd8448eb211c80319c"
+
+
+async def test_a_peer_says_whose_call_it_is_and_where_its_answers_are(node: FakeNode) -> None:
+    meta = {"hops": 1, "caller": "laptop", "priority": "batch", "resume": {"answers": [[5, 6]], "seed": 7}}
+    await ask(make(node), "inference.chat", {**CHAT, "_meta": meta}, Arrival("mesh", role=Role.PEER, peer="node-2"))
+    context = node.contexts[-1]
+    assert (context.caller, context.peer, context.priority) == ("laptop", "node-2", "batch")
+    assert context.resume == ResumeMeta(answers=[[5, 6]], seed=7)
+    await ask(make(node), "inference.chat", CHAT, Arrival("mesh", role=Role.PEER, peer="node-2"))
+    assert node.contexts[-1].caller == "mesh"
+
+
+@pytest.mark.parametrize("role", [Role.CLIENT, Role.ADMINISTRATOR])
+@pytest.mark.parametrize("said", [{"resume": {"answers": [[5]], "seed": 7}}, {"caller": "somebody else"}])
+async def test_only_a_peer_may_say_so(node: FakeNode, role: Role, said: dict[str, object]) -> None:
+    refused = await ask(make(node), "inference.chat", {**CHAT, "_meta": said}, Arrival(role=role))
+    assert refused["error"]["data"]["kind"] == "forbidden"
+    assert "_meta.resume" in refused["error"]["message"]
+    assert not node.started
+
+
+async def test_what_generates_nothing_cannot_go_on(node: FakeNode) -> None:
+    params = {"input": "a", "_meta": {"hops": 1, "resume": {"answers": [[5]], "seed": 7}}}
+    refused = await ask(make(node), "inference.embed", params, Arrival(role=Role.PEER, peer="node-2"))
+    assert refused["error"]["data"]["kind"] == "invalid_params"
+    assert not refused["error"]["data"]["retryable"]
 
 
 @pytest.mark.parametrize(

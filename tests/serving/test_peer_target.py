@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import aclosing
 
+import orjson
 import pytest
 
 from tars.core.types import Deadline
@@ -16,7 +17,7 @@ from tars.errors import (
     PeerUnreachable,
     Unauthorized,
 )
-from tars.messages.base import CallContext
+from tars.messages.base import CallContext, CallMeta, ResumeMeta
 from tars.messages.inference import (
     ChatMessage,
     ChatParams,
@@ -102,6 +103,29 @@ async def test_a_stream_becomes_a_workers_events():
     assert method == "inference.chat"
     assert params == {"messages": [{"role": "user", "content": "hi"}], "model": "m"}
     assert meta["hops"] == 1
+
+
+async def test_begun_answers_travel_with_the_call():
+    connection = Connection((None, ANSWER))
+    resume = ResumeMeta(answers=[[1, 2**31]], seed=7)
+    assert [event async for event in target(connection).run(CHAT, call(), resume)]
+    meta = connection.asked[0][3]
+    assert CallMeta.model_validate(orjson.loads(orjson.dumps(meta))).resume == resume
+    _, _, fresh = await events(CHAT, (None, ANSWER))
+    assert "resume" not in fresh.asked[0][3]
+
+
+async def test_the_peer_is_told_whose_call_it_is_and_how_urgent():
+    _, _, connection = await events(CHAT, (None, ANSWER), caller="x" * 300, priority="batch")
+    assert (connection.asked[0][3]["caller"], connection.asked[0][3]["priority"]) == ("x" * 200, "batch")
+    _, _, connection = await events(CHAT, (None, ANSWER))
+    assert "priority" not in connection.asked[0][3]
+
+
+async def test_a_piece_of_an_answer_that_was_not_asked_for_is_a_broken_peer():
+    for index in (1, -1):
+        with pytest.raises(PeerUnreachable, match="does not understand"):
+            await events(CHAT, ("inference.delta", {"text": "h", "index": index}), (None, ANSWER))
 
 
 async def test_completion_embedding_reranking_and_tokens():
