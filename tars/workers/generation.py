@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tars.errors import Cancelled, DeadlineExceeded, InvalidParams, TarsError
+from tars.errors import Cancelled, DeadlineExceeded, InvalidParams, StaleRoute, TarsError
 from tars.messages.inference import (
     ChatParams,
     Choice,
@@ -140,12 +140,15 @@ class Answer:
         `pieces`: bytes of every token of the vocabulary.
         """
         shown: Delta | None = None
-        for token in self.tokens[self.prompt_length :]:
+        for count, token in enumerate(self.tokens[self.prompt_length :], 1):
             piece = self._show(self._stream.push(token, pieces[token], None))
             if piece is not None:
                 shown = piece if shown is None else _joined(shown, piece)
             if self._stream.stopped:
                 return self._ended_before(shown, "stop")
+            if count == self._hidden:
+                # What the caller has stays, whichever token comes next: it must not become a part of a stop string now.
+                self._show(self._stream.settle())
         if self.generated >= self.call.most:
             return self._ended_before(shown, "length")
         if self._was_whole:
@@ -282,6 +285,12 @@ class Call:
         self.prompt_length = len(prompt)
         room = context - len(prompt)
         self.most = room if work.max_tokens is None else min(work.max_tokens, room)
+        for one in self.begun:
+            if len(one.tokens) >= room and not one.ended:
+                raise StaleRoute(
+                    f"The answer has {len(one.tokens)} tokens already, and this replica's context has room for {room} after the prompt; "
+                    "it goes on where the context is longer."
+                )
         self.answers = [Answer(self, index, prompt) for index in range(work.n)]
 
     def ending(self, cancelled: set[int], now: float) -> TarsError | None:

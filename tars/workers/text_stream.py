@@ -60,6 +60,11 @@ class TextStream(Generic[Extra]):
                 count = index + 1
         return self._release(count)
 
+    def settle(self) -> Released[Extra]:
+        """Release all whole characters' tokens: they were shown to somebody before, when tokens after them had made them certain."""
+        whole = [index for index, (_, _, _, whole) in enumerate(self._held, 1) if whole]
+        return self._release(whole[-1] if whole else 0)
+
     def finish(self) -> Released[Extra]:
         """The generation is over without a stop string: everything held back, an unfinished character as U+FFFD."""
         if self.stopped:

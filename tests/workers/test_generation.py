@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from tars.errors import Cancelled, DeadlineExceeded
+from tars.errors import Cancelled, DeadlineExceeded, InvalidParams, StaleRoute
 from tars.messages.inference import ChatMessage, ChatParams, CompleteParams, Delta, TokenLogprob, Tool
 from tars.workers.answer_format import AnswerFormat
 from tars.workers.engine import Resume, Submission
@@ -117,6 +117,115 @@ def test_an_answer_broken_off_anywhere_goes_on_without_a_lost_or_doubled_token(
     text, reasoning, shown_tokens, calls = (one + other for one, other in zip(seen(before), seen(after), strict=True))
     assert shown_tokens == wanted[2]
     assert (text, reasoning, calls) == (wanted[0], wanted[1], wanted[3])
+
+
+class Gateway:
+    """What is known where the caller is: the tokens that came, and whether the answer's last piece was among it."""
+
+    def __init__(self, index: int = 0) -> None:
+        self.deltas: list[Delta] = []
+        self.index = index
+
+    def take(self, deltas: Sequence[Delta]) -> None:
+        assert not (deltas and self.ended), "nothing comes after the last piece"
+        self.deltas += deltas
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token for delta in self.deltas for token in delta.token_ids]
+
+    @property
+    def ended(self) -> bool:
+        return any(delta.ended for delta in self.deltas)
+
+
+@settings(max_examples=4 * settings().max_examples)
+@example(tokens=[8, 2, 0], stop=["XYZ"], most=9, breaks=[1, 1], chat=False, n=1)
+@example(tokens=[0, 8], stop=["XYZ"], most=9, breaks=[99], chat=False, n=1)
+@example(tokens=[0, 12], stop=[], most=9, breaks=[99], chat=True, n=1)
+@example(tokens=[], stop=[], most=9, breaks=[0], chat=False, n=2)
+@given(
+    tokens=st.lists(st.integers(0, len(PIECES) - 1), max_size=25),
+    stop=st.lists(st.sampled_from(["XYZ", "🙂a", "aba", "€"]), max_size=2),
+    most=st.integers(1, 30),
+    breaks=st.lists(st.integers(0, 30), max_size=4),
+    chat=st.booleans(),
+    n=st.integers(1, 3),
+)
+def test_several_breaks_of_which_only_the_callers_tokens_are_known_lose_and_double_nothing(
+    tokens: list[int], stop: list[str], most: int, breaks: list[int], chat: bool, n: int
+) -> None:
+    """`breaks`: how many pieces of the stream come before each break. Every answer has other tokens: its number shifts them."""
+    params = {"stop": stop, "max_tokens": most, "chat": chat, "n": n}
+
+    def of(index: int) -> list[int]:
+        return [(token + index) % len(PIECES) for token in tokens]
+
+    whole = call_of(**params)
+    wanted = [seen(run(answer, of(answer.index), to_the_end=True)) for answer in whole.answers]
+
+    gateways = [Gateway(index) for index in range(n)]
+    last: Call | None = None
+    for pieces in [*breaks, None]:
+        resume = Resume(
+            generated=[gateway.tokens for gateway in gateways],
+            handed_out=[len(gateway.tokens) for gateway in gateways],
+            ended=[gateway.index for gateway in gateways if gateway.ended],
+            seed=3,
+        )
+        last = call_of(resume=resume, **params)
+        for answer, gateway in zip(last.answers, gateways, strict=True):
+            shown = answer.replay(PIECES)
+            assert shown is None, "all of it was handed out"
+            came = run(answer, of(answer.index)[answer.generated :], to_the_end=True)
+            gateway.take(came if pieces is None else came[:pieces])
+    assert last is not None
+    assert [answer.choice() for answer in last.answers] == [answer.choice() for answer in whole.answers]
+    assert [seen(gateway.deltas) for gateway in gateways] == wanted
+    if n > 1:
+        assert all(gateway.ended for gateway in gateways)
+    assert last.result(20.0).usage == whole.result(20.0).usage
+
+
+@pytest.mark.parametrize(("then", "text"), [([10], "aXYZ"), ([0], "aXa")])
+def test_what_was_shown_stays_where_another_token_comes_than_the_one_that_made_it_certain(
+    then: list[int], text: str
+) -> None:
+    first = call_of(stop=["XYZ"]).answers[0]
+    # "X" was held back until "ab" had made it certain, of which "b..." is still held: the caller has "aX".
+    shown = run(first, [0, 8, 0], to_the_end=False)
+    assert seen(shown)[0] == "aXa"
+    again = call_of(stop=["XYZ"], resume=Resume(generated=[[0, 8]], handed_out=[2], seed=3)).answers[0]
+    assert again.replay(PIECES) is None
+    after = run(again, then, to_the_end=True)
+    assert "aX" + seen(after)[0] == again.choice().text == text
+
+
+@pytest.mark.parametrize(
+    "resume",
+    [
+        Resume(generated=[[1]], handed_out=[1], seed=1),
+        Resume(generated=[[1], [1], [1]], handed_out=[1, 1, 1], seed=1),
+        Resume(generated=[[1], [1]], handed_out=[1], seed=1),
+        Resume(generated=[[1], [1]], handed_out=[2, 1], seed=1),
+        Resume(generated=[[1], [1]], handed_out=[-1, 1], seed=1),
+        Resume(generated=[[1], [1]], handed_out=[1, 1], ended=[2], seed=1),
+    ],
+)
+def test_a_continuation_that_does_not_fit_its_call_is_refused(resume: Resume) -> None:
+    with pytest.raises(InvalidParams, match="does not fit the call"):
+        call_of(n=2, resume=resume)
+
+
+def test_an_answer_longer_than_this_replicas_context_goes_on_elsewhere_and_is_not_cut() -> None:
+    tokens = [0] * 5
+    with pytest.raises(StaleRoute, match="context") as refused:
+        call_of(context=len(PROMPT) + 5, resume=Resume(generated=[tokens], handed_out=[5], seed=3))
+    assert refused.value.retryable
+    whole = Resume(generated=[tokens], handed_out=[5], ended=[0], seed=3)
+    ended = call_of(context=len(PROMPT) + 5, resume=whole).answers[0]
+    assert ended.replay(PIECES) is None
+    assert ended.choice().finish_reason == "length"
 
 
 @given(st.lists(st.integers(0, len(PIECES) - 1), max_size=25), st.lists(st.sampled_from(["XYZ", "aba"]), max_size=2))

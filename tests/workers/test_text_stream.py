@@ -54,6 +54,20 @@ def test_held_tokens_are_released_at_the_end_without_a_stop() -> None:
     assert released[-1] == Released("X", [1], [-1])
 
 
+def test_what_somebody_has_seen_is_settled_and_no_part_of_a_stop_string_any_more() -> None:
+    stream: TextStream[int] = TextStream(["XYZ"])
+    assert stream.push(0, b"aX", 0) == Released()
+    assert stream.settle() == Released("aX", [0], [0])
+    assert stream.settle() == Released()
+    assert stream.push(1, b"YZ", 1) == Released("YZ", [1], [1])
+    assert not stream.stopped
+    assert stream.push(2, b"X", 2) == Released()
+    assert stream.push(3, b"\xf0\x9f", 3) == Released()
+    assert stream.settle() == Released("X", [2], [2])
+    assert stream.settle() == Released(), "half a character was shown to nobody"
+    assert stream.push(4, b"\x99\x82", 4) == Released("🙂", [3, 4], [3, 4])
+
+
 def test_an_empty_stop_string_is_a_mistake_of_the_program() -> None:
     with pytest.raises(ValueError, match="empty"):
         TextStream([""])
