@@ -570,7 +570,7 @@ class Faulty:
     def step(self, attempt, position):
         if attempt not in self.running:
             return
-        _, fault = self.running[attempt]
+        number, fault = self.running[attempt]
         kind, after = fault if isinstance(fault, tuple) else (fault, 0)
         if kind == "silent" and position >= after:
             return
