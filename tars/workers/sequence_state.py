@@ -8,6 +8,7 @@ its tokens are computed again, which is slower and no error. Layout: the magic, 
 from __future__ import annotations
 
 import json
+import os
 import struct
 import zlib
 from collections.abc import Sequence
@@ -22,11 +23,12 @@ PREFIX = struct.Struct("<8sII")
 
 
 def write_state(path: Path, tokens: Sequence[int], cells: SavedCells | None, adapter: str = "") -> int:
-    """Write an answer's tokens (prompt and generated) and cells; the file's size in bytes. Raises `OSError`."""
+    """Write an answer's tokens (prompt and generated) and cells into an existing file; its size in bytes. Raises `OSError`."""
     position = 0 if cells is None else cells.tokens
     header = json.dumps({"tokens": list(tokens), "position": position, "adapter": adapter}).encode()
     data = b"" if cells is None else cells.data
-    with path.open("wb") as file:
+    # Never made here: whoever gave up waiting for it has removed it, and a new one would be readable by others and nobody's to delete.
+    with open(os.open(path, os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC), "wb") as file:
         # One after the other: a copy that holds both would be as large as the cells once more.
         file.write(PREFIX.pack(MAGIC, _checksum(header, data), len(header)))
         file.write(header)

@@ -235,8 +235,9 @@ class ReplicaWorker:
     async def save(self, handle: CallHandle, deadline: Deadline) -> SavedSequence:
         """Write a running answer's state to a new file that only this user can read, and end its call with `Draining`.
 
-        Raises `CallerError` where that call does not run here or has no state, and what `run` raises; then no file is left. What was
-        generated before reaches the caller of `run` before its `Draining`.
+        Also while the replica is being stopped: that is when answers leave it. Raises `CallerError` where that call does not run here or
+        has no state, and what `run` raises; then no file is left. What was generated before reaches the caller of `run` before its
+        `Draining`.
         """
         number = handle.number
         call = self._calls.get(number) if number is not None else None
@@ -253,8 +254,15 @@ class ReplicaWorker:
             _remove(path)
             raise
 
+    def break_off(self, handle: CallHandle, error: TarsError) -> None:
+        """End a call with `error`, after what has come of it until now; its work in the engine is cancelled. One that has ended is none."""
+        call = self._calls.get(handle.number) if handle.number is not None else None
+        if call is not None:
+            call.fail(error)
+
     def _begin(self, work: Work, deadline: Deadline, resume: Resume | None) -> tuple[int, Call]:
-        if self.state is not ReplicaState.READY or self._child is None:
+        state = self._lifecycle.state if isinstance(work, SaveParams) else self.state
+        if state is not ReplicaState.READY or self._child is None:
             raise self._not_ready()
         width = 0 if isinstance(work, SaveParams) else work.n if isinstance(work, GenerationParams) else 1
         queued = len(self._calls) - self._served(self._slots)

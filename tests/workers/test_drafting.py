@@ -337,6 +337,7 @@ def test_an_answer_can_be_saved_between_its_drafted_steps(plain: Calls, drafted:
     wanted = plain.ask("saved " + HELLO, max_tokens=200)[0]
     number = drafted.submit("saved " + HELLO, max_tokens=200)
     drafted.until(number, 5)
+    (tmp_path / "state").touch(0o600)
     saving = drafted.thread.submit(SaveParams(sequence=number, path=str(tmp_path / "state")))
     while saving not in drafted.ends:
         drafted.take()

@@ -18,6 +18,12 @@ TOKENS = [5, 6, 7, 8]
 CELLS = SavedCells(bytes(range(200)), 3)
 
 
+def new(folder: Path) -> Path:
+    path = folder / "state"
+    path.touch(0o600)
+    return path
+
+
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     tokens=st.lists(st.integers(0, 2**31 - 1), min_size=2, max_size=20),
@@ -25,7 +31,7 @@ CELLS = SavedCells(bytes(range(200)), 3)
     share=st.floats(0, 1),
 )
 def test_what_was_written_is_read(tmp_path: Path, tokens: list[int], data: bytes, share: float) -> None:
-    path = tmp_path / "state"
+    path = new(tmp_path)
     cells = SavedCells(data, 1 + int(share * (len(tokens) - 2)))
     assert write_state(path, tokens, cells) == path.stat().st_size
     assert read_state(path, tokens) == cells
@@ -34,7 +40,7 @@ def test_what_was_written_is_read(tmp_path: Path, tokens: list[int], data: bytes
 
 
 def test_cells_of_another_adapter_are_nobodys(tmp_path: Path) -> None:
-    path = tmp_path / "state"
+    path = new(tmp_path)
     write_state(path, TOKENS, CELLS, "blue")
     assert read_state(path, TOKENS, "blue") == CELLS
     assert read_state(path, TOKENS, "red") is None
@@ -42,7 +48,7 @@ def test_cells_of_another_adapter_are_nobodys(tmp_path: Path) -> None:
 
 
 def test_an_answer_without_cells_has_none(tmp_path: Path) -> None:
-    path = tmp_path / "state"
+    path = new(tmp_path)
     write_state(path, TOKENS, None)
     assert read_state(path, TOKENS) is None
 
@@ -58,7 +64,7 @@ def test_a_file_that_cannot_be_written_is_said(tmp_path: Path) -> None:
 
 
 def test_a_file_cut_anywhere_holds_none(tmp_path: Path) -> None:
-    path = tmp_path / "state"
+    path = new(tmp_path)
     write_state(path, TOKENS, CELLS)
     content = path.read_bytes()
     for length in range(len(content)):
@@ -69,7 +75,7 @@ def test_a_file_cut_anywhere_holds_none(tmp_path: Path) -> None:
 
 
 def test_a_flipped_bit_anywhere_holds_none(tmp_path: Path) -> None:
-    path = tmp_path / "state"
+    path = new(tmp_path)
     write_state(path, TOKENS, CELLS)
     content = path.read_bytes()
     for place in range(len(content)):

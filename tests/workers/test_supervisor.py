@@ -421,6 +421,36 @@ async def test_a_full_queue_does_not_keep_a_running_answer_from_being_saved(make
     await stream.aclose()
 
 
+async def test_an_answer_is_saved_while_its_replica_is_being_stopped(make: Make, tmp_path: Path) -> None:
+    worker = await make(saved_folder=tmp_path)
+    handle = CallHandle()
+    stream = worker.run(CompleteParams(prompt="forever"), soon(), handle=handle)
+    await anext(stream)
+    stopping = asyncio.create_task(worker.stop(grace=20))
+    await until(lambda: worker.state is ReplicaState.STOPPING)
+    with pytest.raises(Draining):
+        await collect(worker, CompleteParams(prompt="count 1"))
+    state = await worker.save(handle, soon())
+    _, end = await until_its_error(stream)
+    assert isinstance(end, Draining)
+    assert state.saved.generated
+    await stopping  # long before the grace time is over: nothing runs any more
+
+
+@together
+async def test_a_call_that_is_broken_off_ends_after_what_came_and_frees_the_engine(shared: ReplicaWorker) -> None:
+    handle = CallHandle()
+    stream = shared.run(CompleteParams(prompt="forever"), soon(), handle=handle)
+    await anext(stream)
+    shared.break_off(handle, Draining("goes elsewhere"))
+    _, end = await until_its_error(stream)
+    assert isinstance(end, Draining)
+    assert end.message == "goes elsewhere"
+    assert await collect(shared, CompleteParams(prompt="count 1")), "its slot is free"
+    shared.break_off(handle, Draining("twice"))
+    shared.break_off(CallHandle(), Draining("what never ran"))
+
+
 async def test_a_call_of_several_answers_takes_as_many_slots(make: Make) -> None:
     worker = await make(slots=4, queue_limit=1)
     calls = [asyncio.create_task(collect(worker, CompleteParams(prompt="forever", n=2))) for _ in range(3)]
