@@ -15,13 +15,15 @@ from contextlib import asynccontextmanager
 from time import monotonic
 
 from tars.core.types import Deadline
-from tars.errors import DeadlineExceeded, InternalError, Overloaded
+from tars.errors import DeadlineExceeded, Draining, InternalError, Overloaded
 from tars.rpc.options import RpcOptions
 
 _OPERATORS_RESERVE = 16
 """Calls that are not inference and may still start when `max_concurrent_calls` is reached: a full node must answer its operator."""
 _RETRY_AFTER_MS = 1000
 """A place is free again within about one short answer."""
+_STOPPING_RETRY_MS = 5000
+"""A node that is restarted takes calls again in about this time; whoever has another node asks that at once."""
 _TRACEPARENT = re.compile(r"([0-9a-f]{2})-([0-9a-f]{32})-([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 
 
@@ -34,6 +36,22 @@ class Admission:
         # 64 random bits of this process and a count: as unique as 128 random ones, at a tenth of the price.
         self._trace_prefix = secrets.token_hex(8)
         self._trace_count = itertools.count(1)
+        self._running: set[asyncio.Timeout] = set()
+        self.closed = False
+        """The node stops: no inference begins any more."""
+        self._ended = False
+
+    def close(self) -> None:
+        """Refuse inference from now on, with `Draining`; what runs goes on."""
+        self.closed = True
+
+    def end(self) -> None:
+        """The grace time is over: what still runs ends now, with `Draining`, so that its caller knows and sends it again elsewhere."""
+        self.closed = self._ended = True
+        now = asyncio.get_running_loop().time()
+        for limit in self._running:
+            if not limit.expired():
+                limit.reschedule(now)
 
     @property
     def active(self) -> int:
@@ -51,8 +69,10 @@ class Admission:
         """Holds a place and stops the work at its deadline (`timeout_ms` from now; None is the node's default).
         `always`: take a place also where none is free.
 
-        Raises `Overloaded` where no place is free, `DeadlineExceeded` when the time is over.
+        Raises `Overloaded` where no place is free, `DeadlineExceeded` when the time is over, `Draining` where the node stops.
         """
+        if self.closed and inference and not always:
+            raise stopping()
         most = self._options.max_concurrent_calls + (0 if inference else _OPERATORS_RESERVE)
         if self._active >= most and not always:
             raise Overloaded(
@@ -64,18 +84,33 @@ class Admission:
         seconds = (self._options.default_timeout_ms if timeout_ms is None else timeout_ms) / 1000
         deadline = Deadline(monotonic() + seconds)
         self._active += 1
+        limit = asyncio.timeout(seconds)
         try:
-            async with asyncio.timeout(seconds) as limit:
+            async with limit:
+                if inference:
+                    self._running.add(limit)
                 yield deadline
         except TimeoutError:
             if not limit.expired():
                 raise
+            if self._ended and inference and not deadline.passed(monotonic()):
+                raise stopping(began=True) from None
             raise DeadlineExceeded(
                 f"The call did not end within its {seconds:g} s, so the work was stopped. Give it more with _meta.timeout_ms (over "
                 "HTTP also the header X-Request-Timeout-Ms), or ask for less."
             ) from None
         finally:
             self._active -= 1
+            self._running.discard(limit)
+
+
+def stopping(began: bool = False) -> Draining:
+    """What a call gets that comes to a node which stops, or (`began`) that such a node could not finish in its grace time."""
+    what = "and its grace time is over, so the work was ended" if began else "so nothing was run"
+    return Draining(
+        f"This node is being stopped, {what}. Send the call to another node, or to this one again once it is back.",
+        retry_after_ms=_STOPPING_RETRY_MS,
+    )
 
 
 def trace_id_of(traceparent: str | None) -> str | None:

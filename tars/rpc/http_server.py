@@ -11,16 +11,19 @@ never streamed: where only `text/event-stream` is accepted, it is refused. Closi
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from time import monotonic
 
 from aiohttp import ClientPayloadError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.typedefs import Handler, Middleware
 
 from tars.errors import Cancelled, DeadlineExceeded, InvalidRequest, ParseError, TarsError
 from tars.messages.base import MAX_TIMEOUT_MS, Message
 from tars.rpc.access import CALLER, ROLE, RenderError
+from tars.rpc.admission import Admission, stopping
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
 from tars.rpc.envelope import Call, Element, decode, encode_notification, too_large
 from tars.rpc.method_table import METHODS, MethodSpec, Role
@@ -63,7 +66,23 @@ def add_dispatcher(app: web.Application, dispatcher: Dispatcher, options: RpcOpt
 
 def error_response(dispatcher: Dispatcher, error: TarsError, *, status: int | None = None) -> web.Response:
     """The JSON-RPC answer to a body of which nothing could be run."""
-    return web.Response(body=dispatcher.refusal(error), status=status or error.http_status, headers=JSON_HEADERS)
+    response = web.Response(body=dispatcher.refusal(error), status=status or error.http_status, headers=JSON_HEADERS)
+    if error.retry_after_ms is not None:
+        response.headers[hdrs.RETRY_AFTER] = str(math.ceil(error.retry_after_ms / 1000))
+    return response
+
+
+def closing_middleware(admission: Admission) -> Middleware:
+    """Once the node stops, each connection ends with its answer: a client's next call goes to a node that stays, or finds this one back."""
+
+    @web.middleware
+    async def close(request: web.Request, handler: Handler) -> web.StreamResponse:
+        response = await handler(request)
+        if admission.closed and not response.prepared:
+            response.force_close()
+        return response
+
+    return close
 
 
 def refusal_renderer(dispatcher: Dispatcher, others: RenderError | None = None) -> RenderError:
@@ -93,6 +112,8 @@ def rpc_handler(dispatcher: Dispatcher, options: RpcOptions) -> Callable[[web.Re
                 # What was not read must not be taken for the next request.
                 response.force_close()
             return response
+        if dispatcher.admission.closed and _is_inference(decoded):
+            return error_response(dispatcher, stopping())
         accept = headers.get(hdrs.ACCEPT)
         if accept is not None and _EVENT_STREAM in accept:
             json_too = "application/json" in accept or "*/*" in accept
@@ -118,6 +139,10 @@ def rpc_handler(dispatcher: Dispatcher, options: RpcOptions) -> Callable[[web.Re
 
 def _streams(element: Element) -> bool:
     return isinstance(element, Call) and element.method in METHODS and METHODS[element.method].streams
+
+
+def _is_inference(decoded: Element | list[Element]) -> bool:
+    return isinstance(decoded, Call) and decoded.method in METHODS and METHODS[decoded.method].is_inference
 
 
 def _only_post(dispatcher: Dispatcher) -> Callable[[web.Request], Awaitable[web.Response]]:

@@ -8,7 +8,7 @@ from time import monotonic
 
 import pytest
 
-from tars.errors import DeadlineExceeded, Overloaded
+from tars.errors import DeadlineExceeded, Draining, Overloaded
 from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.options import RpcOptions
 
@@ -84,3 +84,55 @@ def test_a_malformed_traceparent_starts_a_new_trace(traceparent):
 
 def test_a_fault_of_ours_tells_nothing_but_how_to_report_it():
     assert internal_error().message.endswith("Report it with the trace id.")
+
+
+async def test_a_node_that_stops_begins_no_inference_and_still_answers_its_operator_and_its_peers():
+    admission = Admission(RpcOptions())
+    async with AsyncExitStack() as stack:
+        await stack.enter_async_context(admission.within_bounds(None))
+        admission.close()
+        with pytest.raises(Draining, match="nothing was run") as refused:
+            await stack.enter_async_context(admission.within_bounds(None))
+        assert refused.value.retryable
+        assert refused.value.retry_after_ms
+        await stack.enter_async_context(admission.within_bounds(None, inference=False))
+        await stack.enter_async_context(admission.within_bounds(None, always=True))
+        assert admission.active == 3, "what ran goes on"
+
+
+async def test_what_still_runs_when_the_grace_time_is_over_ends_as_retryable():
+    admission = Admission(RpcOptions())
+    began = asyncio.Event()
+
+    async def work(inference):
+        async with admission.within_bounds(1000 if not inference else None, inference=inference):
+            began.set()
+            await asyncio.Event().wait()
+
+    running = asyncio.create_task(work(True))
+    looking = asyncio.create_task(work(False))
+    await began.wait()
+    admission.end()
+    with pytest.raises(Draining, match="grace time is over") as ended:
+        await running
+    assert ended.value.retryable
+    with pytest.raises(DeadlineExceeded):
+        await looking
+    with pytest.raises(Draining, match="nothing was run"):
+        await work(True)
+    admission.end()
+    assert admission.active == 0
+
+
+async def test_a_call_whose_own_time_was_over_first_is_late_and_not_stopped():
+    admission = Admission(RpcOptions())
+
+    async def work():
+        async with admission.within_bounds(10):
+            try:
+                await asyncio.Event().wait()
+            finally:
+                admission.end()
+
+    with pytest.raises(DeadlineExceeded):
+        await work()

@@ -7,7 +7,7 @@ import gzip
 import io
 import socket
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import aiohttp
@@ -18,7 +18,8 @@ from fake_node import FakeNode
 
 from tars.errors import DeadlineExceeded, StillLoading, WorkerCrashed
 from tars.rpc.access import Access
-from tars.rpc.http_server import read_body
+from tars.rpc.admission import Admission
+from tars.rpc.http_server import add_rpc_routes, closing_middleware, read_body
 from tars.rpc.listener import Listener, listen
 from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
 
@@ -337,3 +338,50 @@ async def test_a_body_that_does_not_come_is_not_awaited_for_ever() -> None:
     assert answered.startswith(b"HTTP/1.1 200")
     writer.close()
     await listener.close()
+
+
+@pytest.fixture
+async def stopping(node: FakeNode, session: aiohttp.ClientSession) -> AsyncIterator[tuple[str, Admission]]:
+    """A node's URL, and its places, which the test closes."""
+    app = web.Application()
+    dispatcher = add_rpc_routes(app, node, RpcOptions())
+    app.middlewares.append(closing_middleware(dispatcher.admission))
+    listener = await listen(app, "127.0.0.1", 0, Access(AccessOptions()), shutdown_seconds=0.1)
+    yield listener.url, dispatcher.admission
+    await session.close()
+    await listener.close()
+
+
+@pytest.mark.parametrize("headers", [{}, STREAM])
+async def test_a_node_that_stops_refuses_inference_with_503_and_ends_the_connection(
+    session: aiohttp.ClientSession, stopping: tuple[str, Admission], node: FakeNode, headers: dict[str, str]
+) -> None:
+    url, admission = stopping
+    assert "Connection" not in (await post(session, url, PING))[2]
+    admission.close()
+    status, answer, told = await post(session, url, CHAT, **headers)
+    assert (status, answer["id"], answer["error"]["data"]["kind"]) == (503, None, "draining")
+    assert answer["error"]["data"]["retryable"]
+    assert (told["Retry-After"], told["Connection"]) == ("5", "close")
+    assert "inference.chat" not in node.started
+    # Whoever looks at it, or asks for several things, is still answered.
+    status, answer, told = await post(session, url, [PING, CHAT])
+    assert (status, told["Connection"]) == (200, "close")
+    assert [answer[0]["result"]["node"], answer[1]["error"]["data"]["kind"]] == ["node-1", "draining"]
+
+
+async def test_a_stream_that_is_not_done_in_the_grace_time_ends_with_a_retryable_error(
+    session: aiohttp.ClientSession, stopping: tuple[str, Admission], node: FakeNode
+) -> None:
+    url, admission = stopping
+    node.gate = asyncio.Event()
+    async with session.post(url + "/rpc", data=orjson.dumps(CHAT), headers=STREAM) as response:
+        first = await response.content.readuntil(b"\n\n")
+        assert b"inference.delta" in first
+        admission.close()
+        assert await session.get(url) is not None, "it answers others meanwhile"
+        admission.end()
+        (end,) = await events_of(response)
+    assert end["error"]["data"]["kind"] == "draining"
+    assert end["error"]["data"]["retryable"]
+    assert end["id"] == "c-1"
