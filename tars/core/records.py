@@ -45,7 +45,7 @@ class ReplicaReport:
     slots: int = 1
     taken: Bytes | None = None
     file_sha256: str | None = None
-    """Of all that it was loaded from (`engine.loaded_identity`): equal ones go on with each other's answers."""
+    """Of all that it was loaded from (`mesh.loaded_files`): equal ones go on with each other's answers."""
     exact: bool = False
     """It computes so that a continued answer is identical to an unbroken one."""
     speed: float | None = None

@@ -34,6 +34,7 @@ from tars.core.types import (
     Variant,
 )
 from tars.errors import InternalError, ModelFileMissing, TarsError
+from tars.mesh.loaded_files import LoadedFile
 from tars.mesh.measured_memory import MeasuredMemory
 from tars.mesh.tuned_settings import TunedSettingsStore
 from tars.messages.files import TransferDescription
@@ -62,6 +63,7 @@ class LiveReplica:
     kind: ModelKind
     worker: ReplicaWorker
     spec: LoadSpec
+    file: LoadedFile
     taken: Bytes | None = None
     """What the worker with `measured_pid` really took on the device; None before it was measured."""
     measured_pid: int | None = None
@@ -176,8 +178,9 @@ class Executor:
 
     def reports(self) -> tuple[ReplicaReport, ...]:
         """Every replica as peers should know it, those too that are ending: their memory is not free yet."""
+        files = [] if self._files is None else self._files.held()
         found = {
-            live.assignment.replica: replace(_report(live), state=ReplicaState.STOPPING)
+            live.assignment.replica: replace(_report(live, files), state=ReplicaState.STOPPING)
             for live in self._stops.values()
         }
         for fetch in self.fetches.values():
@@ -191,7 +194,7 @@ class Executor:
             )
         for live in self.replicas.values():
             # One that ends under the same name comes first: its device waits for it.
-            found.setdefault(live.assignment.replica, _report(live))
+            found.setdefault(live.assignment.replica, _report(live, files))
         return tuple(found[replica] for replica in sorted(found))
 
     # --- a round -----------------------------------------------------------------------------------------------------
@@ -368,6 +371,8 @@ class Executor:
             why = f"{entry.name} has adapters or a draft model whose files are not on this node: they do not travel yet"
             self._did_not_come(fetch, ModelFileMissing(why, details={"model": entry.name}))
             return
+        file = await asyncio.to_thread(LoadedFile.taken, assignment.model, assignment.variant, path, adapters)
+        # From here to the replica's own entry there is no await: nobody sees a moment in which it is neither here nor on its way.
         self.fetches.pop(assignment.replica, None)
         spec = LoadSpec(
             replica=assignment.replica,
@@ -398,7 +403,7 @@ class Executor:
             spec = spec.model_copy(update={"tuned": self._tuned.known(spec, device)})
         worker = self._make_worker(spec, lambda worker: self._worker_changed(assignment.replica, worker))
         worker.device_busy = lambda: self._busy_beside(worker, device.id)
-        self.replicas[assignment.replica] = LiveReplica(assignment, device, kind, worker, spec)
+        self.replicas[assignment.replica] = LiveReplica(assignment, device, kind, worker, spec, file)
         log.info("loading %s on %s: %s", assignment.replica, device.name, assignment.reason)
         await worker.start()
 
@@ -443,7 +448,7 @@ def file_missing(catalogue: Catalogue, entry: ModelEntry) -> TarsError:
     )
 
 
-def _report(live: LiveReplica) -> ReplicaReport:
+def _report(live: LiveReplica, files: Sequence[HeldFile]) -> ReplicaReport:
     worker, info = live.worker, live.worker.info
     speeds = None if info is None else info.speeds
     speed = None
@@ -455,7 +460,8 @@ def _report(live: LiveReplica) -> ReplicaReport:
         state=worker.state,
         slots=live.assignment.settings.slots if info is None else info.slots,
         taken=live.taken,
-        file_sha256=None if info is None else info.file_sha256,
+        file_sha256=live.file.identify(files),
+        exact=live.spec.exact,
         speed=speed,
         prefill_speed=None if speeds is None else speeds.prefill_tokens_per_second,
         stage=None if worker.progress is None else worker.progress.stage,

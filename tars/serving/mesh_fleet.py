@@ -270,6 +270,8 @@ def _candidate(remote: _Remote, standing: MemberState) -> Candidate:
         speed=report.speed,
         prefill_speed=report.prefill_speed,
         cache_tokens=assignment.settings.kv_tokens,
+        file_sha256=report.file_sha256,
+        exact=report.exact,
     )
 
 

@@ -51,6 +51,16 @@ class Files:
         return self.source
 
 
+class Held:
+    """Only says what is here."""
+
+    def __init__(self, *files):
+        self.files = files
+
+    def held(self):
+        return list(self.files)
+
+
 @pytest.fixture
 def bench(tmp_path, tiny_gguf):
     return make_bench(tmp_path, tiny_gguf)
@@ -184,13 +194,16 @@ async def test_reports_tell_peers_what_a_replica_is_and_took(bench):
         memory_bytes=123 * 2**20,
         load_seconds=0.1,
         slots=3,
-        file_sha256="ab" * 32,
         speeds=MeasuredSpeeds(decode_tokens_per_second=50.0, prefill_tokens_per_second=900.0),
     )
     worker.state = ReplicaState.READY
     await bench.coordinator.executor.measure()
     (report,) = bench.coordinator.executor.reports()
     assert (report.state, report.slots, report.speed, report.prefill_speed) == (ReplicaState.READY, 3, 50.0, 900.0)
+    assert (report.file_sha256, report.exact) == (None, False), "its file was not hashed yet"
+    variant = bench.coordinator.executor.replicas[report.assignment.replica].assignment.variant
+    bench.coordinator.executor._files = Held(HeldFile(bench.model, variant, Bytes(1), "ab" * 32))
+    (report,) = bench.coordinator.executor.reports()
     assert report.file_sha256 == "ab" * 32
     assert report.taken > 123 * 2**20
     worker.failed(BadModelFile("x" * 5000))

@@ -122,7 +122,7 @@ def fleet(own, peers, find=lambda name: None):
 def test_candidates_are_this_nodes_and_those_of_peers_that_may_be_asked():
     peers = Known(
         advert(HERE, scripted("stale word of itself")),
-        advert(BIG, scripted("b", speed=80.0, prefill_speed=900.0, slots=8)),
+        advert(BIG, scripted("b", speed=80.0, prefill_speed=900.0, slots=8, file_sha256="ab" * 32, exact=True)),
         advert(SMALL, scripted("s", ReplicaState.LOADING)),
     )
     found = fleet(Own(local("own")), peers).candidates("m")
@@ -133,6 +133,7 @@ def test_candidates_are_this_nodes_and_those_of_peers_that_may_be_asked():
     ]
     remote = found[1]
     assert (remote.speed, remote.prefill_speed, remote.slots, remote.cache_tokens) == (80.0, 900.0, 8, 4096)
+    assert (remote.file_sha256, remote.exact) == ("ab" * 32, True)
     assert found[2].state is ReplicaState.LOADING
 
 
