@@ -5,9 +5,9 @@ finds the dead for the whole mesh, in seconds, and forgives; this is for the cal
 process that is stopped (SIGSTOP, swapped out, a PC asleep) keeps its connections, and its kernel acknowledges every byte: only an answer
 is a sign of life.
 
-A peer with calls is asked every `INTERVAL`, and sooner where nothing came for `QUIET`. It is silent once it was asked, and nothing came for
-srtt + 4 rttvar (RFC 6298), kept within 1 and 2 seconds. So a frozen peer is known 1.0 to 2.5 s after its last word. A silent peer is asked
-on, with and without calls, so that it is usable in the moment in which it thaws.
+A peer with calls is asked every `INTERVAL`. It is silent once it was asked, and nothing came for srtt + 4 rttvar (RFC 6298), kept within 1
+and 2 seconds. So a frozen peer is known 1.0 to 2.5 s after its last word. A silent peer is asked on, with and without calls, so that it is
+usable in the moment in which it thaws.
 
 If this node itself was stopped or too busy to listen, nobody is to blame: a tick that comes late starts the patience anew.
 """
@@ -18,8 +18,8 @@ from dataclasses import dataclass
 
 INTERVAL = 0.5
 """Seconds between two pings of a peer that has calls."""
-QUIET = 0.25
-"""Nothing heard for so long while calls run: ask now."""
+FIRST = 0.25
+"""Seconds from the first call until the first ping: most calls of embeddings are over before."""
 INITIAL_TIMEOUT = 1.5
 """Seconds, before anything was measured."""
 TIMEOUT_LEAST = 1.0
@@ -85,7 +85,7 @@ class Pulse:
             # What was before is no silence: nobody asked. And most calls are over before a first ping is due.
             self._heard = now
             self._asked = None
-            self._last_ping = max(self._last_ping, now + QUIET - INTERVAL)
+            self._last_ping = max(self._last_ping, now + FIRST - INTERVAL)
         return self._next(now)
 
     def call_ended(self, now: float) -> list[PulseEffect]:
@@ -99,6 +99,8 @@ class Pulse:
         if not self.silent:
             return []
         self.silent = False
+        # Those that waited while it was frozen say nothing about its way.
+        self._sent.clear()
         return [Restore(now - before), *self._next(now)]
 
     def answered(self, number: int, now: float) -> list[PulseEffect]:
@@ -124,6 +126,7 @@ class Pulse:
             return []
         late = now - self.wake
         if late > OWN_STALL:
+            self._sent.clear()
             self._heard = min(now, self._heard + late)
             if self._asked is not None:
                 self._asked = min(now, self._asked + late)
@@ -138,19 +141,14 @@ class Pulse:
         if not self.silent and self._asked is not None and now - self._asked >= self.timeout:
             self.silent = True
             effects.append(Cut(now - self._heard))
-        if now >= self._ping_due():
+        if now >= self._last_ping + INTERVAL:
             self._number += 1
             self._last_ping = now
             self._sent[self._number] = now
             if self._asked is None:
                 self._asked = now
             effects.append(SendPing(self._number))
-        self.wake = self._ping_due()
+        self.wake = self._last_ping + INTERVAL
         if not self.silent and self._asked is not None:
             self.wake = min(self.wake, self._asked + self.timeout)
         return effects
-
-    def _ping_due(self) -> float:
-        regular = self._last_ping + INTERVAL
-        # Quiet since the last word: one ping at once, the others regularly.
-        return min(regular, self._heard + QUIET) if self._asked is None else regular
