@@ -135,6 +135,8 @@ class Executor:
         self._process_memory = process_memory
         self._files = files
         self._now = now
+        self.on_retire: Callable[[Assignment], None] = lambda assignment: None
+        """Told of a replica that is about to end, while its worker still has its calls: they may go elsewhere."""
         self.replicas: dict[ReplicaId, LiveReplica] = {}
         self.fetches: dict[ReplicaId, FileFetch] = {}
         self._quiet: dict[DeviceId, DeviceSnapshot] = {}
@@ -263,6 +265,7 @@ class Executor:
     def retire(self, replica: ReplicaId, grace: float = STOP_GRACE_SECONDS) -> None:
         """Unload one, giving its calls so many seconds."""
         log.info("unloading %s", replica)
+        self.on_retire(self.replicas[replica].assignment)
         self._end(self.replicas.pop(replica), grace)
 
     async def stop(self, grace: float) -> None:

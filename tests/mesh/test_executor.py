@@ -225,6 +225,24 @@ async def test_one_that_ends_is_reported_until_its_memory_is_free(bench):
     await until(lambda: executor.reports() == ())
 
 
+async def test_whoever_wants_to_move_its_calls_hears_of_a_replica_before_it_ends(bench):
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    executor = bench.coordinator.executor
+    heard = []
+
+    def on_retire(assignment):
+        heard.append(assignment.replica)
+        assert executor.replicas[assignment.replica].worker.state is ReplicaState.READY
+
+    executor.on_retire = on_retire
+    (replica,) = executor.replicas
+    await executor.carry_out([], devices(bench))
+    assert heard == [replica]
+    await until(lambda: executor.reports() == ())
+
+
 async def test_while_something_loads_its_device_is_told_as_it_was_before(bench):
     bench.deployments.deploy(Deployment(bench.model))
     await bench.coordinator.reconcile()
