@@ -23,7 +23,7 @@ from tars.messages.base import CallContext, SavedState
 from tars.messages.inference import Delta, GenerationParams
 from tars.serving.kept_states import KeptStates
 from tars.workers.calls import CallHandle
-from tars.workers.engine import Event, Resume, Work
+from tars.workers.engine import Event, Resume
 from tars.workers.supervisor import ReplicaWorker, SavedSequence
 
 log = logging.getLogger(__name__)
@@ -33,6 +33,10 @@ SAVE_SECONDS = 2.0
 FETCH_SECONDS = 1.5
 """For a state to come from the node that keeps it; a longer gap than that is worse for the caller than computing the tokens again, and
 their successor's gateway takes it for late at 2 s."""
+
+
+Start = Callable[[Resume | None, CallHandle], AsyncGenerator[Event]]
+"""Begins the generation: what is resumed, and the handle to name its call by."""
 
 
 class PeerStates(Protocol):
@@ -54,6 +58,8 @@ class RunningAnswer:
     handle: CallHandle = field(default_factory=CallHandle)
     tokens: list[int] = field(default_factory=list)
     """What the caller has, where there is one answer only."""
+    waiting: asyncio.Timeout | None = None
+    """While it has no event yet: it may not have reached the worker."""
     leaving: asyncio.Future[SavedSequence | None] | None = None
     """Set once it is to leave; its result is its state, if there is one."""
     over: bool = False
@@ -85,20 +91,18 @@ class RunningAnswers:
         self,
         replica: ReplicaId,
         worker: ReplicaWorker,
-        work: Work,
+        work: GenerationParams,
         call: CallContext,
         resume: Resume | None = None,
         state: SavedState | None = None,
+        *,
+        start: Start,
     ) -> AsyncGenerator[Event]:
-        """The worker's events; closing it cancels the work. `state`: saves computing `resume`'s tokens again, where it can be had.
+        """The events of a generation that `start` begins on the worker, at once or when it is its turn; closing it cancels the work.
+        `state` saves computing `resume`'s tokens again, where it can be had.
 
-        Raises what `ReplicaWorker.run` raises; `Draining` with `saved` and `tokens` in its details where the answer left with its state.
+        Raises what `start` raises; `Draining` with `saved` and `tokens` in its details where the answer left with its state.
         """
-        if not isinstance(work, GenerationParams):
-            async with aclosing(worker.run(work, call.deadline)) as events:
-                async for event in events:
-                    yield event
-            return
         answer = RunningAnswer(replica, worker, work, call.peer is not None)
         path: Path | None = None
         self._running.add(answer)
@@ -110,15 +114,20 @@ class RunningAnswers:
                     resume = resume.model_copy(update={"path": str(path)})
             if answer.leaving is not None:
                 raise moved()  # meanwhile
-            async with aclosing(worker.run(work, call.deadline, resume=resume, handle=answer.handle)) as events:
-                async for event in events:
-                    if path is not None:
-                        # The engine has read it before it said anything.
-                        path.unlink(missing_ok=True)
-                        path = None
+            async with aclosing(start(resume, answer.handle)) as events:
+                event = await self._first(events, answer)
+                if path is not None:
+                    # The engine has read it before it said anything.
+                    path.unlink(missing_ok=True)
+                    path = None
+                while True:
                     if isinstance(event, Delta):
                         answer.tokens += event.token_ids
                     yield event
+                    try:
+                        event = await anext(events)
+                    except StopAsyncIteration:
+                        return
         except Draining as error:
             if answer.leaving is None:
                 raise
@@ -155,6 +164,18 @@ class RunningAnswers:
             await asyncio.wait(self._moves)
         self.kept.close()
 
+    async def _first(self, events: AsyncGenerator[Event], answer: RunningAnswer) -> Event:
+        """The first event, unless the answer is to leave before it reaches the worker."""
+        try:
+            async with asyncio.timeout(None) as answer.waiting:
+                return await anext(events)
+        except TimeoutError:
+            if answer.waiting is None or not answer.waiting.expired():
+                raise
+            raise moved() from None
+        finally:
+            answer.waiting = None
+
     # --- leaving -----------------------------------------------------------------------------------------------------
 
     async def _logged(self, leaves: Callable[[RunningAnswer], bool]) -> None:
@@ -175,7 +196,10 @@ class RunningAnswers:
             left.set_result(sequence)
             if answer.over:
                 answer.drop_state()  # its caller went away meanwhile
-            answer.worker.break_off(answer.handle, moved())
+            if answer.handle.number is not None:
+                answer.worker.break_off(answer.handle, moved())
+            elif answer.waiting is not None and not answer.waiting.expired():
+                answer.waiting.reschedule(asyncio.get_running_loop().time())
 
     async def _last_word(self, answer: RunningAnswer, error: Draining) -> Draining:
         """What the gateway needs to go on elsewhere."""

@@ -8,7 +8,7 @@ import pytest
 from tars.core.types import Deadline, ReplicaId
 from tars.errors import CallerError, DeadlineExceeded, Draining, PeerUnreachable
 from tars.messages.base import CallContext, SavedState
-from tars.messages.inference import CompleteParams, Delta, Generated, Timings, Tokenized, TokenizeParams, Usage
+from tars.messages.inference import CompleteParams, Delta, Generated, Timings, Usage
 from tars.serving.kept_states import KeptStates
 from tars.serving.running_answers import FETCH_SECONDS, RunningAnswers
 from tars.workers.calls import CallHandle
@@ -87,7 +87,7 @@ class Peers:
         return path
 
 
-def call(peer=None, deadline=1e12):
+def context(peer=None, deadline=1e12):
     return CallContext(Deadline(deadline), "trace", peer=peer)
 
 
@@ -120,9 +120,18 @@ def everything(answer):
     return True
 
 
+def started(answers, worker, work=PROMPT, call=None, resume=None, state=None):
+    call = call or context()
+
+    def start(resume, handle):
+        return worker.run(work, call.deadline, resume=resume, handle=handle)
+
+    return answers.run(REPLICA, worker, work, call, resume, state, start=start)
+
+
 async def begun(answers, worker, work=PROMPT, *tokens, **more):
     """A call with so many deltas read."""
-    events = answers.run(REPLICA, worker, work, call(**more))
+    events = started(answers, worker, work, context(**more))
     for token in tokens or (1,):
         worker.events.put_nowait(Delta(text="t", token_ids=[token]))
         assert (await anext(events)).token_ids == [token]
@@ -144,15 +153,6 @@ async def test_an_answer_that_is_left_alone_is_the_workers(answers, worker):
     await events.aclose()
     assert worker.closed
     assert worker.saves == 0
-
-
-async def test_work_that_generates_nothing_passes_through_and_never_leaves(answers, worker):
-    events = answers.run(REPLICA, worker, TokenizeParams(text="x"), call())
-    worker.events.put_nowait(Tokenized(tokens=[1]))
-    assert await anext(events) == Tokenized(tokens=[1])
-    assert len(answers) == await answers.hand_over(everything) == 0
-    await events.aclose()
-    assert worker.closed
 
 
 async def test_one_that_leaves_says_where_its_state_is_and_all_its_tokens(answers, worker, folder):
@@ -188,12 +188,36 @@ async def test_one_that_cannot_be_saved_leaves_with_the_tokens_that_its_caller_h
 async def test_several_answers_to_one_prompt_and_one_without_a_token_leave_without_a_state(answers, folder):
     several, waiting = ScriptedWorker(folder), ScriptedWorker(folder)
     first = await begun(answers, several, CompleteParams(prompt="x", n=2))
-    second = answers.run(REPLICA, waiting, PROMPT, call())
+    second = started(answers, waiting)
     reading = asyncio.create_task(broken(second))
     await until(lambda: waiting.handle is not None)
     assert await answers.hand_over(everything) == 2
     assert await broken(first) == await reading == {}
     assert several.saves == waiting.saves == 0
+
+
+async def test_one_that_still_waits_for_its_turn_leaves_at_once(answers, worker):
+    turn = asyncio.Event()
+
+    async def start(resume, handle):
+        await turn.wait()
+        async for event in worker.run(PROMPT, None, resume=resume, handle=handle):
+            yield event
+
+    waiting = answers.run(REPLICA, worker, PROMPT, context(), start=start)
+    reading = asyncio.create_task(broken(waiting))
+    await until(lambda: len(answers) == 1)
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert await answers.hand_over(everything) == 1
+    assert await reading == {}
+    assert worker.handle is None
+
+
+async def test_a_timeout_of_a_lower_layer_is_passed_on(answers, worker):
+    worker.events.put_nowait(TimeoutError("its own"))
+    with pytest.raises(TimeoutError, match="its own"):
+        await anext(started(answers, worker))
 
 
 async def test_a_state_of_another_answer_is_not_offered(answers, worker, folder):
@@ -263,7 +287,7 @@ STATE = SavedState(node="other", id="one", bytes=5, sha256="0" * 64)
 
 
 async def resumed(answers, worker, state=STATE, **more):
-    events = answers.run(REPLICA, worker, PROMPT, call(**more), RESUME, state)
+    events = started(answers, worker, PROMPT, context(**more), RESUME, state)
     worker.events.put_nowait(Delta(text="t", token_ids=[3]))
     assert (await anext(events)).token_ids == [3]
     return events
@@ -321,7 +345,7 @@ async def test_a_replica_that_is_to_be_left_while_a_state_is_fetched_does_not_be
             return await super().fetch(saved, seconds)
 
     answers = RunningAnswers(KeptStates("n"), Slow(folder))
-    assert await broken(answers.run(REPLICA, worker, PROMPT, call(), RESUME, STATE)) == {}
+    assert await broken(started(answers, worker, PROMPT, context(), RESUME, STATE)) == {}
     assert worker.handle is None
     assert os.listdir(folder) == []
 
@@ -330,6 +354,6 @@ async def test_a_worker_that_refuses_leaves_no_state_behind(worker, folder):
     answers = RunningAnswers(KeptStates("n"), Peers(folder))
     worker.events.put_nowait(PeerUnreachable("any error"))
     with pytest.raises(PeerUnreachable):
-        await anext(answers.run(REPLICA, worker, PROMPT, call(), RESUME, STATE))
+        await anext(started(answers, worker, PROMPT, context(), RESUME, STATE))
     assert os.listdir(folder) == []
     assert isinstance(worker.handle, CallHandle)
