@@ -13,17 +13,22 @@ from typing import Protocol
 from tars.core.coordination_view import FETCH
 from tars.core.mesh_messages import MemberState
 from tars.core.records import NodeAdvert, ReplicaReport, Wish
+from tars.core.replica_ledger import ReplicaLedger
 from tars.core.replicated_map import ReplicatedMap, adverts, wishes
 from tars.core.routing import Candidate
 from tars.core.types import DeviceSnapshot, ModelEntry, NodeId, ReplicaId, ReplicaState
 from tars.errors import ModelError, PeerUnreachable, ReplicaFailed, StillLoading, TarsError
 from tars.messages.inference import ServedBy
 from tars.serving.fleet import Fleet, ServedModel
-from tars.serving.peer_target import Lifeline, PeerConnection, PeerTarget
+from tars.serving.peer_pulses import PING_SECONDS, PeerPulses
+from tars.serving.peer_target import PeerConnection, PeerTarget
 from tars.serving.targets import Target
 
 ASKED = frozenset({MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING})
 """Peers in these states may get calls; the router asks them in this order."""
+
+SILENT_SECONDS = 30.0
+"""A silent peer's breaker closes with its first sign of life; until then nobody need try."""
 
 
 class Peers(Protocol):
@@ -118,7 +123,8 @@ class MeshFleet:
         self._peers = peers
         self._find = find
         self._index = _Index(None, {}, {}, {}, {})
-        self._lifelines: dict[NodeId, Lifeline] = {}
+        self.pulses = PeerPulses(self._ping, name=self._name)
+        """Which of the peers that have calls of this node live."""
 
     def models(self) -> list[ServedModel]:
         """What is wanted anywhere. A model that cannot be loaded here is still served where a peer has it."""
@@ -164,14 +170,17 @@ class MeshFleet:
             device=remote.report.assignment.device if device is None else device.name,
             simulated=device is not None and device.simulated,
         )
-        lifeline = self._lifelines.setdefault(remote.node, Lifeline())
+        lifeline = self.pulses.lifeline(remote.node)
         return PeerTarget(served_by, remote.advert.node.name, self._peers.connection(remote.node), lifeline)
+
+    def tell(self, ledger: ReplicaLedger, now: Callable[[], float]) -> None:
+        """Have a peer's breaker open while the peer is silent."""
+        self.pulses.silent = lambda node: ledger.failed(node, SILENT_SECONDS, now())
+        self.pulses.heard = ledger.works
 
     def peer_died(self, node: NodeId) -> None:
         """Membership gives a peer up: what waits for it is answered elsewhere, or told so."""
-        lifeline = self._lifelines.pop(node, None)
-        if lifeline is not None:
-            lifeline.cut()
+        self.pulses.died(node)
 
     def not_ready(self, model: str) -> TarsError:
         """The clearest error for a model that nobody can answer now.
@@ -206,7 +215,18 @@ class MeshFleet:
             )
         return own
 
+    async def close(self) -> None:
+        """Ask no peer any more."""
+        await self.pulses.close()
+
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    async def _ping(self, node: NodeId) -> object:
+        return await self._peers.connection(node).call("node.ping", timeout=PING_SECONDS)
+
+    def _name(self, node: NodeId) -> str:
+        advert = self._peers.adverts().get(node)
+        return node if advert is None else f"{advert.node.name} ({node})"
 
     def _served(self, model: ServedModel, index: _Index) -> ServedModel:
         """Without this node's own problem, where a peer has, or is loading, the model."""

@@ -8,13 +8,12 @@ breaks, an answer that is none, a peer that does not take this node for one of i
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import re
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import aclosing
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, cast
 
 from pydantic import ValidationError
 
@@ -48,6 +47,7 @@ from tars.messages.inference import (
     TokenizeParams,
     TokenizeResult,
 )
+from tars.serving.lifeline import Lifeline, LineCut
 from tars.workers.engine import Event, Finished, Work
 
 METHOD_OF: Mapping[type[Work], str] = {
@@ -80,9 +80,6 @@ _NOT_THE_CALLS_FAULT = (
 """The call was checked here before it was sent: these are between the two nodes (another version, a node that was removed)."""
 
 
-_Awaited = TypeVar("_Awaited")
-LAST_WORDS_SECONDS = 0.5
-"""How long is still waited for the next piece of a peer that was given up: a living one sends several tokens in this time."""
 _TRACE_ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -100,41 +97,6 @@ class PeerConnection(Protocol):
     ) -> AsyncIterator[tuple[str | None, Any]]:
         """`(notification's method, its params)` for each delta, then `(None, result)`. Closing it cancels the work there."""
         ...
-
-
-class Lifeline:
-    """What all calls at one peer hang on: `cut` ends their waits at once.
-
-    A PC that lost its power or its cable closes no connection, and a call would wait there for all of its time; membership knows after
-    seconds.
-    """
-
-    def __init__(self) -> None:
-        self._waits: set[asyncio.Timeout] = set()
-        self._is_cut = False
-
-    async def hold(self, waiting: Awaitable[_Awaited]) -> _Awaited:
-        """What `waiting` gives. Raises `PeerUnreachable` when the line is cut meanwhile; `waiting` is cancelled then."""
-        # Without a timer, mostly: it costs two method calls a delta.
-        scope = asyncio.timeout(LAST_WORDS_SECONDS if self._is_cut else None)
-        self._waits.add(scope)
-        try:
-            async with scope:
-                return await waiting
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            raise PeerUnreachable("the mesh takes it for dead") from None
-        finally:
-            self._waits.discard(scope)
-
-    def cut(self) -> None:
-        """The peer is dead. Who was not waiting just now has a moment to take what may have come already."""
-        self._is_cut = True
-        waits, self._waits = self._waits, set()
-        now = asyncio.get_running_loop().time()
-        for scope in waits:
-            scope.reschedule(now)
 
 
 class PeerTarget:
@@ -165,10 +127,14 @@ class PeerTarget:
         budget = remaining - min(SHARE_MOST_SECONDS, remaining * SHARE_PART)
         if budget <= 0:
             raise DeadlineExceeded("the call's time budget ran out on the way to a peer; allow more time")
+        if self._lifeline.why is not None:
+            # Where there is no other replica the call comes here again and again, and waits between two tries.
+            raise self._cut(sent=False)
         meta = meta_of(call, self.served_by.replica)
         if resume is not None:
             meta["resume"] = resume.model_dump(mode="json", exclude_none=True)
         began = ended = False
+        self._lifeline.watch.call_began()
         try:
             if isinstance(work, ChatParams | CompleteParams):
                 stream = self._connection.stream(method, params_of(work), timeout=budget, **meta)
@@ -191,6 +157,8 @@ class PeerTarget:
             else:
                 calling = self._connection.call(method, params_of(work), timeout=budget, **meta)
                 yield self._finished(work, await self._lifeline.hold(calling))
+        except LineCut:
+            raise self._cut(sent=True, partial=began) from None
         except PeerUnreachable as lost:
             raise self._lost(lost, began) from None
         except _NOT_THE_CALLS_FAULT as refused:
@@ -199,6 +167,8 @@ class PeerTarget:
             raise self._unusable(f"does not take this node's calls ({refused.kind})", sent) from None
         except (ValidationError, KeyError, TypeError, ValueError):
             raise self._unusable("answered what this version of TARS does not understand", True) from None
+        finally:
+            self._lifeline.watch.call_ended()
 
     def _finished(self, work: Work, result: Any) -> Finished:
         """The peer's answer as the worker there gave it, and who that was."""
@@ -206,6 +176,15 @@ class PeerTarget:
         finished = finished_of(work, result)
         self.served_by = served_by
         return finished
+
+    def _cut(self, **details: bool) -> PeerUnreachable:
+        """The mesh knows what broke this call: `dead` or `silent` in the details, so that nobody takes the call for the cause."""
+        line = self._lifeline
+        return PeerUnreachable(
+            f"{self._name} {line.why or 'was not heard of for a moment'}. Send the call again.",
+            retry_after_ms=500,
+            details={"peer": self.served_by.node, "dead" if line.dead else "silent": True, **details},
+        )
 
     def _lost(self, lost: PeerUnreachable, began: bool) -> PeerUnreachable:
         if lost.kind == NEVER_SENT:
@@ -239,9 +218,6 @@ def meta_of(call: CallContext, replica: str) -> dict[str, Any]:
     if _TRACE_ID.fullmatch(call.trace_id) and int(call.trace_id, 16):
         span = hashlib.blake2b(f"{call.trace_id}|{replica}".encode(), digest_size=8).hexdigest()
         meta["traceparent"] = f"00-{call.trace_id}-{span}-01"
-    if call.idempotency_key is not None:
-        said = f"{call.caller}\0{call.method}\0{call.idempotency_key}"
-        meta["idempotency_key"] = hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
     return meta
 
 

@@ -32,11 +32,11 @@ from tars.messages.inference import (
     TokenizeParams,
 )
 from tars.rpc.http_client import NodeNotReachable
+from tars.serving.lifeline import Lifeline
 from tars.serving.peer_target import (
     NEVER_SENT,
     SHARE_MOST_SECONDS,
     SHARE_PART,
-    Lifeline,
     PeerTarget,
     finished_of,
     meta_of,
@@ -166,17 +166,8 @@ async def test_the_trace_goes_on_with_a_span_of_its_own():
         assert "traceparent" not in meta_of(call(trace_id=trace_id), "r")
 
 
-async def test_equal_keys_of_two_callers_are_two_keys_at_the_peer():
-    keys = {
-        meta_of(call(idempotency_key=key, caller=caller), "r")["idempotency_key"]
-        for key in ("k", "k2")
-        for caller in ("alice", "bob")
-    }
-    assert len(keys) == 4
-    assert all(len(key) <= 200 for key in keys)
-    again = meta_of(call(idempotency_key="k", caller="alice", hops=0), "another replica")["idempotency_key"]
-    assert again in keys, "a retry elsewhere, or through the same peer, is the same call"
-    assert "idempotency_key" not in meta_of(call(), "r")
+async def test_an_attempt_at_a_peer_carries_no_key_for_the_call_has_its_claim_here():
+    assert "idempotency_key" not in meta_of(call(idempotency_key="k", caller="alice"), "r")
 
 
 def test_the_kind_of_a_call_that_was_never_sent_is_the_clients():
@@ -302,12 +293,51 @@ async def test_when_the_peer_is_given_up_those_who_wait_for_it_hear_it_at_once(w
     frozen = PeerTarget(ServedBy(node="big", replica="r", device="card"), "big-pc", Frozen(), lifeline, lambda: 0.0)
     running = asyncio.create_task(anext(frozen.run(work, call())))
     await waiting.wait()
-    lifeline.cut()
-    lifeline.cut()
-    with pytest.raises(PeerUnreachable, match="big-pc broke before"):
+    lifeline.cut("is dead", dead=True)
+    lifeline.cut("is dead", dead=True)
+    with pytest.raises(PeerUnreachable, match="big-pc is dead") as caught:
         await asyncio.wait_for(running, 5)
+    assert caught.value.details == {"peer": "big", "dead": True, "sent": True, "partial": False}
     assert cancelled.is_set()
     assert not lifeline._waits
+    with pytest.raises(PeerUnreachable, match="big-pc is dead") as caught:
+        await anext(frozen.run(work, call()))
+    assert caught.value.details == {"peer": "big", "dead": True, "sent": False}, "nothing is sent on a line that is cut"
+
+
+async def test_a_silent_peer_is_no_dead_one_and_gets_calls_again_once_it_is_heard():
+    lifeline = Lifeline()
+    connection = Connection(("inference.delta", {"text": "h"}), (None, ANSWER))
+    one = PeerTarget(ServedBy(node="big", replica="r", device="card"), "big-pc", connection, lifeline, lambda: 0.0)
+    lifeline.cut("says nothing", dead=False)
+    with pytest.raises(PeerUnreachable, match="big-pc says nothing") as caught:
+        await anext(one.run(CHAT, call()))
+    assert caught.value.details == {"peer": "big", "silent": True, "sent": False}
+    assert not connection.asked
+    lifeline.restore()
+    assert [each async for each in one.run(CHAT, call())][-1].text == "hi"
+
+
+async def test_whoever_watches_a_peer_is_told_of_each_call_and_each_piece():
+    seen = []
+
+    class Watch:
+        def call_began(self):
+            seen.append("began")
+
+        def call_ended(self):
+            seen.append("ended")
+
+        def heard(self):
+            seen.append("heard")
+
+    connection = Connection(("inference.delta", {"text": "h"}), (None, ANSWER))
+    one = PeerTarget(ServedBy(node="b", replica="r", device="c"), "b", connection, Lifeline(Watch()), lambda: 0.0)
+    running = one.run(CHAT, call())
+    await anext(running)
+    assert seen == ["began", "heard"]
+    await running.aclose()
+    assert seen == ["began", "heard", "ended"]
 
 
 async def test_a_peer_that_is_given_up_while_the_caller_reads_is_noticed_with_the_next_piece():
@@ -316,17 +346,9 @@ async def test_a_peer_that_is_given_up_while_the_caller_reads_is_noticed_with_th
     one = PeerTarget(ServedBy(node="big", replica="r", device="card"), "big-pc", connection, lifeline, lambda: 0.0)
     running = one.run(CHAT, call())
     assert (await anext(running)).text == "h"
-    lifeline.cut()
+    lifeline.cut("is dead", dead=True)
     assert (await anext(running)).text == "hi", "what came all the same is not thrown away"
     await running.aclose()
-
-
-async def test_a_time_out_of_the_callers_own_stays_one():
-    async def late():
-        raise TimeoutError
-
-    with pytest.raises(TimeoutError):
-        await Lifeline().hold(late())
 
 
 async def test_what_only_a_worker_can_do_is_not_sent():
