@@ -15,6 +15,7 @@ from tars.mesh.replicated_store import ReplicatedStore
 from tars.mesh.tuned_settings import TunedSettingsStore
 from tars.messages.node import LoadedInfo
 from tars.state_folder import StateFolder
+from tars.workers.options import WorkerOptions
 
 NODE = NodeSnapshot(NodeId("00000000-0000-4000-8000-000000000001"), "pc")
 
@@ -31,6 +32,7 @@ class FakeWorker:
         self.restarts = self.active_calls = self.queued_calls = self.calls_total = 0
         self.info = self.progress = self.last_error = self.counters = None
         self.retry_due = False
+        self.options, self.watchers = WorkerOptions(), []
         self.starts = 0
         self.stopped_with = None
         self.stop_asked = asyncio.Event()
@@ -54,9 +56,11 @@ class FakeWorker:
         self.state, self.last_error = ReplicaState.FAILED, error
         self.on_change(self)
 
-    async def run(self, work, deadline):
+    async def run(self, work, deadline, *, resume=None, handle=None, on_end=None):
         for event in self.script:
             yield event
+        if on_end is not None:
+            on_end(self.script[-1] if self.script else None)
 
     def cooled_down(self):
         self.retry_due = True

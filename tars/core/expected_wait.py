@@ -41,6 +41,7 @@ class ServiceRate:
     def __init__(self) -> None:
         self._units = 0.0
         self._seconds = 0.0
+        self._own_word = OWN_WORD_SECONDS
         self._running = 0
         self._saturated = False
         self._at = 0.0
@@ -69,11 +70,12 @@ class ServiceRate:
         fade = math.exp(-seconds / HORIZON_SECONDS)
         self._units = self._units * fade + units * min(1.0, saturated / elapsed)
         self._seconds = self._seconds * fade + seconds
+        self._own_word *= fade
 
     def per_second(self, own_word: float | None) -> float | None:
         """Units a second; None where nothing is known yet. `own_word`: what the replica measured of itself."""
         if own_word is not None and own_word > 0:
-            return (self._units + own_word * OWN_WORD_SECONDS) / (self._seconds + OWN_WORD_SECONDS)
+            return (self._units + own_word * self._own_word) / (self._seconds + self._own_word)
         return self._units / self._seconds if self._seconds >= LEAST_SECONDS else None
 
     def _pass(self, now: float) -> None:

@@ -214,10 +214,12 @@ class FairQueue:
         return kind.counter if kind.waiting else max(kind.counter, self._clock)
 
     def _first_class(self) -> _Class | None:
-        # Interactive stands first in `WEIGHTS`, and of equal ones `min` takes the first.
-        return min(
-            (each for each in self._classes.values() if each.waiting), key=lambda each: each.counter, default=None
-        )
+        # By when its first entry would end, as in weighted fair queueing: batch work that just came does not go first because it had
+        # nothing yet. Interactive stands first in `WEIGHTS`, and of equal ones `min` takes the first.
+        waiting = [each for each in self._classes.values() if each.waiting]
+        if len(waiting) < 2:
+            return waiting[0] if waiting else None
+        return min(waiting, key=lambda each: each.counter + each.first().line[0].units / each.weight)
 
     def _victim(self, entry: Entry) -> Entry:
         batch = self._classes[BATCH]

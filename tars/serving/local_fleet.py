@@ -14,8 +14,10 @@ from tars.core.types import ModelEntry, ModelKind, ReplicaId, ReplicaState
 from tars.errors import StillLoading, TarsError
 from tars.mesh.coordinator import Coordinator, LiveReplica
 from tars.serving.fleet import ServedModel, no_replica_error
+from tars.serving.gate import Capacity, Gate, capacity_of
 from tars.serving.load_on_demand import LoadOnDemand
 from tars.serving.local_target import LocalTarget
+from tars.workers.supervisor import ReplicaWorker
 
 
 class LocalFleet:
@@ -24,6 +26,7 @@ class LocalFleet:
     def __init__(self, coordinator: Coordinator, load_on_demand: bool = True):
         self._coordinator = coordinator
         self._on_demand = LoadOnDemand(coordinator, load_on_demand)
+        self._gates: dict[ReplicaId, tuple[ReplicaWorker, Gate]] = {}
 
     def models(self) -> list[ServedModel]:
         """Every deployed model that the catalogue knows."""
@@ -63,12 +66,14 @@ class LocalFleet:
                 node=live.assignment.node,
                 standing=standing,
                 active=live.worker.active_calls,
-                queued=live.worker.queued_calls,
+                queued=live.worker.queued_calls + self.gate(replica, live.worker).waiting,
                 # What the worker really serves at once, which may be less than the slots that were planned.
                 slots=live.worker.info.slots if live.worker.info is not None else live.assignment.settings.slots,
                 speed=_speed(live),
                 prefill_speed=_prefill_speed(live),
                 cache_tokens=live.assignment.settings.kv_tokens,
+                file_sha256=live.file.sha256,
+                exact=live.spec.exact,
             )
             for replica, live in self._coordinator.replicas.items()
             if live.assignment.model == model
@@ -83,12 +88,25 @@ class LocalFleet:
     def target(self, replica: ReplicaId) -> LocalTarget:
         """The worker behind a replica."""
         live = self._coordinator.replicas[replica]
-        return LocalTarget(live.assignment, live.device.name, live.device.simulated, live.worker)
+        return LocalTarget(
+            live.assignment, live.device.name, live.device.simulated, live.worker, self.gate(replica, live.worker)
+        )
+
+    def gate(self, replica: ReplicaId, worker: ReplicaWorker) -> Gate:
+        """The door of a replica, as old as its worker."""
+        known = self._gates.get(replica)
+        if known is not None and known[0] is worker:
+            return known[1]
+        self._gates = {each: kept for each, kept in self._gates.items() if each in self._coordinator.replicas}
+        gate = Gate(lambda: _capacity(worker), worker.options.queue_limit)
+        worker.watchers.append(gate.worker_changed)
+        self._gates[replica] = (worker, gate)
+        return gate
 
     def load(self) -> list[tuple[str, int, int]]:
         """Each ready replica's (id, active calls, queued calls): what peers want to know."""
         return [
-            (replica, live.worker.active_calls, live.worker.queued_calls)
+            (replica, live.worker.active_calls, live.worker.queued_calls + self.gate(replica, live.worker).waiting)
             for replica, live in self._coordinator.replicas.items()
             if live.worker.state is ReplicaState.READY
         ]
@@ -130,6 +148,13 @@ class LocalFleet:
                 stage=progress.stage if progress else "planned", percent=progress.percent if progress else 0.0
             )
         return error
+
+
+def _capacity(worker: ReplicaWorker) -> Capacity | None:
+    """What it takes at once; None while it takes nothing."""
+    if worker.state is not ReplicaState.READY or worker.info is None:
+        return None
+    return capacity_of(worker.info, worker.options.queue_limit)
 
 
 def _prefill_speed(live: LiveReplica) -> float | None:

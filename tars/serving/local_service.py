@@ -58,6 +58,7 @@ from tars.messages.node import (
     ReplicaDescription,
 )
 from tars.serving.call_log import CallLog
+from tars.serving.gate import Gate
 from tars.serving.inference import Inference
 from tars.serving.local_fleet import LocalFleet
 from tars.serving.mesh_fleet import MeshFleet, Peers
@@ -470,7 +471,10 @@ class LocalNodeService:
 
     def _replicas(self) -> list[ReplicaDescription]:
         return [
-            *(_describe_replica(live) for live in self._coordinator.replicas.values()),
+            *(
+                _describe_replica(live, self._local.gate(replica, live.worker))
+                for replica, live in self._coordinator.replicas.items()
+            ),
             *(_describe_fetch(fetch) for fetch in self._coordinator.fetches.values()),
         ]
 
@@ -509,7 +513,7 @@ def _describe_fetch(fetch: FileFetch) -> ReplicaDescription:
     )
 
 
-def _describe_replica(live: LiveReplica) -> ReplicaDescription:
+def _describe_replica(live: LiveReplica, gate: Gate) -> ReplicaDescription:
     worker, assignment = live.worker, live.assignment
     return ReplicaDescription(
         id=assignment.replica,
@@ -525,9 +529,10 @@ def _describe_replica(live: LiveReplica) -> ReplicaDescription:
         info=worker.info,
         restarts=worker.restarts,
         active_calls=worker.active_calls,
-        queued_calls=worker.queued_calls,
+        queued_calls=worker.queued_calls + gate.waiting,
         calls_total=worker.calls_total,
         counters=worker.counters,
+        waiting=gate.describe(),
         last_error=worker.last_error.message if worker.last_error else None,
         reason=assignment.reason,
     )

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
 
 from tars.core.types import Assignment
 from tars.messages.base import CallContext, ResumeMeta
-from tars.messages.inference import ServedBy
+from tars.messages.inference import Delta, ServedBy, TokenizeParams
+from tars.serving.gate import Gate
 from tars.workers.engine import Event, Resume, Work
 from tars.workers.supervisor import ReplicaWorker
 
 
 class LocalTarget:
-    """Runs work on one of this node's replicas; see `targets.Target`."""
+    """Runs work on one of this node's replicas, behind its gate; see `targets.Target`."""
 
-    def __init__(self, assignment: Assignment, device_name: str, simulated: bool, worker: ReplicaWorker):
+    def __init__(self, assignment: Assignment, device_name: str, simulated: bool, worker: ReplicaWorker, gate: Gate):
         self._worker = worker
+        self._gate = gate
         self._served_by = ServedBy(
             node=assignment.node, replica=assignment.replica, device=device_name, simulated=simulated
         )
@@ -25,9 +28,23 @@ class LocalTarget:
         """This node, the replica and its device."""
         return self._served_by
 
-    def run(self, work: Work, call: CallContext, resume: ResumeMeta | None = None) -> AsyncIterator[Event]:
-        """The worker's events; closing the iterator cancels the work."""
-        return self._worker.run(work, call.deadline, resume=None if resume is None else begun(resume))
+    async def run(self, work: Work, call: CallContext, resume: ResumeMeta | None = None) -> AsyncGenerator[Event]:
+        """The worker's events, once it is the call's turn; closing the iterator cancels the work."""
+        if isinstance(work, TokenizeParams):
+            # The model never sees it: it waits for nobody.
+            async with aclosing(self._worker.run(work, call.deadline)) as events:
+                async for event in events:
+                    yield event
+            return
+        began = None if resume is None else begun(resume)
+        async with (
+            self._gate.turn(call, work, begun=began is not None) as turn,
+            aclosing(self._worker.run(work, call.deadline, resume=began, on_end=turn.ended)) as events,
+        ):
+            async for event in events:
+                if isinstance(event, Delta):
+                    turn.tokens += len(event.token_ids)
+                yield event
 
 
 def begun(resume: ResumeMeta, path: str | None = None) -> Resume:

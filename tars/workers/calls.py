@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 from tars.errors import DeadlineExceeded, TarsError
@@ -29,12 +30,17 @@ class CallHandle:
         self.number: int | None = None
 
 
+OnEnd = Callable[[Finished | TarsError | None], None]
+"""Told once that the engine has nothing more to do for a call, whether or not its caller has read everything: its end, None where it was
+cancelled."""
+
+
 class Call:
     """Its events, until one of them ends it. Made in a running event loop; `seconds` is its time budget."""
 
-    __slots__ = ("_end", "_rows", "_timer", "_waiter", "open", "started", "width", "work")
+    __slots__ = ("_end", "_on_end", "_rows", "_timer", "_waiter", "open", "started", "width", "work")
 
-    def __init__(self, work: Work, seconds: float, width: int) -> None:
+    def __init__(self, work: Work, seconds: float, width: int, on_end: OnEnd | None = None) -> None:
         loop = asyncio.get_running_loop()
         self.work = work
         self.width = width
@@ -44,6 +50,7 @@ class Call:
         """False once the worker itself ended the call: there is nothing to cancel any more."""
         self._rows: deque[Row] = deque()
         self._end: Finished | TarsError | None = None
+        self._on_end = on_end
         self._waiter: asyncio.Future[None] | None = None
         # One timer a call; a time-out around each of its events cost more than all the rest of them.
         self._timer = loop.call_later(seconds, self._expire)
@@ -67,6 +74,7 @@ class Call:
     def close(self) -> None:
         """Nobody reads any longer."""
         self._timer.cancel()
+        self._tell(None)
 
     async def next(self) -> Event | TarsError:
         """The next delta, or the end (again and again)."""
@@ -88,6 +96,12 @@ class Call:
             self._end = end
             self._timer.cancel()
             self._wake()
+            self._tell(end)
+
+    def _tell(self, end: Finished | TarsError | None) -> None:
+        if self._on_end is not None:
+            told, self._on_end = self._on_end, None
+            told(end)
 
     def _wake(self) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -33,7 +33,7 @@ from tars.errors import (
 from tars.messages.inference import Delta, GenerationParams
 from tars.messages.node import EngineCounters, LoadedInfo, LoadProgress
 from tars.workers import lifecycle, protocol
-from tars.workers.calls import Call, CallHandle, too_late
+from tars.workers.calls import Call, CallHandle, OnEnd, too_late
 from tars.workers.child import Child, child_environment
 from tars.workers.engine import Event, Finished, LoadSpec, Resume, Saved, SaveParams, Work
 from tars.workers.lifecycle import Lifecycle
@@ -76,6 +76,8 @@ class ReplicaWorker:
         self.device_busy = device_busy
         self.options = options
         self.calls_total = 0
+        self.watchers: list[Callable[[], None]] = []
+        """Called as `on_change` is: for those who come after the worker was made."""
         self._on_change = on_change
         self._lifecycle = Lifecycle(options.limits())
         self._child: Child | None = None
@@ -210,15 +212,21 @@ class ReplicaWorker:
     # --- calls ---
 
     async def run(
-        self, work: Work, deadline: Deadline, *, resume: Resume | None = None, handle: CallHandle | None = None
+        self,
+        work: Work,
+        deadline: Deadline,
+        *,
+        resume: Resume | None = None,
+        handle: CallHandle | None = None,
+        on_end: OnEnd | None = None,
     ) -> AsyncGenerator[Event, None]:
         """Any number of `Delta`, then one finished event. Closing the iterator cancels the work in the engine.
 
-        `resume` goes on with an answer that was broken off elsewhere; `handle` names the call for `save`. A caller who reads slowly may
-        get several deltas as one. Raises `StillLoading`, `Overloaded`, `WorkerCrashed`, `Draining`, `ReplicaFailed`, `DeadlineExceeded`,
-        or the engine's error.
+        `resume` goes on with an answer that was broken off elsewhere; `handle` names the call for `save`; `on_end` hears when the
+        engine is done with it. A caller who reads slowly may get several deltas as one. Raises `StillLoading`, `Overloaded`,
+        `WorkerCrashed`, `Draining`, `ReplicaFailed`, `DeadlineExceeded`, or the engine's error.
         """
-        number, call = self._begin(work, deadline, resume)
+        number, call = self._begin(work, deadline, resume, on_end)
         if handle is not None:
             handle.number = number
         try:
@@ -260,7 +268,9 @@ class ReplicaWorker:
         if call is not None:
             call.fail(error)
 
-    def _begin(self, work: Work, deadline: Deadline, resume: Resume | None) -> tuple[int, Call]:
+    def _begin(
+        self, work: Work, deadline: Deadline, resume: Resume | None, on_end: OnEnd | None = None
+    ) -> tuple[int, Call]:
         state = self._lifecycle.state if isinstance(work, SaveParams) else self.state
         if state is not ReplicaState.READY or self._child is None:
             raise self._not_ready()
@@ -289,7 +299,7 @@ class ReplicaWorker:
             ) from None
         self._next_call += 1
         self.calls_total += 1
-        call = self._calls[number] = Call(work, remaining, width)
+        call = self._calls[number] = Call(work, remaining, width, on_end)
         self._idle.clear()
         self._child.send_bytes(data)
         return number, call
@@ -319,6 +329,7 @@ class ReplicaWorker:
                 return WorkerCrashed(
                     "The worker of this model ended and is being restarted. Send the call again.",
                     retry_after_ms=retry_after_ms,
+                    details={"sent": False},
                 )
             case _:
                 progress = self.progress or LoadProgress(stage="spawn", percent=0.0)
@@ -354,8 +365,10 @@ class ReplicaWorker:
         self._changed.set()
         try:
             self._on_change(self)
+            for watcher in self.watchers:
+                watcher()
         except Exception:
-            log.exception("%s: the observer of this worker failed", self.spec.replica)
+            log.exception("%s: an observer of this worker failed", self.spec.replica)
 
     def _perform(self, effect: lifecycle.Effect) -> None:
         match effect:
@@ -431,8 +444,11 @@ class ReplicaWorker:
             self._happened(lifecycle.PingAnswered(self._pong.mark, self._pong.in_flight))
         elif number == LOAD_REQUEST:
             self._load_answered(message)
-        elif isinstance(number, int) and (call := self._calls.get(number)) is not None:
+        elif isinstance(number, int) and (call := self._calls.pop(number, None)) is not None:
+            # It counts no longer, however slowly its caller reads.
             call.finish(_end_event(call.work, message))
+            if not self._calls:
+                self._idle.set()
 
     def _load_answered(self, message: dict[str, Any]) -> None:
         if "error" in message:

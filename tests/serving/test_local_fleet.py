@@ -1,13 +1,17 @@
 """This node's replicas as the router sees them, on a coordinator whose workers only pretend to load."""
 
+import asyncio
+
 import pytest
-from coordinator_bench import NODE, make_bench
+from coordinator_bench import NODE, FakeWorker, make_bench
 
 from tars.core.coordination_view import FETCH
 from tars.core.mesh_messages import MemberState
-from tars.core.types import Deployment, ReplicaState
+from tars.core.types import Deadline, Deployment, ReplicaState
 from tars.errors import BadModelFile, DiskFull, ReplicaFailed, StillLoading
 from tars.mesh.executor import FileFetch
+from tars.messages.base import CallContext
+from tars.messages.inference import CompleteParams
 from tars.messages.node import LoadProgress, MeasuredSpeeds
 from tars.serving.local_fleet import LocalFleet
 
@@ -59,12 +63,41 @@ async def test_a_replica_that_is_to_move_is_asked_where_nobody_else_can(bench, f
     assert [each.standing for each in fleet.candidates("tiny")] == [MemberState.ALIVE]
 
 
+async def test_who_may_go_on_with_an_answer_is_told_by_file_and_exactness(bench, fleet):
+    (live,) = bench.coordinator.replicas.values()
+    assert [(each.file_sha256, each.exact) for each in fleet.candidates("tiny")] == [(None, False)]
+    live.file.sha256 = "ab" * 32
+    live.spec = live.spec.model_copy(update={"exact": True})
+    assert [(each.file_sha256, each.exact) for each in fleet.candidates("tiny")] == [("ab" * 32, True)]
+
+
 async def test_peers_hear_of_the_queues_of_ready_replicas_only(bench, fleet):
     assert fleet.load() == []
     bench.workers[0].loaded()
     bench.workers[0].active_calls, bench.workers[0].queued_calls = 2, 3
     ((replica, active, queued),) = fleet.load()
     assert (replica, active, queued) == (fleet.candidates("tiny")[0].replica, 2, 3)
+
+
+async def test_what_waits_at_a_replica_s_gate_counts_and_a_new_worker_has_a_new_gate(bench, fleet):
+    (replica, live), worker = *bench.coordinator.replicas.items(), bench.workers[0]
+    worker.loaded()
+    gate = fleet.gate(replica, worker)
+    assert fleet.gate(replica, worker) is gate
+    inside = [gate.turn(CallContext(Deadline(1e9), "t"), CompleteParams(prompt="x")) for _ in range(4)]
+    entering = [asyncio.create_task(gate.enter(turn)) for turn in inside]
+    await asyncio.wait(entering, return_when=asyncio.FIRST_COMPLETED)
+    # One slot, and one call ahead: two wait.
+    assert [each.queued for each in fleet.candidates("tiny")] == [2]
+    assert fleet.load() == [(replica, 0, 2)]
+    worker.state = ReplicaState.RESTARTING
+    for watcher in worker.watchers:
+        watcher()
+    async with asyncio.timeout(5):
+        await asyncio.gather(*entering)
+    assert gate.waiting == 0
+    live.worker = FakeWorker(worker.spec, worker.on_change)
+    assert fleet.gate(replica, live.worker) is not gate
 
 
 async def test_a_replica_whose_file_is_coming_counts_as_loading_and_says_how_far(bench, fleet):

@@ -1,8 +1,13 @@
 """The target that is this node's own worker."""
 
+import asyncio
+
+import pytest
+
 from tars.core.types import Assignment, Bytes, Deadline, DeviceId, MemoryEstimate, NodeId, ReplicaId, RuntimeSettings
 from tars.messages.base import CallContext, ResumeMeta
 from tars.messages.inference import CompleteParams, TokenizeParams
+from tars.serving.gate import Capacity, Gate
 from tars.serving.local_target import LocalTarget, begun
 from tars.workers.engine import Resume
 
@@ -22,23 +27,43 @@ class FakeWorker:
     def __init__(self):
         self.ran = []
 
-    async def run(self, work, deadline, *, resume=None):
+    async def run(self, work, deadline, *, resume=None, on_end=None):
         self.ran.append((work, deadline, resume))
+        self.on_end = on_end
         yield "event"
 
 
-async def test_runs_the_work_on_the_worker_within_the_deadline():
-    worker, work, deadline = FakeWorker(), TokenizeParams(text="x"), Deadline(5.0)
-    events = [
-        event async for event in LocalTarget(ASSIGNMENT, "Card", False, worker).run(work, CallContext(deadline, "t"))
-    ]
+def target_of(worker, gate=None, simulated=False):
+    gate = gate or Gate(lambda: Capacity(1, 1, 10, 10.0), 10)
+    return LocalTarget(ASSIGNMENT, "Card", simulated, worker, gate)
+
+
+@pytest.mark.parametrize("work", [TokenizeParams(text="x"), CompleteParams(prompt="x")])
+async def test_runs_the_work_on_the_worker_within_the_deadline(work):
+    worker, deadline = FakeWorker(), Deadline(1e9)
+    events = [event async for event in target_of(worker).run(work, CallContext(deadline, "t"))]
     assert events == ["event"]
     assert worker.ran == [(work, deadline, None)]
 
 
+async def test_a_call_waits_for_its_turn_until_the_engine_is_done_with_the_one_before():
+    worker, gate, call = FakeWorker(), Gate(lambda: Capacity(1, 1, 10, 10.0), 10), CallContext(Deadline(1e9), "t")
+    first = target_of(worker, gate).run(CompleteParams(prompt="first"), call)
+    assert await anext(first) == "event"
+    second = asyncio.ensure_future(anext(target_of(other := FakeWorker(), gate).run(CompleteParams(prompt="x"), call)))
+    while not gate.waiting:
+        await asyncio.sleep(0)
+    tokens = target_of(third := FakeWorker(), gate).run(TokenizeParams(text="x"), call)
+    assert await anext(tokens) == "event", "which no model sees"
+    assert (len(third.ran), len(other.ran), gate.waiting) == (1, 0, 1)
+    worker.on_end(None)
+    assert await second == "event"
+    assert gate.waiting == 0
+
+
 async def test_answers_that_were_begun_elsewhere_go_on_in_the_workers_words():
-    worker, work, deadline = FakeWorker(), CompleteParams(prompt="x", n=2), Deadline(5.0)
-    target = LocalTarget(ASSIGNMENT, "Card", False, worker)
+    worker, work, deadline = FakeWorker(), CompleteParams(prompt="x", n=2), Deadline(1e9)
+    target = target_of(worker)
     resume = ResumeMeta(answers=[[1, 2], [3]], ended=[1], seed=9)
     assert [event async for event in target.run(work, CallContext(deadline, "t"), resume)] == ["event"]
     assert worker.ran[0][2] == Resume(generated=[[1, 2], [3]], handed_out=[2, 1], ended=[1], seed=9)
@@ -50,7 +75,7 @@ def test_tokens_that_were_held_back_are_not_taken_for_the_callers():
 
 
 def test_says_who_serves_and_whether_the_device_is_simulated():
-    served_by = LocalTarget(ASSIGNMENT, "Card", True, FakeWorker()).served_by
+    served_by = target_of(FakeWorker(), simulated=True).served_by
     assert (served_by.node, served_by.replica, served_by.device, served_by.simulated) == (
         "n",
         "m@n-cpu#0",

@@ -510,6 +510,46 @@ async def test_calls_beyond_the_queue_bound_are_refused(make: Make) -> None:
 
 
 @together
+async def test_a_call_that_the_engine_has_ended_counts_no_longer_however_slowly_its_caller_reads(
+    shared: ReplicaWorker,
+) -> None:
+    ends: list[object] = []
+    stream = shared.run(CompleteParams(prompt="count 3"), soon(), on_end=ends.append)
+    first = await anext(stream)
+    await until(lambda: bool(ends))
+    assert (shared.active_calls, shared.queued_calls) == (0, 0)
+    (end,) = ends
+    # What was not read yet is still there.
+    rest = [event async for event in stream]
+    assert isinstance(first, Delta)
+    assert (rest[-1], len(rest)) == (end, 3)
+    assert len(ends) == 1
+
+
+@together
+async def test_who_asks_hears_that_a_call_was_cancelled_or_failed(shared: ReplicaWorker) -> None:
+    ends: list[object] = []
+    stream = shared.run(CompleteParams(prompt="forever"), soon(), on_end=ends.append)
+    await anext(stream)
+    assert ends == []
+    await stream.aclose()
+    assert ends == [None]
+    with pytest.raises(DeadlineExceeded):
+        async for _ in shared.run(CompleteParams(prompt="forever"), soon(0.1), on_end=ends.append):
+            pass
+    assert [type(end) for end in ends] == [type(None), DeadlineExceeded]
+
+
+async def test_whoever_watches_a_worker_hears_of_its_changes_also_after_it_was_made(make: Make) -> None:
+    worker = await make()
+    heard: list[ReplicaState] = []
+    worker.watchers.append(lambda: heard.append(worker.state))
+    await worker.stop(0.0)
+    assert heard[0] is ReplicaState.STOPPING
+    assert heard[-1] is ReplicaState.STOPPED
+
+
+@together
 async def test_half_a_surrogate_pair_is_the_callers_error(shared: ReplicaWorker) -> None:
     worker = shared
     with pytest.raises(InvalidParams):

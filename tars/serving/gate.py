@@ -1,0 +1,373 @@
+"""The door of one replica: what its engine can compute together is let in, the rest waits here, in a fair order, or is refused at once.
+
+Law of this file: it drives `core.fair_queue` and `core.expected_wait` for one worker and knows no replica but its own. One event loop, no
+lock: nothing awaits between reading and writing the same state.
+
+Why not in the engine's own queue: what is in there cannot be reordered, so a caller who comes after another one's flood would wait for all
+of it. Here waits everything but what keeps the engine busy: its slots and one call in four more, so that no slot is idle while the next
+call comes; of texts as many as it looks at to make its batches, in at least `LEAST_CALLS` calls, for which it takes turns itself.
+
+A call is refused when it comes, where it would begin too late for its deadline or the queue is full; and while it waits, where that turns
+out later, or somebody who has less in a full queue came. All of these are `Overloaded` and say when to come back. When the worker leaves
+READY, all that waits goes through: the worker says itself why it takes nothing.
+
+An answer that was broken off elsewhere and goes on here does not wait: its caller is in the middle of it. There are only as many as a node
+that died had, and nobody else is let in before they have their slots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+
+from tars.core.expected_wait import ServiceRate, Start, expected_wait, latest_start
+from tars.core.fair_queue import BATCH, INTERACTIVE, Entry, FairQueue, Priority
+from tars.core.prefix_affinity import tokens_in
+from tars.core.routing import PREFILL_PART, UNITS_PER_CALL
+from tars.errors import Overloaded, TarsError
+from tars.messages.base import CallContext
+from tars.messages.inference import (
+    ChatParams,
+    CompleteParams,
+    Embedded,
+    EmbedParams,
+    Generated,
+    GenerationParams,
+    Reranked,
+    RerankParams,
+)
+from tars.messages.node import LoadedInfo, WaitingDescription
+from tars.workers.engine import Finished, Work
+
+AHEAD_PART = 0.25
+"""Of the slots: calls that the engine has beside those that it computes, so that a slot which ends is filled in the next step."""
+BATCHES_AHEAD = 16
+"""Token budgets of texts that the engine has: it puts texts of like lengths together, and finds few of them among few."""
+LEAST_CALLS = 16
+"""Calls of many texts that are let in at least; the engine takes turns between them, so that one of 2,000 texts holds up nobody."""
+TEXT_BUDGET = 4096
+"""Tokens of one forward pass where the replica does not say."""
+SPEED_TOKENS = 128
+"""Tokens of the texts with which a replica measures its texts a second (`workers.embedding_choice.SPEED_LENGTH`)."""
+MEAN_WEIGHT = 0.1
+"""Of the newest answer in the mean length of answers."""
+LEFT_PART = 0.5
+"""What a running call still costs, of what it was expected to: on the average they are half way."""
+RETRY_LEAST_SECONDS, RETRY_MOST_SECONDS = 0.2, 60.0
+JITTER = 0.5
+"""So much more than asked for, at most: who was refused together does not come back together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a ready replica takes at once. `room` and the room of a call are slots of a generation, tokens of texts."""
+
+    room: float
+    full: float
+    """Room from which on nothing more would be computed at once."""
+    most_calls: int
+    own_word: float | None
+    """Units a second of all that it computes together, as it measured itself."""
+    most_tokens: int | None = None
+    """Of one text; longer ones are cut."""
+    generates: bool = True
+
+
+def capacity_of(info: LoadedInfo, queue_limit: int) -> Capacity:
+    """Of a loaded replica; `queue_limit`: calls that may wait inside the worker at most."""
+    speeds = info.speeds
+    if info.model_kind == "chat":
+        slots = float(info.slots)
+        room = slots + max(1.0, slots * AHEAD_PART // 1)
+        speed = speeds.decode_tokens_per_second_all_slots or speeds.decode_tokens_per_second
+        return Capacity(room, slots, info.slots + queue_limit, speed)
+    budget = float(info.tuned.batch_tokens or TEXT_BUDGET)
+    speed = None if speeds.texts_per_second is None else speeds.texts_per_second * SPEED_TOKENS
+    return Capacity(budget * BATCHES_AHEAD, budget, 1 + queue_limit, speed, info.max_input_tokens, generates=False)
+
+
+class Gate:
+    """See the module's law. `capacity` is None while the worker is not ready."""
+
+    def __init__(
+        self,
+        capacity: Callable[[], Capacity | None],
+        queue_limit: int,
+        now: Callable[[], float] = time.monotonic,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._capacity = capacity
+        self._queue = FairQueue(queue_limit)
+        self._now = now
+        self._rng = rng or random.Random()
+        self._rate = ServiceRate()
+        self._waiting: dict[Entry, Turn] = {}
+        self._running: set[Turn] = set()
+        self._room = 0.0
+        """Of what runs."""
+        self._usual = UNITS_PER_CALL
+        """Tokens of an answer."""
+        self._passed = 0
+        self._refused: Counter[str] = Counter()
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait here; those in the engine's own queue are the worker's."""
+        return len(self._queue)
+
+    def turn(self, call: CallContext, work: Work, *, begun: bool = False) -> Turn:
+        """`async with`: from when it is the call's turn. Raises `Overloaded` from entering it.
+
+        `begun`: its answer was broken off elsewhere, and its caller reads it already. It waits for nobody here, only for a slot.
+        """
+        return Turn(self, call, work, begun)
+
+    def worker_changed(self) -> None:
+        """The worker's state is another one: who waits may have nothing to wait for any more."""
+        self._fill()
+
+    def describe(self) -> WaitingDescription:
+        """For `node.describe`."""
+        capacity = self._capacity()
+        expected = 0.0 if capacity is None else self._expected("", INTERACTIVE, 0.0, capacity)
+        now = self._now()
+        return WaitingDescription(
+            interactive=self._queue.waiting(INTERACTIVE),
+            batch=self._queue.waiting(BATCH),
+            callers=len({entry.caller for entry in self._queue}),
+            longest_ms=max((now - turn.came for turn in self._waiting.values()), default=0.0) * 1000,
+            expected_ms=expected * 1000,
+            passed=self._passed,
+            refused=dict(self._refused),
+        )
+
+    # --- a call's way through (called by `Turn`) ---------------------------------------------------------------------
+
+    async def enter(self, turn: Turn) -> None:
+        """Return when it is the turn's turn. Raises `Overloaded`."""
+        capacity = self._capacity()
+        if capacity is None:
+            return
+        units, room = self._cost(turn.work, capacity)
+        entry = turn.entry = Entry(turn.call.caller, turn.call.priority or INTERACTIVE, units)
+        turn.room = room
+        now = turn.came = self._now()
+        if turn.begun or (not self._queue and self._fits(room, capacity)):
+            if self._queue:
+                self._queue.charge(entry.caller, entry.priority, units)
+            else:
+                self._queue.pass_by(entry)
+            self._start(turn, now)
+            self._note(capacity, now)
+            return
+        remaining = turn.call.deadline.remaining(now)
+        rate = self._rate.per_second(capacity.own_word)
+        own = units / rate * max(1, len(self._running)) if rate else 0.0
+        wait, latest = self._expected(entry.caller, entry.priority, room, capacity), latest_start(remaining, own)
+        if wait > latest:
+            raise self._refusal("late", _too_late(wait, remaining, len(self._queue)), wait - latest)
+        gone = self._queue.add(entry)
+        if gone is entry:
+            raise self._refusal("full", _full(len(self._queue)), wait / 2)
+        turn.place = asyncio.get_running_loop().create_future()
+        self._waiting[entry] = turn
+        if gone is not None:
+            self._drop(gone, wait)
+        self._note(capacity, now)
+        try:
+            # It may turn out to wait longer than was expected: half of what is kept for the answer is given up for that.
+            async with asyncio.timeout(remaining - (remaining - latest) / 2):
+                await turn.place
+        except BaseException as left:
+            self._queue.remove(entry)
+            self._waiting.pop(entry, None)
+            self._end(turn, None)
+            if isinstance(left, TimeoutError):
+                waited = self._now() - turn.came
+                raise self._refusal("late", _turned_late(waited, remaining), waited) from None
+            raise
+
+    def leave(self, turn: Turn, end: Finished | TarsError | None) -> None:
+        """The engine has nothing more to do for it (again and again)."""
+        self._end(turn, end)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _fits(self, room: float, capacity: Capacity) -> bool:
+        running = len(self._running)
+        return not running or (self._room + room <= capacity.room and running < capacity.most_calls)
+
+    def _start(self, turn: Turn, now: float) -> None:
+        self._passed += 1
+        self._running.add(turn)
+        self._room += turn.room
+        turn.start = self._rate.started(now)
+
+    def _end(self, turn: Turn, end: Finished | TarsError | None) -> None:
+        if turn not in self._running:
+            return
+        now = self._now()
+        self._running.remove(turn)
+        self._room = self._room - turn.room if self._running else 0.0
+        assert turn.start is not None
+        assert turn.entry is not None
+        units = self._really(turn, end)
+        self._rate.ended(turn.start, units, now)
+        self._queue.charge(turn.entry.caller, turn.entry.priority, units - turn.entry.units)
+        self._fill()
+
+    def _fill(self) -> None:
+        """Let in what now has room; all, where the worker takes nothing."""
+        capacity, now = self._capacity(), self._now()
+        while (first := self._queue.first()) is not None:
+            turn = self._waiting[first]
+            if capacity is not None:
+                if not self._fits(turn.room, capacity):
+                    break
+                self._start(turn, now)
+            self._queue.take()
+            del self._waiting[first]
+            assert turn.place is not None
+            if not turn.place.done():
+                turn.place.set_result(None)
+        self._note(capacity, now)
+
+    def _note(self, capacity: Capacity | None, now: float) -> None:
+        saturated = capacity is not None and (bool(self._queue) or self._room >= capacity.full)
+        self._rate.note(len(self._running), saturated, now)
+
+    def _drop(self, gone: Entry, wait: float) -> None:
+        turn = self._waiting.pop(gone)
+        assert turn.place is not None
+        if not turn.place.done():
+            turn.place.set_exception(self._refusal("dropped", _dropped(len(self._queue)), wait / 2))
+
+    def _refusal(self, why: str, message: str, seconds: float) -> Overloaded:
+        """`seconds`: until it would have been taken."""
+        self._refused[why] += 1
+        wait = max(RETRY_LEAST_SECONDS, seconds) * (1 + JITTER * self._rng.random())
+        return Overloaded(
+            message,
+            retry_after_ms=int(min(RETRY_MOST_SECONDS, wait) * 1000),
+            details={"limit": self._queue.most, "queued": len(self._queue)},
+        )
+
+    def _expected(self, caller: str, priority: Priority, room: float, capacity: Capacity) -> float:
+        """Seconds until a call that comes now is begun."""
+        if not self._queue and self._fits(room, capacity):
+            return 0.0
+        running = sum(turn.entry.units for turn in self._running if turn.entry is not None) * LEFT_PART
+        before = self._queue.units_before(caller, priority)
+        return expected_wait(before, running, len(self._running), self._rate.per_second(capacity.own_word))
+
+    def _cost(self, work: Work, capacity: Capacity) -> tuple[float, float]:
+        """What a call is expected to cost, and its room."""
+        if isinstance(work, GenerationParams):
+            tokens = self._usual * work.n
+            if work.max_tokens is not None:
+                tokens = min(tokens, float(work.max_tokens * work.n))
+            return tokens + _prompt_tokens(work) / PREFILL_PART, float(work.n)
+        most = float(capacity.most_tokens or TEXT_BUDGET)
+        tokens = _text_tokens(work, most)
+        return tokens, min(tokens, capacity.room / LEAST_CALLS)
+
+    def _really(self, turn: Turn, end: Finished | TarsError | None) -> float:
+        """What a call cost."""
+        assert turn.entry is not None
+        match end:
+            case Generated(usage=usage):
+                # Answers of many tokens that one caller asks for say little of the next caller's: `max_tokens` bounds them.
+                self._usual += MEAN_WEIGHT * (usage.completion_tokens / max(1.0, turn.room) - self._usual)
+                return usage.completion_tokens + max(0, usage.prompt_tokens - usage.cached_tokens) / PREFILL_PART
+            case Embedded(prompt_tokens=tokens) | Reranked(prompt_tokens=tokens):
+                return float(tokens)
+            case TarsError():
+                # The engine found at once that it cannot do it, or broke: what it did meanwhile nobody knows.
+                return min(turn.tokens, turn.entry.units)
+            case _:
+                return max(turn.tokens, turn.entry.units * LEFT_PART)
+
+
+class Turn:
+    """One call at the gate. Enter it once."""
+
+    __slots__ = ("_gate", "begun", "call", "came", "entry", "place", "room", "start", "tokens", "work")
+
+    def __init__(self, gate: Gate, call: CallContext, work: Work, begun: bool) -> None:
+        self._gate = gate
+        self.call = call
+        self.work = work
+        self.begun = begun
+        self.entry: Entry | None = None
+        self.place: asyncio.Future[None] | None = None
+        self.start: Start | None = None
+        self.room = 0.0
+        self.came = 0.0
+        self.tokens = 0.0
+        """Generated so far."""
+
+    async def __aenter__(self) -> Turn:
+        await self._gate.enter(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._gate.leave(self, None)
+
+    def ended(self, end: Finished | TarsError | None) -> None:
+        """The engine is done with it, whether or not its caller has read everything; None where it was cancelled."""
+        self._gate.leave(self, end)
+
+
+def _prompt_tokens(work: GenerationParams) -> float:
+    match work:
+        case CompleteParams():
+            return tokens_in(work.prompt)
+        case ChatParams():
+            return sum(tokens_in(turn.content) for turn in work.messages)
+        case _:
+            return 0.0
+
+
+def _text_tokens(work: Work, most: float) -> float:
+    match work:
+        case EmbedParams():
+            texts = [work.input] if isinstance(work.input, str) else work.input
+            whole = work.overflow is not None
+            return sum(max(1.0, tokens_in(text) if whole else min(most, tokens_in(text))) for text in texts)
+        case RerankParams():
+            query = tokens_in(work.query)
+            return sum(max(1.0, min(most, query + tokens_in(text))) for text in work.documents)
+        case _:
+            return 0.0
+
+
+def _too_late(wait: float, remaining: float, queued: int) -> str:
+    return (
+        f"The call would wait about {wait:.1f} s for this replica ({queued} calls wait already), too long for the {remaining:.1f} s that "
+        "it has left, so it was not begun. Send it again later, to another node, or with more time (`_meta.timeout_ms`)."
+    )
+
+
+def _turned_late(waited: float, remaining: float) -> str:
+    return (
+        f"The call waited {waited:.1f} s for this replica, of the {remaining:.1f} s that it had, and was not begun: what is left is too "
+        "little for its answer. Send it again later, to another node, or with more time (`_meta.timeout_ms`)."
+    )
+
+
+def _full(queued: int) -> str:
+    return f"{queued} calls wait for this replica already, which is its bound. Try again in a moment."
+
+
+def _dropped(queued: int) -> str:
+    return (
+        f"{queued} calls wait for this replica, which is its bound, and this one had to go for a caller who has fewer of them, or for "
+        "an interactive call. It was not begun. Send it again in a moment, and fewer at once."
+    )
