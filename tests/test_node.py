@@ -261,6 +261,7 @@ async def test_a_second_ctrl_c_ends_the_node_before_its_grace_time_is_over(tmp_p
             await talking
 
 
+@pytest.mark.slow
 async def test_signals_that_go_on_until_the_last_moment_do_not_change_how_it_ended(tmp_path):
     config = tmp_path / "c.toml"
     config.write_text("[demo]\nmodels = false\n")

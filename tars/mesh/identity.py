@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
+from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -54,6 +54,18 @@ CLOCK_TOLERANCE = timedelta(days=2)
 """How far a new certificate reaches back: PCs that wake from sleep, or have lost their battery's time zone, are off by hours."""
 RENEWAL_CHECK_SECONDS = 12 * 3600.0
 FORGIVING_SECONDS = 600.0
+
+UNREADABLE = (
+    ValueError,
+    TypeError,
+    InvalidSignature,
+    UnsupportedAlgorithm,
+    x509.InvalidVersion,
+    x509.DuplicateExtension,
+    x509.ExtensionNotFound,
+    x509.UnsupportedGeneralNameType,
+)
+"""What `cryptography` raises for bytes that are no key or certificate any more, or none yet: one wrong bit is enough for most of them."""
 
 _LOST = (
     "Either put the file back from a backup, or move it away and join again with a new token (`tars token new` on another node of the "
@@ -130,7 +142,7 @@ class Identity:
             raise ConfigError(f"the mesh identity {path} cannot be read ({error.strerror}). {_LOST}") from None
         try:
             identity = cls(path, *_parsed(content))
-        except (ValueError, TypeError, InvalidSignature, NotAMember):
+        except (*UNREADABLE, NotAMember):
             raise ConfigError(
                 f"the mesh identity {path} is damaged, so this node cannot prove who it is. {_LOST}"
             ) from None
@@ -180,7 +192,7 @@ class Identity:
         blocks = [_pem_key(key), certificate, ca_certificate, ca_key]
         try:
             identity = cls(folder / IDENTITY_FILE, *_parsed(b"".join(blocks)))
-        except (InvalidSignature, NotAMember, TypeError):
+        except (*UNREADABLE, NotAMember):
             raise ValueError("the certificate, its key and the CA do not fit together") from None
         return identity
 
@@ -475,7 +487,7 @@ def _pem_key(key: ec.EllipticCurvePrivateKey) -> bytes:
 def _parsed(
     content: bytes,
 ) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate, x509.Certificate, ec.EllipticCurvePrivateKey]:
-    """Key, certificate, CA's certificate, CA's key. Raises `ValueError`, `TypeError` or `InvalidSignature` where they do not fit."""
+    """Key, certificate, CA's certificate, CA's key. Raises one of `UNREADABLE` where they do not fit."""
     end = b"-----END PRIVATE KEY-----\n"
     first, _, rest = content.partition(end)
     certificates_text, _, ca_key_text = rest.partition(b"-----BEGIN PRIVATE KEY-----")

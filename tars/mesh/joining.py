@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
@@ -26,6 +25,7 @@ from tars.errors import BadPeerAnswer, InvalidParams, JoinRefused
 from tars.mesh.identity import (
     IDENTITY_FILE,
     REMOVED,
+    UNREADABLE,
     Identity,
     PeerCertificate,
     check_member,
@@ -191,7 +191,7 @@ class JoinRequest:
             certificate = x509.load_pem_x509_certificate(answer.certificate.encode())
             ca_certificate = x509.load_pem_x509_certificate(answer.ca_certificate.encode())
             certificate.verify_directly_issued_by(ca_certificate)
-        except (ValueError, TypeError, InvalidSignature):
+        except UNREADABLE:
             raise _bad_grant("its certificates do not fit together") from None
         if not self._token.names(hash_of_ca(ca_certificate)):
             raise _bad_grant("its CA is not the token's")
@@ -214,7 +214,7 @@ def requested_key(certificate_request: str) -> ec.EllipticCurvePublicKey:
         request = x509.load_pem_x509_csr(certificate_request.encode("utf-8", "replace"))
         key = request.public_key()
         signed = request.is_signature_valid
-    except (ValueError, TypeError, InvalidSignature):
+    except UNREADABLE:
         signed, key = False, None
     if not signed or not isinstance(key, ec.EllipticCurvePublicKey) or not isinstance(key.curve, ec.SECP256R1):
         raise InvalidParams(

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from tars.config_schema import ListenAddress
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, ConfigError, JoinRefused, NotAMember, PeerUnreachable, TarsError
-from tars.mesh.identity import REMOVED, Identity, PeerCertificate, check_clock, hash_of_ca, trusting
+from tars.mesh.identity import REMOVED, UNREADABLE, Identity, PeerCertificate, check_clock, hash_of_ca, trusting
 from tars.mesh.join_tokens import Invitation
 from tars.mesh.joining import Grant, JoinRequest
 from tars.messages.admission import JoinResult
@@ -131,7 +131,7 @@ async def _mesh_port(invitation: Invitation) -> tuple[ListenAddress, x509.Certif
         pem = await _ca_certificate(address)
     try:
         certificate = x509.load_pem_x509_certificate(pem)
-    except ValueError:
+    except UNREADABLE:
         raise BadPeerAnswer(
             f"What answers at {address} is no TARS node: it has no CA's certificate to show. Nothing was said to it. Copy the whole line "
             "that `tars token new` printed."

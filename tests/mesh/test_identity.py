@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import datetime as dates
+import random
 import shutil
 import ssl
 import stat
@@ -248,6 +249,23 @@ def test_a_damaged_identity_says_what_to_do_and_stays_as_it_is(first: Identity, 
     with pytest.raises(ConfigError, match=r"damaged.*backup.*tars token new"):
         Identity.load_or_none(tmp_path / "first", other.node)
     assert path.read_bytes() == content
+
+
+@pytest.mark.filterwarnings("ignore:Parsed a serial number:cryptography.utils.CryptographyDeprecationWarning")
+def test_whichever_bit_of_an_identity_is_wrong_it_loads_or_says_that_it_is_damaged(
+    first: Identity, tmp_path: Path
+) -> None:
+    path = tmp_path / "first" / IDENTITY_FILE
+    content, dice = path.read_bytes(), random.Random(1)
+    refused = 0
+    for position in range(0, len(content), 3):
+        damaged = bytes([content[position] ^ (1 << dice.randrange(8))])
+        path.write_bytes(content[:position] + damaged + content[position + 1 :])
+        try:
+            Identity.load_or_none(path.parent, first.node)
+        except ConfigError:
+            refused += 1
+    assert refused > len(content) / 3 * 0.8  # some bits of a PEM file say nothing
 
 
 def test_an_identity_that_was_copied_to_another_pc_is_refused(first: Identity, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import time
 from contextlib import suppress
 from dataclasses import replace
@@ -185,6 +186,19 @@ def test_a_certificate_request_that_is_none_costs_no_token(one: MeshNode, make: 
 def test_odd_texts_for_a_certificate_request_are_refused(text: str) -> None:
     with pytest.raises(InvalidParams):
         requested_key(text)
+
+
+@pytest.mark.filterwarnings("ignore::cryptography.utils.CryptographyDeprecationWarning")
+def test_whichever_bit_of_a_certificate_request_is_wrong_it_is_refused_or_still_the_key_s(one: MeshNode) -> None:
+    request, dice = ask(one).params().certificate_request.encode(), random.Random(1)
+    refused = 0
+    for position in range(len(request)):
+        damaged = bytes([request[position] ^ (1 << dice.randrange(7))])
+        try:
+            requested_key((request[:position] + damaged + request[position + 1 :]).decode())
+        except InvalidParams:
+            refused += 1
+    assert refused > len(request) * 0.8
 
 
 @pytest.mark.parametrize("address", ["", "box", "box:99999", "http://box:1", "a b:1", "::1:1"])
