@@ -48,6 +48,8 @@ from tars.core.types import ReplicaId, ReplicaState
 
 LOOK_SECONDS = 1.0
 """A call that waits for a replica, or stays with a late one because there is no other, looks again so often, told or not."""
+LEARNED_AFTER = frozenset({4, 16, 64, 256})
+"""Pieces after the first one, at which the bound on the next is taken from what was learned since."""
 NOTHING: tuple[Effect, ...] = ()
 
 Effects = Sequence[Effect]
@@ -68,6 +70,8 @@ class _Attempt:
     look_at: float = 0.0
     """It is late, there was nobody else, and this is when that is looked at again."""
     began: bool = False
+    gaps: int = 0
+    """Pieces after the first."""
 
     @property
     def due(self) -> float:
@@ -119,7 +123,12 @@ class CallMachine:
         if running.began:
             self._state.deadlines.saw_gap(running.reservation.replica, now - running.since, now)
             running.since = now
-            return NOTHING
+            running.gaps += 1
+            if running.gaps not in LEARNED_AFTER or self._shape.forwarded:
+                return NOTHING
+            # A replica that nobody had measured was given much time for its second token; what it showed since bounds the next.
+            running.patience = self._state.deadlines.gap(running.reservation.replica, now)
+            return self._armed([], now)
         self._begins(running, now)
         running.since = now
         if not self._shape.forwarded:

@@ -15,15 +15,13 @@ from dataclasses import dataclass, field
 
 from tars.core.types import ReplicaId
 
-FIRST_LEAST_SECONDS = 2.0
-FIRST_MOST_SECONDS = 30.0
-"""Beyond the prediction. At least: nobody calls for help for less. At most: a caller's patience; also where nothing was measured."""
+FIRST_LEAST_SECONDS, FIRST_UNKNOWN_SECONDS, FIRST_MOST_SECONDS = 2.0, 10.0, 30.0
+"""Beyond the prediction: nobody calls for help for less; where nothing was measured, room for what a new worker does once; a caller's
+patience."""
 PREDICTION_FACTOR = 2.0
 """A predicted queue may take twice as long before that alone is late: the calls ahead are only guessed."""
-GAP_LEAST_SECONDS = 1.0
-GAP_MOST_SECONDS = 10.0
-"""Between two tokens. At least: an engine that computes others' prompts pauses 0.1 to 0.4 s (field notes); the most, and where nothing was
-measured: the longest step of a slow CPU."""
+GAP_LEAST_SECONDS, GAP_UNKNOWN_SECONDS, GAP_MOST_SECONDS = 1.0, 5.0, 10.0
+"""Between two tokens: an engine that computes others' prompts pauses 0.1 to 0.4 s (field notes); a step of a slow CPU; its longest one."""
 DEVIATIONS = 4.0
 MEAN_WEIGHT, DEVIATION_WEIGHT = 1 / 8, 1 / 4
 """RFC 6298."""
@@ -58,10 +56,9 @@ class _Estimate:
         self.at = now
         self.given_up = 0
 
-    def bound(self, least: float, most: float, now: float) -> float:
-        if now - self.at > MEASURED_SECONDS:
-            return most
-        learned = max(least, self.mean + DEVIATIONS * self.deviation)
+    def bound(self, least: float, unknown: float, most: float, now: float) -> float:
+        measured = now - self.at <= MEASURED_SECONDS
+        learned = max(least, self.mean + DEVIATIONS * self.deviation) if measured else unknown
         return float(min(most, learned * 2.0 ** min(self.given_up, 10)))
 
 
@@ -69,6 +66,10 @@ class _Estimate:
 class _Book:
     first: _Estimate = field(default_factory=_Estimate)
     gap: _Estimate = field(default_factory=_Estimate)
+
+
+_UNKNOWN = _Book()
+"""Of whom nothing was measured; never written to."""
 
 
 @dataclass(slots=True)
@@ -134,14 +135,14 @@ class LearnedDeadlines:
     def first_token(self, replica: ReplicaId, predicted: float, now: float) -> float:
         """Seconds from the start of an attempt until it is late with its first event. `predicted`: until then, in seconds (queue and
         prefill; of a call without a stream all of it)."""
-        book = self._books.get(replica)
-        extra = FIRST_MOST_SECONDS if book is None else book.first.bound(FIRST_LEAST_SECONDS, FIRST_MOST_SECONDS, now)
+        book = self._books.get(replica, _UNKNOWN)
+        extra = book.first.bound(FIRST_LEAST_SECONDS, FIRST_UNKNOWN_SECONDS, FIRST_MOST_SECONDS, now)
         return PREDICTION_FACTOR * max(0.0, predicted) + extra
 
     def gap(self, replica: ReplicaId, now: float) -> float:
         """Seconds from one piece of a stream until the next is late."""
-        book = self._books.get(replica)
-        return GAP_MOST_SECONDS if book is None else book.gap.bound(GAP_LEAST_SECONDS, GAP_MOST_SECONDS, now)
+        book = self._books.get(replica, _UNKNOWN)
+        return book.gap.bound(GAP_LEAST_SECONDS, GAP_UNKNOWN_SECONDS, GAP_MOST_SECONDS, now)
 
     def answer_p95(self, model: str, units: float, now: float) -> float | None:
         """Seconds within which 95 of 100 answers about this large came; None until `HEDGE_SAMPLES` were seen. Nearest rank."""

@@ -365,6 +365,16 @@ def test_a_stream_that_falls_silent_goes_on_elsewhere_after_the_learned_gap():
     assert call.machine.attempts[0].outcome == "late"
 
 
+def test_the_first_stream_of_a_replica_learns_its_own_gap_as_it_goes():
+    call = Call(replica("a"), replica("b"))
+    call.begin()
+    for number in range(5):
+        call.now = 0.02 * number
+        call.tokens(0, number)
+    call.until(Stop)
+    assert 1.0 <= call.now < 1.3, "nobody had measured it before"
+
+
 def test_a_first_token_that_is_late_is_asked_of_another_one():
     call = Call(replica("a"), replica("b"), state=taught("a", "b"))
     call.begin()

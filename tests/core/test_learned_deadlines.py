@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 from tars.core.learned_deadlines import (
     FIRST_LEAST_SECONDS,
     FIRST_MOST_SECONDS,
+    FIRST_UNKNOWN_SECONDS,
     GAP_LEAST_SECONDS,
     GAP_MOST_SECONDS,
+    GAP_UNKNOWN_SECONDS,
     HEDGE_SAMPLES,
     MEASURED_SECONDS,
     MOST_KEPT,
@@ -25,8 +27,8 @@ R = ReplicaId("r")
 
 def test_of_whom_nothing_is_known_the_bounds_are_generous():
     deadlines = LearnedDeadlines()
-    assert deadlines.first_token(R, 0.0, 0.0) == FIRST_MOST_SECONDS
-    assert deadlines.gap(R, 0.0) == GAP_MOST_SECONDS
+    assert deadlines.first_token(R, 0.0, 0.0) == FIRST_UNKNOWN_SECONDS
+    assert deadlines.gap(R, 0.0) == GAP_UNKNOWN_SECONDS
     assert deadlines.answer_p95("m", 1.0, 0.0) is None
 
 
@@ -72,10 +74,12 @@ def test_old_measurements_and_those_of_another_worker_are_forgotten():
     deadlines = LearnedDeadlines()
     deadlines.saw_gap(R, 0.01, 0.0)
     assert deadlines.gap(R, MEASURED_SECONDS) == GAP_LEAST_SECONDS
-    assert deadlines.gap(R, MEASURED_SECONDS + 1) == GAP_MOST_SECONDS
+    assert deadlines.gap(R, MEASURED_SECONDS + 1) == GAP_UNKNOWN_SECONDS
     deadlines.saw_gap(R, 0.02, 2000.0)
     assert deadlines.gap(R, 2000.0) == GAP_LEAST_SECONDS
     deadlines.forget(R)
+    assert deadlines.gap(R, 2000.0) == GAP_UNKNOWN_SECONDS
+    deadlines.gave_up_gap(R)
     assert deadlines.gap(R, 2000.0) == GAP_MOST_SECONDS
 
 
