@@ -29,6 +29,7 @@ from chaos_nemesis import Nemesis
 from chaos_picture import page
 from chaos_results import Summary, summarise
 from engine_results import Aim, verdict
+from network_namespaces import why_not
 from rich.console import Console
 from rich.table import Table
 from server_process import end_on_signals
@@ -166,17 +167,20 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="tars-chaos-") as folder:
             if self._options.calls:
                 (home := Path(folder) / "mesh").mkdir()
-                async with running_mesh(home, self._options.mode, slots=4) as mesh:
+                async with running_mesh(home, self._options.mode, slots=4, loopback=self._options.loopback) as mesh:
                     await self._with(mesh, calls)
             if self._options.batch:
                 (home := Path(folder) / "batch").mkdir()
                 chats = [call for call in calls if call.kind is Kind.CHAT_STREAM and "logit_bias" in call.params]
-                self.batch = await frozen_batch(home, self._options.mode, chats, self._options.batch, self.say)
+                self.batch = await frozen_batch(
+                    home, self._options.mode, chats, self._options.batch, self.say, loopback=self._options.loopback
+                )
 
     async def _with(self, mesh: ChaosMesh, calls: list[Call]) -> None:
         self.links = mesh.links
         if not self.links:
-            self.say("no root or no `ip` here: the nodes are on loopback, and no cable is pulled")
+            why = "as asked" if self._options.loopback else why_not()
+            self.say(f"the nodes are on loopback, and no cable is pulled: {why}")
         self.say(f"three nodes are up, every replica is ready; {len(calls)} different calls are made undisturbed")
         for call in calls:
             self._right[call.number] = await undisturbed(mesh.gateways[call.number % 2], call)
@@ -333,6 +337,9 @@ def main() -> int:
         default=60,
         metavar="N",
         help="chats of the batch with one of two nodes frozen (default: 60); 0: none",
+    )
+    parser.add_argument(
+        "--loopback", action="store_true", help="no networks of their own for the nodes, also where they can be made"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to this file")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture to this file")

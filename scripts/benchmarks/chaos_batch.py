@@ -54,7 +54,7 @@ class BatchTimes:
 
 
 async def frozen_batch(
-    folder: Path, mode: str, chats: Sequence[Call], count: int, say: Callable[[str], None]
+    folder: Path, mode: str, chats: Sequence[Call], count: int, say: Callable[[str], None], *, loopback: bool = False
 ) -> BatchTimes:
     """`count` calls, made of `chats`. Raises ValueError without any."""
     if not chats:
@@ -65,7 +65,9 @@ async def frozen_batch(
     cores = {"b": set(available[:half]), "c": set(available[half:])} if half else {}
     if not cores:
         say("one core only: the two nodes of the batch share it")
-    async with running_mesh(folder, mode, SLOTS, names=("b", "c"), models=(CHAT_MODEL,), cores=cores) as mesh:
+    async with running_mesh(
+        folder, mode, SLOTS, names=("b", "c"), models=(CHAT_MODEL,), cores=cores, loopback=loopback
+    ) as mesh:
         gateway = mesh.gateways[0]
         other = mesh.pcs["c"]
         await _batch(gateway, calls[: 2 * SLOTS], None, 1.0)  # what is slow only once

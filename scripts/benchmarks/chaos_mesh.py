@@ -50,9 +50,9 @@ def configuration(mode: str, slots: int, models: Sequence[str] = MODELS) -> str:
 
 
 @contextmanager
-def lan(count: int) -> Iterator[network_namespaces.Network | None]:
-    """A bridge with so many PCs; None where that cannot be made here (`network_namespaces.why_not` says why)."""
-    if network_namespaces.why_not() is not None:
+def lan(count: int, *, loopback: bool) -> Iterator[network_namespaces.Network | None]:
+    """A bridge with so many PCs; None where that is not wanted, or cannot be made here (`network_namespaces.why_not` says why)."""
+    if loopback or network_namespaces.why_not() is not None:
         yield None
         return
     with network_namespaces.network(count) as made:
@@ -200,10 +200,11 @@ async def running_mesh(
     names: Sequence[str] = NAMES,
     models: Sequence[str] = MODELS,
     cores: Mapping[str, set[int]] | None = None,
+    loopback: bool = False,
 ) -> AsyncIterator[ChaosMesh]:
     """All PCs started, in one mesh, with every replica ready; ended again whatever happens. `cores`: the processors of each."""
     with ExitStack() as networks:
-        network = networks.enter_context(lan(len(names) + 1))
+        network = networks.enter_context(lan(len(names) + 1, loopback=loopback))
         hosts = network.hosts if network is not None else [None] * (len(names) + 1)
         pcs = {
             name: Pc(

@@ -44,7 +44,7 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem; }
 th, td { text-align: right; padding: 4px 10px; border-bottom: 1px solid var(--line); }
 th { color: var(--muted); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 tr:last-child td { border-bottom: 0; }
-.numbers { display: flex; flex-wrap: wrap; gap: 10px; margin: 14px 0; } .numbers div { flex: 1 1 120px; }
+.numbers { display: grid; grid-template-columns: repeat(auto-fill, minmax(190px, 1fr)); gap: 10px; margin: 14px 0; }
 .numbers b { display: block; font-size: 1.5rem; line-height: 1.2; } .numbers span { color: var(--muted); font-size: .84rem; }
 .bad { color: var(--bad); } .good { color: var(--good); } .key { display: inline-block; margin-right: 16px; white-space: nowrap; }
 .key i { display: inline-block; width: 18px; height: 18px; border-radius: 4px; margin-right: 5px; text-align: center;
@@ -291,4 +291,8 @@ def _batch(batch: Mapping[str, Any]) -> str:
 def _problems(problems: Sequence[str]) -> str:
     if not problems:
         return '<p class="good">Nothing.</p>'
-    return '<ul class="card">' + "".join(f"<li>{html.escape(problem)}</li>" for problem in problems) + "</ul>"
+    return (
+        '<ul class="card" style="padding-left: 30px">'
+        + "".join(f"<li>{html.escape(problem)}</li>" for problem in problems)
+        + "</ul>"
+    )
