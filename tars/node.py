@@ -228,6 +228,7 @@ class Node:
             addresses=lambda: [self.url] if mesh is None else list(mesh.addresses()),
             mesh=Administration(keys, store) if mesh is None else mesh.administration(),
             peers=None if mesh is None else mesh.peers,
+            keys_at=None if mesh is None else mesh.keys_at,
             on_traffic=(lambda node: None) if mesh is None else mesh.gossip.traffic,
             on_drain=(lambda draining: None) if mesh is None else mesh.gossip.drain,
             others=list if mesh is None else mesh.described,

@@ -43,6 +43,7 @@ from tars.rpc.mesh_listener import MeshListener
 from tars.rpc.options import RpcOptions
 from tars.rpc.peer_connections import PeerConnections
 from tars.rpc.peer_files import HttpPeerFiles
+from tars.serving.key_peers import KeysAtPeers
 from tars.serving.local_service import LocalNodeService
 from tars.serving.mesh_fleet import MappedPeers
 from tars.state_folder import StateFolder
@@ -145,6 +146,7 @@ class NodeMesh:
         self.tokens = JoinTokens(folder, identity.ca_hash)
         self.admitting = Admitting(identity, self.tokens, store)
         self.peers = MappedPeers(store.map, self._state, self._connection)
+        self.keys_at = KeysAtPeers(identity.node, self._live, self._connection)
         files.peers = HttpPeerFiles(self.live_adverts, self._connection)
         self._listener: MeshListener | None = None
         self._file_server: FileServer | None = None
@@ -312,8 +314,10 @@ class NodeMesh:
                     "no member" if after is None else after.value,
                     "no member" if before is None else before.value,
                 )
-                if self._service is not None and after in (MemberState.DEAD, None):
-                    self._service.peer_died(node)
+                if self._service is not None:
+                    if after in (MemberState.DEAD, None):
+                        self._service.peer_died(node)
+                    self._service.keys.members_changed()
                 self._coordinator.wake()
                 self._say_whether_cut_off(before)
                 if self._seeds is not None and (self._cut_off or self.view().isolated):
@@ -377,6 +381,10 @@ class NodeMesh:
     def _state(self, node: NodeId) -> MemberState | None:
         seen = self.view().members.get(node)
         return None if seen is None else seen.state
+
+    def _live(self) -> list[NodeId]:
+        """The peers that may keep idempotency keys; none where this node was removed, or sees nobody."""
+        return [node for node, seen in self.view().members.items() if seen.state in CALLABLE]
 
     def _connection(self, node: NodeId) -> RpcConnection:
         return self.connections.connection(node)

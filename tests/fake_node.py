@@ -42,6 +42,7 @@ from tars.messages.inference import (
     TokenizeResult,
     Usage,
 )
+from tars.messages.key_claims import AwaitAnswerParams, ClaimKeyParams, KeyResult, SettleKeyParams
 from tars.messages.mesh import GossipParams, GossipResult
 from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
@@ -103,6 +104,13 @@ class FakeMesh:
         return NodeRemoveResult(node=params.node, name="box", removed=True)
 
 
+class FakeKeys:
+    """Knows no idempotency key."""
+
+    async def asked(self, params: ClaimKeyParams | SettleKeyParams | AwaitAnswerParams, sender: str) -> KeyResult:
+        return KeyResult(state="unknown")
+
+
 class FakeNode:
     """Every method answers at once, unless the test sets an error to raise, or a gate to wait at after the first piece."""
 
@@ -110,6 +118,7 @@ class FakeNode:
 
     def __init__(self) -> None:
         self.mesh = FakeMesh()
+        self.keys = FakeKeys()
         self.pieces = ["Hel", "lo"]
         self.error: Exception | None = None
         self.late_error: Exception | None = None

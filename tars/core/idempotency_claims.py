@@ -42,7 +42,7 @@ class AnswerQuestion:
 
     key: str
     body: str
-    wait: float = WAIT_SECONDS
+    wait: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +154,12 @@ def claiming(
 
 
 def settling(
-    key: str, body: str, run: Run, homes: Callable[[], Sequence[NodeId]], answer: bytes | None
+    key: str, body: str, run: Run, homes: Callable[[], Sequence[NodeId]], answer: bytes | None, *, wait: bool = True
 ) -> Steps[Known | None]:
     """Tell the homes that the call is answered (`answer` None: it is too large to be sent about).
 
     Returns the answer to give instead, where this node was thought gone and another one has taken over: all who ask get the same one.
+    `wait` False: not for one that still runs.
     """
     ended = Settlement(key, body, run.claim, answer)
     replies = yield tuple(Ask(home, ended) for home in dict.fromkeys((*homes(), *run.homes)))
@@ -168,6 +169,8 @@ def settling(
         return None
     if said.answer is not None:
         return Known(said.answer)
+    if not wait:
+        return None
     winner = yield from _join(key, body, said.claim.owner)
     return winner if isinstance(winner, Known) else None
 
@@ -181,7 +184,7 @@ def freeing(key: str, body: str, claim: Claim, run: Run | None, homes: Callable[
 def _join(key: str, body: str, owner: NodeId) -> Steps[Known | Refused | None]:
     """Wait at the owner for as long as it runs the call. None: it is not there, or knows it no more."""
     while True:
-        (reply,) = yield (Ask(owner, AnswerQuestion(key, body)),)
+        (reply,) = yield (Ask(owner, AnswerQuestion(key, body, WAIT_SECONDS)),)
         if reply is not None and reply.state is KeyState.ANSWERED and reply.answer is not None:
             return Known(reply.answer)
         if reply is not None and reply.state is KeyState.CONFLICT:

@@ -146,8 +146,8 @@ class KeyTable:
     ) -> KeyReply:
         """What came of a call: its answer (None: too large, it lies with the owner), or `failed`, which frees the key.
 
-        ANSWERED with `claim` itself where it counts. Where another claim has taken over: its ANSWERED, or RUNNING where it still runs; the
-        answer is not taken then, so that all who ask get the same one. CONFLICT as `claim` does. After a failure: UNKNOWN.
+        ANSWERED with `claim` itself, and no answer, where it counts. Where another claim has taken over: its ANSWERED, or RUNNING where it
+        still runs; the answer is not taken then, so that all who ask get the same one. CONFLICT as `claim` does. After a failure: UNKNOWN.
         """
         self._forget(now)
         known = self._known(key)
@@ -158,13 +158,14 @@ class KeyTable:
                 self._drop(key)
             return KeyReply(KeyState.UNKNOWN)
         if known is not None and known.answered:
-            return KeyReply(KeyState.ANSWERED, known.claim, known.answer)
+            own = known.claim.token == claim.token
+            return KeyReply(KeyState.ANSWERED, known.claim, None if own else known.answer)
         if known is not None and known.claim.token != claim.token and known.claim.epoch >= claim.epoch:
             return KeyReply(KeyState.RUNNING, known.claim)
         if answer is not None and len(answer) > LARGEST_ANSWER:
             answer = None
         self._keep(KeptKey(key, body, claim, now + KEEP_SECONDS, answered=True, answer=answer), now)
-        return KeyReply(KeyState.ANSWERED, claim, answer)
+        return KeyReply(KeyState.ANSWERED, claim)
 
     def kept(self, now: float) -> tuple[KeptKey, ...]:
         """All that is known now, for a home that is to know it too."""

@@ -143,3 +143,5 @@ class CallContext:
     """None is interactive."""
     resume: ResumeMeta | None = None
     """Of a call that a peer forwarded: where its answers are."""
+    streamed: bool = False
+    """Its caller sees the deltas."""

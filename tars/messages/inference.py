@@ -229,10 +229,13 @@ class ServedBy(Message):
     calls_left: int | None = Field(
         None, description="Between nodes: calls that the replica still had when this one was done."
     )
+    call: str = Field("", description="The id of the call that this answer was computed for: `tars explain call ID`.")
 
     def wire(self) -> dict[str, Any]:
         """Clients never see what only nodes tell each other."""
         said = dict(self.__dict__)
+        if not self.call:
+            del said["call"]
         if self.calls_left is None:
             del said["calls_left"]
         return said

@@ -212,6 +212,7 @@ class Dispatcher:
                 arrival.source,
                 meta.priority,
                 meta.resume,
+                running.emit is not None,
             )
             work = handler(params, context)
             if running.spec.streams:

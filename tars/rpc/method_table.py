@@ -74,6 +74,7 @@ from tars.messages.inference import (
     TokenizeParams,
     TokenizeResult,
 )
+from tars.messages.key_claims import AwaitAnswerParams, ClaimKeyParams, KeyResult, SettleKeyParams
 from tars.messages.mesh import GossipParams, GossipResult
 from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
@@ -106,6 +107,7 @@ class Role(StrEnum):
 
 CALLERS = frozenset({Role.PEER, Role.CLIENT, Role.ADMINISTRATOR})
 """Who may call most methods."""
+_PEERS = frozenset({Role.PEER})
 _ADMINISTRATORS = frozenset({Role.ADMINISTRATOR})
 
 
@@ -146,8 +148,10 @@ class MethodSpec:
     def is_background(self) -> bool:
         """True for what nodes ask each other all the time. It is not counted among the calls and never refused for want of a place: a busy
         node must not look dead."""
-        return self.name == "mesh.gossip"
+        return self.name in _BACKGROUND
 
+
+_BACKGROUND = frozenset({"mesh.gossip", "mesh.claim", "mesh.settle", "mesh.await_answer"})
 
 EVERY_CALL: tuple[type[TarsError], ...] = (
     ParseError,
@@ -216,7 +220,22 @@ _ROWS = (
         GossipParams,
         GossipResult,
         (NotAMember,),
-        roles=frozenset({Role.PEER}),
+        roles=_PEERS,
+    ),
+    MethodSpec(
+        "mesh.claim",
+        "May the sender run the call of an idempotency key? Only on the mesh listener, as the next two.",
+        ClaimKeyParams,
+        KeyResult,
+        roles=_PEERS,
+    ),
+    MethodSpec("mesh.settle", "What came of such a call.", SettleKeyParams, KeyResult, roles=_PEERS),
+    MethodSpec(
+        "mesh.await_answer",
+        "The answer of such a call from the node that runs it, which keeps the question for a while.",
+        AwaitAnswerParams,
+        KeyResult,
+        roles=_PEERS,
     ),
     MethodSpec(
         "mesh.token_new",

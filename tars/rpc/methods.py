@@ -33,6 +33,7 @@ from tars.messages.inference import (
     TokenizeParams,
     TokenizeResult,
 )
+from tars.messages.key_claims import AwaitAnswerParams, ClaimKeyParams, KeyResult, SettleKeyParams
 from tars.messages.mesh import GossipParams, GossipResult
 from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
@@ -92,6 +93,11 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
 
     async def gossip(params: GossipParams, context: CallContext) -> GossipResult:
         return await service.mesh.gossip(params, context.peer or "")
+
+    async def about_key(
+        params: ClaimKeyParams | SettleKeyParams | AwaitAnswerParams, context: CallContext
+    ) -> KeyResult:
+        return await service.keys.asked(params, context.peer or "")
 
     def token_new(params: TokenNewParams) -> TokenNewResult:
         return service.mesh.new_token(params)
@@ -153,6 +159,9 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
         "mesh.explain": explain,
         "mesh.join": join,
         "mesh.gossip": gossip,
+        "mesh.claim": about_key,
+        "mesh.settle": about_key,
+        "mesh.await_answer": about_key,
         "mesh.token_new": token_new,
         "mesh.token_list": token_list,
         "mesh.token_revoke": token_revoke,

@@ -40,6 +40,7 @@ class CallRecord:
     """One call. The router sets `attempts` once, to the list that its machine fills."""
 
     __slots__ = (
+        "_context",
         "_now",
         "at",
         "attempts",
@@ -52,6 +53,7 @@ class CallRecord:
         "method",
         "model",
         "outcome",
+        "repeats",
         "started",
         "waits",
     )
@@ -75,7 +77,14 @@ class CallRecord:
         """Its message."""
         self.attempts: Sequence[AttemptRecord] = ()
         self.waits: list[Wait] = []
+        self.repeats = ""
+        """The id of the call whose answer it got (`repeated`)."""
         self._now = now
+        self._context: CallContext | None = call
+
+    def is_of(self, call: CallContext) -> bool:
+        """Whether this is the record of that very call, which still runs."""
+        return self._context is call
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
@@ -87,8 +96,9 @@ class CallRecord:
         finally:
             wait.ended = self._now()
 
-    def answered(self, outcome: str = ANSWERED) -> None:
-        """Before the answer is handed on: whoever has it may ask at once."""
+    def answered(self, outcome: str = ANSWERED, of: str = "") -> None:
+        """Before the answer is handed on: whoever has it may ask at once. `of`: the call that it was computed for, where not this one."""
+        self.repeats = of
         self._end(outcome, "")
 
     def failed(self, error: TarsError) -> None:
@@ -101,6 +111,7 @@ class CallRecord:
 
     def _end(self, outcome: str, error: str) -> None:
         if self.ended is None:
+            self._context = None
             self.ended, self.outcome, self.error = self._now(), outcome, error
 
 
@@ -120,21 +131,20 @@ class CallRecords:
         self._by_id: dict[str, list[CallRecord]] = {}
 
     def open(self, call: CallContext, model: str) -> CallRecord:
-        """A record of a call that begins now; the oldest one goes."""
+        """A record of a call that begins now; the oldest one goes. Of one that has begun: its own."""
+        for known in self._by_id.get(call.trace_id, ()):
+            if known.is_of(call):
+                return known
         record = CallRecord(call, model, self._now, self._wall_clock())
         self._kept.append(record)
         self._by_id.setdefault(record.id, []).append(record)
         if len(self._kept) > self._keep:
             oldest = self._kept.popleft()
-            known = self._by_id[oldest.id]
-            known.remove(oldest)
-            if not known:
+            left = self._by_id[oldest.id]
+            left.remove(oldest)
+            if not left:
                 del self._by_id[oldest.id]
         return record
-
-    def refused(self, call: CallContext, model: str, error: TarsError) -> None:
-        """A call that ended before any replica was looked for."""
-        self.open(call, model).failed(error)
 
     def find(self, trace_id: str) -> Sequence[CallRecord]:
         """Those of a trace, the oldest first: callers may put several calls into one."""

@@ -1,66 +1,194 @@
-"""A repeated idempotency key gets the first call's answer, or joins it while it runs.
+"""A repeated idempotency key gets the first call's answer, or joins it while it runs: on this node, and on every other one of the mesh.
 
-Law of this file: only answers are kept, never errors: after a failure the key is free again, so that a retry really retries.
+Law of this file: only answers are kept, never errors: after a failure the key is free again, so that a retry really retries. What a key
+is and who may run its call is `core.idempotency_keys`' and `core.idempotency_claims`'; this file performs it. Calls of this node under the
+same key are one call for the mesh: the first one claims, the others wait for it here.
+
+What is promised: while the mesh is in one piece, and no two of a key's owner and its two homes die within the same moments, a call under a
+key is computed once, and everybody who repeats it within ten minutes of its answer gets that answer. Otherwise it is computed again: nobody
+waits for what is lost, and no call fails for it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
+import random
+import secrets
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
 
-from tars.core.types import Bytes
+import orjson
+from pydantic import ValidationError
+
+from tars.core.idempotency_claims import (
+    AnswerQuestion,
+    Ask,
+    ClaimQuestion,
+    Known,
+    Pause,
+    Question,
+    Refused,
+    Replies,
+    Run,
+    Settlement,
+    Steps,
+    claiming,
+    freeing,
+    settling,
+)
+from tars.core.idempotency_keys import (
+    KEEP_BYTES,
+    KEEP_KEYS,
+    KEEP_SECONDS,
+    LARGEST_ANSWER,
+    KeyReply,
+    KeyState,
+    KeyTable,
+    homes_of,
+)
+from tars.core.idempotency_keys import Claim as KeyClaim
+from tars.core.types import NodeId
 from tars.errors import IdempotencyConflict
 from tars.messages.base import CallContext, Message
+from tars.messages.inference import ChatResult, CompleteResult, EmbedResult, RerankResult, TokenizeResult
+from tars.messages.key_claims import AwaitAnswerParams, ClaimKeyParams, KeyResult, SettleKeyParams
+from tars.serving.key_peers import question_of, result_of
 
-KEEP_SECONDS = 600.0
-"""How long an answer is kept: longer than any client's retry schedule (AWS and Stripe SDKs give up within minutes)."""
-KEEP_ANSWERS = 1024
-"""And how many: a chat answer is a few KiB, so a few MiB."""
-KEEP_BYTES = Bytes.mib(64)
-"""And how much in all: 2,048 vectors as Python floats are some 25 MB, so the newest few such answers. The oldest go first."""
+log = logging.getLogger(__name__)
+
+_RESULTS: dict[str, type[Message]] = {
+    "inference.chat": ChatResult,
+    "inference.complete": CompleteResult,
+    "inference.embed": EmbedResult,
+    "inference.rerank": RerankResult,
+    "inference.tokenize": TokenizeResult,
+}
+"""What a method's answer is, to read one that another node gave."""
+
+Outcome = TypeVar("Outcome")
 
 
-@dataclass(slots=True)
+class OtherNodes(Protocol):
+    """The rest of the mesh, for keys; `key_peers.KeysAtPeers` is it."""
+
+    @property
+    def node(self) -> NodeId:
+        """This node's own id."""
+        ...
+
+    def live(self) -> Sequence[NodeId]:
+        """The others, as far as they live."""
+        ...
+
+    async def ask(self, node: NodeId, question: Question) -> KeyReply | None:
+        """What one of them says; None: nothing. Raises nothing."""
+        ...
+
+
+class Alone:
+    """A node without a mesh."""
+
+    node = NodeId("here")
+
+    def live(self) -> Sequence[NodeId]:
+        """Nobody."""
+        return ()
+
+    async def ask(self, node: NodeId, question: Question) -> KeyReply | None:
+        """Nothing."""
+        return None
+
+
+def key_of(call: CallContext) -> str:
+    """The mesh's name for a call's key: the caller's and the method's own, and nothing that tells what they said. 64 hex digits.
+
+    Whoever calls without a key of the mesh is `local` on every node: the people of one household or lab.
+    """
+    said = f"{call.caller}\0{call.method}\0{call.idempotency_key}"
+    return hashlib.blake2b(said.encode("utf-8", "surrogatepass"), digest_size=32).hexdigest()
+
+
+def seed_of(call: CallContext) -> int | None:
+    """The seed of a call with a key whose caller gave none, so that a second computation says the same; None: no key, draw one."""
+    if call.idempotency_key is None:
+        return None
+    return int.from_bytes(hashlib.blake2b(key_of(call).encode(), digest_size=4).digest(), "little")
+
+
+@dataclass(slots=True, eq=False)
 class _Entry:
-    body: bytes
-    answer: asyncio.Future[Message | None]
+    """A call of this node under one key."""
+
+    body: str
+    claim: KeyClaim
     expires: float
+    answer: asyncio.Future[Message | None]
+    """None: it failed, or the answer is another node's to give."""
     size: int = 0
+    run: Run | None = None
+    joins: bool = False
+    """It waits for another node, and nobody shall wait for it meanwhile."""
+    told: bool = False
+    """The homes hear of its end, or have heard."""
 
 
 class Claim:
     """The right, and the duty, to run a call: end it with `succeed` or `fail`."""
 
-    def __init__(self, answers: IdempotentAnswers | None, key: tuple[str, str, str] | None, entry: _Entry | None):
+    def __init__(self, answers: IdempotentAnswers | None = None, key: str = "", entry: _Entry | None = None):
+        """Without arguments: of a call without a key."""
         self._answers = answers
         self._key = key
         self._entry = entry
 
-    def succeed(self, answer: Message, size: int) -> None:
-        """Give the answer to all who joined, and keep it. `size`: about the bytes that it takes in memory."""
-        if self._entry is not None and not self._entry.answer.done():
-            self._entry.size = size
-            self._entry.answer.set_result(answer)
+    async def succeed(self, answer: Message, size: int, *, shown: bool = False) -> Message:
+        """Keep the answer, and give it to all who joined; returns the one to give to the caller. `size`: about the bytes that it takes in
+        memory. `shown`: its caller has seen a part of it, so that no other will do.
+
+        It is another one only where this node was thought gone (frozen) and another one took over: all who asked get the same one then.
+        """
+        if self._answers is None or self._entry is None:
+            return answer
+        return await self._answers.succeeded(self._key, self._entry, answer, size, shown)
 
     def fail(self) -> None:
         """Free the key, unless `succeed` came first; one of those who joined takes over."""
-        if self._entry is None or self._entry.answer.done():
-            return
-        self._entry.answer.set_result(None)
-        assert self._answers is not None
-        assert self._key is not None
-        self._answers.forget(self._key, self._entry)
+        if self._answers is not None and self._entry is not None:
+            self._answers.failed(self._key, self._entry)
+
+
+@dataclass(slots=True)
+class IdempotencyCounters:
+    """Since the node started."""
+
+    claimed: int = 0
+    """Calls with a key that this node ran."""
+    repeated: int = 0
+    """And those that got an earlier call's answer, or joined it."""
+    refused: int = 0
 
 
 class IdempotentAnswers:
     """See the module's law. One per node; `now` is the monotonic clock."""
 
-    def __init__(self, now: Callable[[], float]):
+    def __init__(self, now: Callable[[], float], others: OtherNodes | None = None, dice: random.Random | None = None):
         self._now = now
-        self._entries: OrderedDict[tuple[str, str, str], _Entry] = OrderedDict()
+        self._others: OtherNodes = others or Alone()
+        self._me = self._others.node
+        self._dice = dice or random.Random()
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()
+        """In the order of their ends, but for those that run."""
+        self._bytes = 0
+        self._table = KeyTable()
+        self._live: frozenset[NodeId] = frozenset()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.counters = IdempotencyCounters()
+
+    # --- this node's calls -------------------------------------------------------------------------------------------
 
     async def claim_or_answer(self, call: CallContext, params: Message) -> Claim | Message:
         """The kept (or joined) answer, or a `Claim` to run the call. Keys are per caller and method.
@@ -68,36 +196,256 @@ class IdempotentAnswers:
         Raises `IdempotencyConflict` for another body under the same key.
         """
         if call.idempotency_key is None:
-            return Claim(None, None, None)
-        key = (call.caller, call.method, call.idempotency_key)
-        body = hashlib.sha256(params.model_dump_json().encode()).digest()
+            return Claim()
+        key = key_of(call)
+        body = hashlib.sha256(params.model_dump_json().encode()).hexdigest()
         while True:
             self._expire()
             entry = self._entries.get(key)
             if entry is None:
-                entry = _Entry(body, asyncio.get_running_loop().create_future(), self._now() + KEEP_SECONDS)
-                self._entries[key] = entry
-                return Claim(self, key, entry)
+                break
             if entry.body != body:
-                raise IdempotencyConflict(
-                    "this idempotency key was used for a call with other params; use a new key for a new call"
-                )
+                self._refuse()
             answer = await asyncio.shield(entry.answer)
             if answer is not None:
+                self.counters.repeated += 1
                 return answer
+        return await self._claimed(key, body, call.method)
 
-    def forget(self, key: tuple[str, str, str], entry: _Entry) -> None:
-        """Drop the entry, if it is still the key's."""
+    async def _claimed(self, key: str, body: str, method: str) -> Claim | Message:
+        claim = KeyClaim(self._me, secrets.token_hex(16))
+        entry = _Entry(body, claim, self._now() + KEEP_SECONDS, asyncio.get_running_loop().create_future())
+        self._entries[key] = entry
+
+        def joining(joins: bool) -> None:
+            entry.joins = joins
+
+        try:
+            outcome = await self._drive(claiming(key, body, claim, lambda: self._homes(key), self._dice, joining))
+            answer = None if not isinstance(outcome, Known) else self._read(method, outcome.answer)
+        except BaseException:
+            # The caller's time is over, or it left: whoever waits here claims for itself.
+            self.failed(key, entry)
+            raise
+        if isinstance(outcome, Run):
+            entry.run = outcome
+            self.counters.claimed += 1
+            return Claim(self, key, entry)
+        # The homes, or the owner, keep it: nothing is to be told.
+        entry.told = True
+        self._end(key, entry, answer, forget=True)
+        if isinstance(outcome, Refused):
+            self._refuse()
+        if answer is None:
+            return Claim()
+        self.counters.repeated += 1
+        return answer
+
+    async def succeeded(self, key: str, entry: _Entry, answer: Message, size: int, shown: bool) -> Message:
+        """See `Claim.succeed`."""
+        assert entry.run is not None
+        if entry.told:
+            return answer
+        entry.told = True
         if self._entries.get(key) is entry:
-            del self._entries[key]
+            entry.size = size
+            self._bytes += size
+            entry.expires = self._now() + KEEP_SECONDS
+            self._entries.move_to_end(key)
+        alone = self._homes(key) == (self._me,) == entry.run.homes
+        # Alone, the answer is kept once, as it is; a node that joins later finds its owner here.
+        said = None if alone else self._written(answer)
+        steps = settling(key, entry.body, entry.run, lambda: self._homes(key), said, wait=not shown)
+        # A task of its own: the caller may leave now, and the answer is there all the same.
+        return await asyncio.shield(self._start(self._settled(key, entry, answer, steps, shown)))
+
+    async def _settled(
+        self, key: str, entry: _Entry, answer: Message, steps: Steps[Known | None], shown: bool
+    ) -> Message:
+        given: Message | None = answer
+        try:
+            winner = await self._drive(steps)
+            if winner is not None and not shown:
+                given = self._read_as(type(answer), winner.answer) or answer
+        finally:
+            self._end(key, entry, given)
+        return given or answer
+
+    def failed(self, key: str, entry: _Entry) -> None:
+        """See `Claim.fail`."""
+        if entry.told:
+            return
+        entry.told = True
+        self._end(key, entry, None, forget=True)
+        steps = freeing(key, entry.body, entry.claim, entry.run, lambda: self._homes(key))
+        if self._others.live():
+            self._start(self._drive(steps))
+        else:
+            self._table.settle(key, entry.body, entry.claim, self._now(), failed=True)
+
+    # --- what peers ask ----------------------------------------------------------------------------------------------
+
+    async def asked(self, params: ClaimKeyParams | SettleKeyParams | AwaitAnswerParams, sender: str) -> KeyResult:
+        """`mesh.claim`, `mesh.settle`, `mesh.await_answer`. Raises `InvalidParams`."""
+        reply = await self._here(question_of(params, sender))
+        return result_of(reply)
+
+    def members_changed(self) -> None:
+        """Nodes came or went: what this node knows of keys is told to those that are their homes now and were not before."""
+        before, after = self._live, frozenset(self._others.live())
+        self._live = after
+        if after - before or before - after:
+            self._start(self._tell(before | {self._me}, after | {self._me}))
+
+    async def _tell(self, before: frozenset[NodeId], after: frozenset[NodeId]) -> None:
+        def new_homes(key: str) -> list[NodeId]:
+            """That did not hear of it. Empty where another one that did tells them."""
+            old = homes_of(key, before)
+            teller = next((node for node in old if node in after), self._me)
+            return [] if teller != self._me else [node for node in homes_of(key, after) if node not in old]
+
+        for kept in self._table.kept(self._now()):
+            if kept.answered:
+                for home in new_homes(kept.key):
+                    await self._ask(Ask(home, Settlement(kept.key, kept.body, kept.claim, kept.answer)))
+        for key, entry in list(self._entries.items()):
+            # Of a running call only its owner knows whether it still runs.
+            old = homes_of(key, before)
+            for home in homes_of(key, after):
+                if entry.run is not None and not entry.told and home not in old:
+                    await self._ask(Ask(home, ClaimQuestion(key, entry.body, entry.run.claim)))
+
+    async def idle(self) -> None:
+        """Wait until what is told in the background has been told."""
+        while self._tasks:
+            await asyncio.wait(self._tasks)
+
+    # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _homes(self, key: str) -> tuple[NodeId, ...]:
+        return homes_of(key, (self._me, *self._others.live()))
+
+    def _lives(self, node: NodeId) -> bool:
+        return node == self._me or node in self._others.live()
+
+    async def _drive(self, steps: Steps[Outcome]) -> Outcome:
+        """Perform a protocol."""
+        replies: Replies | None = None
+        try:
+            while True:
+                try:
+                    asks = next(steps) if replies is None else steps.send(replies)
+                except StopIteration as ended:
+                    outcome: Outcome = ended.value
+                    return outcome
+                if isinstance(asks, Pause):
+                    await asyncio.sleep(asks.seconds)
+                    replies = ()
+                elif len(asks) == 1:
+                    replies = (await self._ask(asks[0]),)
+                else:
+                    replies = await asyncio.gather(*map(self._ask, asks))
+        finally:
+            steps.close()
+
+    async def _ask(self, ask: Ask) -> KeyReply | None:
+        if ask.node == self._me:
+            return await self._here(ask.question)
+        return await self._others.ask(ask.node, ask.question)
+
+    async def _here(self, question: Question) -> KeyReply:
+        now = self._now()
+        match question:
+            case ClaimQuestion():
+                return self._table.claim(
+                    question.key, question.body, question.claim, now, lives=self._lives, gone=question.gone
+                )
+            case Settlement():
+                return self._table.settle(
+                    question.key,
+                    question.body,
+                    question.claim,
+                    now,
+                    answer=question.answer,
+                    failed=question.failed,
+                )
+            case AnswerQuestion():
+                return await self._own_answer(question)
+
+    async def _own_answer(self, question: AnswerQuestion) -> KeyReply:
+        self._expire()
+        entry = self._entries.get(question.key)
+        if entry is None or entry.joins:
+            return KeyReply(KeyState.UNKNOWN)
+        if entry.body != question.body:
+            return KeyReply(KeyState.CONFLICT)
+        done, _ = await asyncio.wait({entry.answer}, timeout=question.wait)
+        if not done:
+            return KeyReply(KeyState.RUNNING, entry.claim)
+        answer = entry.answer.result()
+        said = None if answer is None else _json(answer)
+        return KeyReply(KeyState.UNKNOWN) if said is None else KeyReply(KeyState.ANSWERED, entry.claim, said)
+
+    def _end(self, key: str, entry: _Entry, answer: Message | None, *, forget: bool = False) -> None:
+        if not entry.answer.done():
+            entry.answer.set_result(answer)
+        if forget and self._entries.get(key) is entry:
+            self._drop(key)
+
+    def _drop(self, key: str) -> None:
+        self._bytes -= self._entries.pop(key).size
+
+    def _refuse(self) -> None:
+        self.counters.refused += 1
+        raise IdempotencyConflict(
+            "this idempotency key was used for a call with other params; use a new key for a new call"
+        )
+
+    @staticmethod
+    def _written(answer: Message) -> bytes | None:
+        said = _json(answer)
+        return said if said is not None and len(said) <= LARGEST_ANSWER else None
+
+    def _read(self, method: str, answer: bytes) -> Message | None:
+        return self._read_as(_RESULTS.get(method), answer)
+
+    @staticmethod
+    def _read_as(kind: type[Message] | None, answer: bytes) -> Message | None:
+        if kind is not None:
+            try:
+                return kind.model_validate_json(answer)
+            except ValidationError:
+                pass
+        log.warning(
+            "the answer that another node kept under an idempotency key is of another version; the call is run again"
+        )
+        return None
+
+    def _start(self, work: Coroutine[Any, Any, Outcome]) -> asyncio.Task[Outcome]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
     def _expire(self) -> None:
         now = self._now()
-        kept = sum(entry.size for entry in self._entries.values())
         for key, entry in list(self._entries.items()):
-            full = len(self._entries) > KEEP_ANSWERS or kept > KEEP_BYTES
+            full = len(self._entries) > KEEP_KEYS or self._bytes > KEEP_BYTES
             if entry.expires > now and not full:
                 break
             if entry.answer.done():
-                kept -= entry.size
-                del self._entries[key]
+                self._drop(key)
+
+
+def _json(answer: Message) -> bytes | None:
+    """As JSON text; None for what JSON cannot say (the caller's own answer fails for it, too)."""
+    try:
+        return orjson.dumps(answer, default=_fields)
+    except (TypeError, ValueError):
+        return None
+
+
+def _fields(value: object) -> object:
+    if isinstance(value, Message):
+        return value.wire()
+    raise TypeError

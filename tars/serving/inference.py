@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar, cast
 
 from tars.core.types import ModelKind
@@ -37,10 +37,13 @@ from tars.messages.inference import (
     ToolCallDelta,
     Usage,
 )
-from tars.serving.idempotency import Claim, IdempotentAnswers
+from tars.serving.call_record import REPEATED, CallRecord, CallRecords
+from tars.serving.idempotency import Claim, IdempotentAnswers, OtherNodes
 from tars.serving.router import Router, ServedModel, draining_error
 from tars.serving.vectors import written
 
+KEY_WAIT = "idempotency_key"
+"""What a call with a key waits for before it runs: the word of the key's homes, or the first call's answer."""
 BYTES_A_SCORE = 512
 """A `Scored` with its fields (measured with `sys.getsizeof`, its dictionary included)."""
 BYTES_A_CHARACTER = 4
@@ -53,10 +56,19 @@ Answer = TypeVar("Answer", Embedded, Reranked, Tokenized)
 class Inference:
     """See the module's law. `now` is the monotonic clock of every deadline."""
 
-    def __init__(self, router: Router, now: Callable[[], float] = time.monotonic):
+    def __init__(
+        self,
+        router: Router,
+        now: Callable[[], float] = time.monotonic,
+        others: OtherNodes | None = None,
+        records: CallRecords | None = None,
+    ):
         self._router = router
         self._now = now
-        self._answers = IdempotentAnswers(now)
+        self.answers = IdempotentAnswers(now, others)
+        """Of calls with an idempotency key. `others`: the nodes that share them."""
+        self.records = records or CallRecords(now)
+        """The last calls; the router's, too."""
 
     @property
     def draining(self) -> bool:
@@ -97,102 +109,97 @@ class Inference:
         call: CallContext,
         result: Callable[[str, Generated, ServedBy], Result],
     ) -> AsyncGenerator[Delta | Result]:
-        model = self._admit(params.model, ModelKind.CHAT, call)
-        name = _full_name(model, params.model)
-        claim = await self._claim(call, params)
-        if not isinstance(claim, Claim):
-            kept = cast("Result", claim)
-            for choice in kept.choices():
-                yield _whole(choice)
-            yield kept
-            return
-        try:
-            # By its full name: the engine reads the adapter behind the colon, and an alias may hold one too.
-            work = params.model_copy(update={"model": name})
-            async with aclosing(self._router.run(model, work, call)) as events:
-                async for event, served_by in events:
-                    if isinstance(event, Delta):
-                        yield event
-                    elif isinstance(event, Generated):
-                        made = result(name, event, served_by)
-                        claim.succeed(made, sum(map(_characters, made.choices())) * BYTES_A_CHARACTER)
-                        yield made
-        finally:
-            claim.fail()
+        with self._recorded(call, params.model) as record:
+            model = self._admit(params.model, ModelKind.CHAT, call)
+            name = record.model = _full_name(model, params.model)
+            claim = await self._claim(call, params, record)
+            if not isinstance(claim, Claim):
+                kept = cast("Result", claim)
+                for choice in kept.choices():
+                    yield _whole(choice)
+                yield kept
+                return
+            shown = False
+            try:
+                # By its full name: the engine reads the adapter behind the colon, and an alias may hold one too.
+                work = params.model_copy(update={"model": name})
+                async with aclosing(self._router.run(model, work, call)) as events:
+                    async for event, served_by in events:
+                        if isinstance(event, Delta):
+                            shown = call.streamed
+                            yield event
+                        elif isinstance(event, Generated):
+                            made = result(name, event, _for_call(served_by, call))
+                            size = sum(map(_characters, made.choices())) * BYTES_A_CHARACTER
+                            made = cast("Result", await claim.succeed(made, size, shown=shown))
+                            record.answered()
+                            yield made
+            finally:
+                claim.fail()
 
     async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
         """Vectors in the order of the input. Those that are not asked for as base64 are JSON text already (`vectors.written`): the
         result is for writing, not for reading.
         """
-        model = self._admit(params.model, ModelKind.EMBEDDING, call)
-        claim = await self._claim(call, params)
-        if isinstance(claim, EmbedResult):
-            return claim
-        assert isinstance(claim, Claim)
-        try:
-            embedded, served_by = await self._answer(Embedded, model, params, call)
-            if params.encoding_format == "base64":
-                vectors: list[Any] = list(embedded.vectors)
-                size = sum(map(len, embedded.vectors))
-            else:
-                vectors, size = await written(embedded.vectors, params.output_type)
-            # Not validated: JSON text is no list of numbers, and looking at two million of them takes longer than writing them.
-            result = EmbedResult.model_construct(
-                model=_full_name(model, params.model),
-                embeddings=vectors,
-                dimensions=embedded.dimensions,
-                truncated=embedded.truncated,
-                split=embedded.split,
-                usage=Usage(prompt_tokens=embedded.prompt_tokens, total_tokens=embedded.prompt_tokens),
-                timings=embedded.timings,
-                served_by=served_by,
-            )
-            claim.succeed(result, size)
-            return result
-        finally:
-            claim.fail()
+        with self._recorded(call, params.model) as record:
+            model = self._admit(params.model, ModelKind.EMBEDDING, call)
+            record.model = _full_name(model, params.model)
+            claim = await self._claim(call, params, record)
+            if isinstance(claim, EmbedResult):
+                return claim
+            assert isinstance(claim, Claim)
+            try:
+                embedded, served_by = await self._answer(Embedded, model, params, call)
+                if params.encoding_format == "base64":
+                    vectors: list[Any] = list(embedded.vectors)
+                    size = sum(map(len, embedded.vectors))
+                else:
+                    vectors, size = await written(embedded.vectors, params.output_type)
+                # Not validated: JSON text is no list of numbers, and looking at two million of them takes longer than writing them.
+                result = EmbedResult.model_construct(
+                    model=record.model,
+                    embeddings=vectors,
+                    dimensions=embedded.dimensions,
+                    truncated=embedded.truncated,
+                    split=embedded.split,
+                    usage=Usage(prompt_tokens=embedded.prompt_tokens, total_tokens=embedded.prompt_tokens),
+                    timings=embedded.timings,
+                    served_by=served_by,
+                )
+                result = cast("EmbedResult", await claim.succeed(result, size))
+                record.answered()
+                return result
+            finally:
+                claim.fail()
 
     async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
         """Documents by their relevance to the query, best first; equal ones in the order of the input."""
-        model = self._admit(params.model, ModelKind.RERANK, call)
-        claim = await self._claim(call, params)
-        if isinstance(claim, RerankResult):
-            return claim
-        assert isinstance(claim, Claim)
-        try:
-            reranked, served_by = await self._answer(Reranked, model, params, call)
-            if len(reranked.scores) != len(params.documents):
-                raise InternalError("the worker scored another number of documents than it was given")
-            scores = reranked.scores
-            best = sorted(range(len(scores)), key=lambda index: -scores[index])[: params.top_n]  # sorted() is stable
-            result = RerankResult(
-                model=_full_name(model, params.model),
-                results=[
-                    Scored(
-                        index=index,
-                        score=scores[index],
-                        document=params.documents[index] if params.return_documents else None,
-                    )
-                    for index in best
-                ],
-                truncated=reranked.truncated,
-                usage=Usage(prompt_tokens=reranked.prompt_tokens, total_tokens=reranked.prompt_tokens),
-                timings=reranked.timings,
-                served_by=served_by,
-            )
-            characters = sum(len(scored.document or "") for scored in result.results)
-            claim.succeed(result, len(best) * BYTES_A_SCORE + characters * BYTES_A_CHARACTER)
-            return result
-        finally:
-            claim.fail()
+        with self._recorded(call, params.model) as record:
+            model = self._admit(params.model, ModelKind.RERANK, call)
+            record.model = _full_name(model, params.model)
+            claim = await self._claim(call, params, record)
+            if isinstance(claim, RerankResult):
+                return claim
+            assert isinstance(claim, Claim)
+            try:
+                reranked, served_by = await self._answer(Reranked, model, params, call)
+                result = _reranked(params, record.model, reranked, served_by)
+                characters = sum(len(scored.document or "") for scored in result.results)
+                size = len(result.results) * BYTES_A_SCORE + characters * BYTES_A_CHARACTER
+                result = cast("RerankResult", await claim.succeed(result, size))
+                record.answered()
+                return result
+            finally:
+                claim.fail()
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """Token ids of a text by a model of any kind; without a name, the only chat model's."""
-        model = self._admit_any(params.model, call)
-        tokenized, _ = await self._answer(Tokenized, model, params, call)
-        return TokenizeResult(
-            model=_full_name(model, params.model), tokens=tokenized.tokens, count=len(tokenized.tokens)
-        )
+        with self._recorded(call, params.model) as record:
+            model = self._admit_any(params.model, call)
+            record.model = _full_name(model, params.model)
+            tokenized, _ = await self._answer(Tokenized, model, params, call)
+            record.answered()
+            return TokenizeResult(model=record.model, tokens=tokenized.tokens, count=len(tokenized.tokens))
 
     async def _answer(
         self,
@@ -208,7 +215,7 @@ class Inference:
         async with aclosing(self._router.run(model, work, call)) as events:
             async for event, served_by in events:
                 if isinstance(event, kind):
-                    return event, served_by
+                    return event, _for_call(served_by, call)
         raise InternalError("the worker ended without an answer")
 
     def _admit(self, name: str | None, kind: ModelKind, call: CallContext) -> ServedModel:
@@ -237,16 +244,38 @@ class Inference:
                 continue
         return self._admit(name, ModelKind.RERANK, call)
 
-    async def _claim(self, call: CallContext, params: Message) -> Claim | Message:
-        if call.idempotency_key is None:
-            return Claim(None, None, None)
+    async def _claim(self, call: CallContext, params: Message, record: CallRecord) -> Claim | Message:
+        # A call that a peer forwarded is an attempt of one that has its claim there.
+        if call.idempotency_key is None or call.hops:
+            return Claim()
         try:
-            async with asyncio.timeout(call.deadline.remaining(self._now())):
-                return await self._answers.claim_or_answer(call, params)
+            with record.waiting(KEY_WAIT):
+                async with asyncio.timeout(call.deadline.remaining(self._now())):
+                    found = await self.answers.claim_or_answer(call, params)
         except TimeoutError:
             raise DeadlineExceeded(
                 "the first call under this idempotency key is still running and the time budget is gone; ask again later"
             ) from None
+        if not isinstance(found, Claim):
+            served_by = getattr(found, "served_by", None)
+            record.answered(REPEATED, of=served_by.call if isinstance(served_by, ServedBy) else "")
+        return found
+
+    @contextmanager
+    def _recorded(self, call: CallContext, model: str | None) -> Iterator[CallRecord]:
+        """A record of the call, which says how it ended whatever ends it."""
+        record = self.records.open(call, model or "")
+        try:
+            yield record
+        except TarsError as error:
+            record.failed(error)
+            raise
+        finally:
+            record.left()
+
+
+def _for_call(served_by: ServedBy, call: CallContext) -> ServedBy:
+    return served_by.model_copy(update={"call": call.trace_id})
 
 
 def _common(generated: Generated) -> dict[str, Any]:
@@ -258,6 +287,29 @@ def _common(generated: Generated) -> dict[str, Any]:
         "seed": generated.seed,
         "further": generated.further,
     }
+
+
+def _reranked(params: RerankParams, model: str, reranked: Reranked, served_by: ServedBy) -> RerankResult:
+    """The best first. Raises `InternalError` where there is not one score for each document."""
+    scores = reranked.scores
+    if len(scores) != len(params.documents):
+        raise InternalError("the worker scored another number of documents than it was given")
+    best = sorted(range(len(scores)), key=lambda index: -scores[index])[: params.top_n]  # sorted() is stable
+    return RerankResult(
+        model=model,
+        results=[
+            Scored(
+                index=index,
+                score=scores[index],
+                document=params.documents[index] if params.return_documents else None,
+            )
+            for index in best
+        ],
+        truncated=reranked.truncated,
+        usage=Usage(prompt_tokens=reranked.prompt_tokens, total_tokens=reranked.prompt_tokens),
+        timings=reranked.timings,
+        served_by=served_by,
+    )
 
 
 def _full_name(model: ServedModel, asked: str | None) -> str:

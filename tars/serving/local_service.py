@@ -59,6 +59,7 @@ from tars.messages.node import (
 )
 from tars.serving.call_log import CallLog
 from tars.serving.gate import Gate
+from tars.serving.idempotency import IdempotentAnswers, OtherNodes
 from tars.serving.inference import Inference
 from tars.serving.local_fleet import LocalFleet
 from tars.serving.mesh_fleet import MeshFleet, Peers
@@ -83,6 +84,7 @@ class LocalNodeService:
         addresses: Callable[[], list[str]],
         mesh: MeshService | None = None,
         peers: Peers | None = None,
+        keys_at: OtherNodes | None = None,
         on_traffic: Callable[[NodeId], None] = lambda node: None,
         on_drain: Callable[[bool], None] = lambda draining: None,
         others: Callable[[], list[PeerDescription]] = list,
@@ -109,7 +111,7 @@ class LocalNodeService:
         if peers is not None:
             self._fleet = MeshFleet(coordinator.node_id, self._local, peers, coordinator.catalogue.find)
         self._router = Router(self._fleet, now, on_traffic)
-        self._inference = Inference(self._router, now)
+        self._inference = Inference(self._router, now, keys_at)
         self._started_at = wall_clock()
         self._started = now()
         self._snapshot: tuple[float, int, NodeSnapshot] | None = None
@@ -132,6 +134,11 @@ class LocalNodeService:
     async def idle(self) -> None:
         """Wait until no call runs."""
         await self._calls.idle()
+
+    @property
+    def keys(self) -> IdempotentAnswers:
+        """See `serving.idempotency`."""
+        return self._inference.answers
 
     def ping(self) -> PingResult:
         """No probe, no await."""

@@ -41,6 +41,7 @@ from tars.messages.inference import (
     TokenizeParams,
     TokenizeResult,
 )
+from tars.messages.key_claims import AwaitAnswerParams, ClaimKeyParams, KeyResult, SettleKeyParams
 from tars.messages.mesh import GossipParams, GossipResult
 from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
@@ -97,6 +98,14 @@ class MeshService(Protocol):
         ...
 
 
+class KeyService(Protocol):
+    """What other nodes ask of idempotency keys. `serving.idempotency` does it."""
+
+    async def asked(self, params: ClaimKeyParams | SettleKeyParams | AwaitAnswerParams, sender: str) -> KeyResult:
+        """What this node knows of a key now. `sender`: the node that asks. Raises `InvalidParams` for a claim in another one's name."""
+        ...
+
+
 class NodeService(Protocol):
     """See the module's law."""
 
@@ -108,6 +117,11 @@ class NodeService(Protocol):
     @property
     def mesh(self) -> MeshService:
         """Members, tokens and keys."""
+        ...
+
+    @property
+    def keys(self) -> KeyService:
+        """Idempotency keys, as peers ask of them."""
         ...
 
     def ping(self) -> PingResult:

@@ -233,6 +233,7 @@ class Exchange:
                 idempotency_key=idempotency_key,
                 caller=arrival.caller,
                 face=self.face.name,
+                streamed=streams,
             )
 
     def _idempotency_key(self) -> str | None:

@@ -33,7 +33,8 @@ def test_only_generation_streams_and_only_it_and_what_makes_or_ends_a_secret_is_
 def test_each_method_is_for_those_who_may_call_it() -> None:
     only = {name: spec.roles for name, spec in METHODS.items() if spec.roles != CALLERS}
     assert only.pop("mesh.join") == {Role.STRANGER}
-    assert only.pop("mesh.gossip") == {Role.PEER}
+    for name in ("mesh.gossip", "mesh.claim", "mesh.settle", "mesh.await_answer"):
+        assert only.pop(name) == {Role.PEER}
     assert set(only) == {
         name for name in METHODS if name.startswith(("mesh.token_", "mesh.key_", "mesh.remove", "models.add_file"))
     }

@@ -28,6 +28,9 @@ PARAMS = {
     "models.pull": {"model": "m"},
     "models.add_file": {"model": "m", "path": "/f"},
     "models.remove": {"model": "m"},
+    "mesh.claim": {"key": "0a" * 32, "body": "0b" * 32, "claim": {"owner": "node-2", "token": "t"}},
+    "mesh.settle": {"key": "0a" * 32, "body": "0b" * 32, "claim": {"owner": "node-2", "token": "t"}},
+    "mesh.await_answer": {"key": "0a" * 32, "body": "0b" * 32, "wait_ms": 1},
     "inference.chat": {"messages": [{"role": "user", "content": "x"}]},
     "inference.complete": {"prompt": "x"},
     "inference.embed": {"input": "x"},
@@ -44,6 +47,9 @@ CALLED = {
     "mesh.key_list": "keys",
     "mesh.key_revoke": "revoke_key",
     "mesh.remove": "remove_node",
+    "mesh.claim": "asked",
+    "mesh.settle": "asked",
+    "mesh.await_answer": "asked",
 }
 """Where the service's method is not called as the second part of the row's name."""
 
@@ -57,6 +63,11 @@ class RecordingService:
     @property
     def mesh(self):
         return RecordingService(waits=False)
+
+    @property
+    def keys(self):
+        # On the mesh's part it lists API keys; on the node's it is the part for idempotency keys.
+        return RecordingService() if self._waits else self.__getattr__("keys")
 
     def __getattr__(self, name):
         def method(*arguments):
@@ -87,7 +98,7 @@ async def test_a_handler_calls_its_own_method_with_what_it_needs(name):
     assert called == CALLED.get(name, name.partition(".")[2])
     if name in ("mesh.explain", "models.remove"):
         assert given == ("m",)
-    elif name in ("mesh.join", "mesh.gossip"):
+    elif name in ("mesh.join", "mesh.gossip", "mesh.claim", "mesh.settle", "mesh.await_answer"):
         assert given == (params, "192.0.2.7" if name == "mesh.join" else "node-2")
     elif name.startswith("inference."):
         assert given == (params, context)

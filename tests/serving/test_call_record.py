@@ -3,7 +3,7 @@
 import pytest
 
 from tars.core.types import Deadline
-from tars.errors import Overloaded, UnknownModel
+from tars.errors import Overloaded
 from tars.messages.base import CallContext
 from tars.serving.call_record import CallRecords
 
@@ -83,10 +83,20 @@ def test_calls_of_one_trace_are_told_apart(records):
     assert records.find("t") == (second,)
 
 
-def test_a_call_that_no_replica_was_looked_for_is_known_too(records):
-    records.refused(call(), "nonsense", UnknownModel("no such model"))
-    (record,) = records.find("t")
-    assert (record.model, record.outcome, record.error) == ("nonsense", "unknown_model", "no such model")
+def test_the_parts_of_a_node_that_one_call_passes_through_share_its_record(records):
+    first = call()
+    record = records.open(first, "m")
+    assert records.open(first, "m") is record
+    # Equal, and yet another call.
+    assert records.open(call(), "m") is not record
+    record.answered()
+    assert len(records) == 2
+
+
+def test_a_repeated_call_names_the_one_whose_answer_it_got(records):
+    record = records.open(call(), "m")
+    record.answered("repeated", of="earlier")
+    assert (record.outcome, record.repeats) == ("repeated", "earlier")
 
 
 def test_a_peers_call_names_the_gateway(records):

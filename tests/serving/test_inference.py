@@ -55,6 +55,9 @@ class FakeFleet:
     def models(self):
         return self.served
 
+    def loadable(self):
+        return ()
+
     def candidates(self, model):
         return [Candidate(ReplicaId("r"), model, ModelKind.CHAT, ReplicaState.READY)]
 
@@ -94,7 +97,7 @@ async def test_chat_streams_deltas_and_ends_with_the_result():
     items = await everything(Inference(FakeRouter(Delta(text="hel"), Delta(text="lo"), DONE)).chat(CHAT, call()))
     assert [item.text for item in items[:-1]] == ["hel", "lo"]
     assert items[-1].message.content == "hello"
-    assert (items[-1].model, items[-1].served_by) == ("c", SERVED)
+    assert (items[-1].model, items[-1].served_by) == ("c", SERVED.model_copy(update={"call": "t"}))
 
 
 async def test_completion_ends_with_its_own_result():
