@@ -246,7 +246,8 @@ def _heard(result: dict[str, Any], streamed: tuple[dict[int, str], dict[int, lis
                 choice.text,
                 choice.finish_reason,
                 pieces=None if streamed is None else pieces.get(choice.index, ""),
-                token_ids=None if streamed is None else tuple(tokens.get(choice.index, ())),
+                # One that was joined, or repeated, under its key comes in one piece and without its tokens.
+                token_ids=tuple(tokens[choice.index]) if tokens.get(choice.index) else None,
                 steps=tuple(map(_step, choice.logprobs or ())),
             )
         )
