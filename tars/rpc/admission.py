@@ -2,6 +2,9 @@
 
 Law of this file: one `Admission` per node, shared by JSON-RPC, OpenAI and REST, so that the bound on calls under way is the node's and not
 a face's. It knows no method and no HTTP.
+
+A caller may have all places while nobody else wants one. The last eighth of them is for those who hold less than an equal share, so that
+one caller's flood keeps nobody else out; what becomes of the calls inside is `serving.gate`'s.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import asyncio
 import itertools
 import re
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from time import monotonic
@@ -20,6 +24,10 @@ from tars.rpc.options import RpcOptions
 
 _OPERATORS_RESERVE = 16
 """Calls that are not inference and may still start when `max_concurrent_calls` is reached: a full node must answer its operator."""
+_LAST_PART = 8
+"""One in so many places is kept for callers who hold few."""
+_WANTED_SECONDS = 2.0
+"""For so long a caller who was refused counts among those who want places: most come back sooner."""
 _RETRY_AFTER_MS = 1000
 """A place is free again within about one short answer."""
 _STOPPING_RETRY_MS = 5000
@@ -33,6 +41,8 @@ class Admission:
     def __init__(self, options: RpcOptions) -> None:
         self._options = options
         self._active = 0
+        self._held: Counter[str] = Counter()
+        self._refused_at: dict[str, float] = {}
         # 64 random bits of this process and a count: as unique as 128 random ones, at a tenth of the price.
         self._trace_prefix = secrets.token_hex(8)
         self._trace_count = itertools.count(1)
@@ -64,10 +74,10 @@ class Admission:
 
     @asynccontextmanager
     async def within_bounds(
-        self, timeout_ms: int | None, *, inference: bool = True, always: bool = False
+        self, timeout_ms: int | None, *, inference: bool = True, always: bool = False, caller: str = "local"
     ) -> AsyncIterator[Deadline]:
         """Holds a place and stops the work at its deadline (`timeout_ms` from now; None is the node's default).
-        `always`: take a place also where none is free.
+        `always`: take a place also where none is free. `caller`: whose call it is.
 
         Raises `Overloaded` where no place is free, `DeadlineExceeded` when the time is over, `Draining` where the node stops.
         """
@@ -75,15 +85,24 @@ class Admission:
             raise stopping()
         most = self._options.max_concurrent_calls + (0 if inference else _OPERATORS_RESERVE)
         if self._active >= most and not always:
+            self._refused_at[caller] = monotonic()
             raise Overloaded(
                 f"This node already runs {self._active} calls, its limit, so the call was not started. Send it again a little "
                 "later, to another node, or raise limits.max_concurrent_calls.",
                 retry_after_ms=_RETRY_AFTER_MS,
                 details={"limit": self._options.max_concurrent_calls},
             )
+        if inference and not always and self._has_its_share(caller):
+            raise Overloaded(
+                f"This node runs {self._held[caller]} calls of this caller, and the few places that are left are for others, so the call "
+                "was not started. Send it again a little later, to another node, or fewer at once.",
+                retry_after_ms=_RETRY_AFTER_MS,
+                details={"limit": self._options.max_concurrent_calls, "held": self._held[caller]},
+            )
         seconds = (self._options.default_timeout_ms if timeout_ms is None else timeout_ms) / 1000
         deadline = Deadline(monotonic() + seconds)
         self._active += 1
+        self._held[caller] += 1
         limit = asyncio.timeout(seconds)
         try:
             async with limit:
@@ -101,7 +120,20 @@ class Admission:
             ) from None
         finally:
             self._active -= 1
+            self._held[caller] -= 1
+            if not self._held[caller]:
+                del self._held[caller]
             self._running.discard(limit)
+
+    def _has_its_share(self, caller: str) -> bool:
+        """Whether others go before it: nearly all places are taken, and it holds as many as an equal share of them."""
+        most = self._options.max_concurrent_calls
+        if self._active < most - most // _LAST_PART:
+            return False
+        now = monotonic()
+        self._refused_at = {each: at for each, at in self._refused_at.items() if now - at < _WANTED_SECONDS}
+        others = self._held.keys() | self._refused_at.keys() | {caller}
+        return len(others) > 1 and self._held[caller] >= most / len(others)
 
 
 def stopping(began: bool = False) -> Draining:

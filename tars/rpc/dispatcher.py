@@ -20,7 +20,7 @@ from jsonrpcserver.request import Request
 from jsonrpcserver.result import Error, Success
 
 from tars.errors import Cancelled, Forbidden, InternalError, InvalidParams, MethodNotFound, NotAMember, TarsError
-from tars.messages.base import CallContext, CallMeta, Message
+from tars.messages.base import CallContext, CallMeta, Message, Priority
 from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.envelope import BadElement, Call, Element, encode_error, encode_result
 from tars.rpc.method_table import METHODS, MethodSpec, Role
@@ -74,6 +74,7 @@ class Arrival:
     """The NodeId of the peer that sent it."""
     source: str = ""
     """The address that it came from, for strangers."""
+    priority: Priority | None = None
 
 
 LOCAL = Arrival(role=Role.ADMINISTRATOR)
@@ -197,8 +198,12 @@ class Dispatcher:
         """Takes a place among the concurrent calls and holds the work to its deadline."""
         meta, arrival = running.call.meta, running.arrival
         given = [ms for ms in (meta.timeout_ms, arrival.timeout_ms) if ms is not None]
+        caller = meta.caller or arrival.caller
         async with self.admission.within_bounds(
-            min(given, default=None), inference=running.spec.is_inference, always=running.spec.is_background
+            min(given, default=None),
+            inference=running.spec.is_inference,
+            always=running.spec.is_background,
+            caller=caller,
         ) as deadline:
             context = CallContext(
                 deadline,
@@ -206,13 +211,12 @@ class Dispatcher:
                 running.spec.name,
                 meta.idempotency_key,
                 meta.hops,
-                meta.caller or arrival.caller,
+                caller,
                 arrival.face,
                 arrival.peer,
                 arrival.source,
-                meta.priority,
+                meta.priority or arrival.priority,
                 meta.resume,
-                running.emit is not None,
             )
             work = handler(params, context)
             if running.spec.streams:

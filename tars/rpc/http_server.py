@@ -21,7 +21,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler, Middleware
 
 from tars.errors import Cancelled, DeadlineExceeded, InvalidRequest, ParseError, TarsError
-from tars.messages.base import MAX_TIMEOUT_MS, Message
+from tars.messages.base import MAX_TIMEOUT_MS, Message, Priority
 from tars.rpc.access import CALLER, ROLE, RenderError
 from tars.rpc.admission import Admission, stopping
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
@@ -46,6 +46,7 @@ STREAM_HEADERS = {
 }
 _TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 _TRACE_HEADER = "traceparent"
+_PRIORITY_HEADER = "X-Priority"
 _EVENT_STREAM = "text/event-stream"
 _BODY_SECONDS = 120.0
 """For a whole body: 8 MiB at half a megabit a second. Its call's own time begins after it."""
@@ -191,7 +192,8 @@ def arrival_of(request: web.Request) -> Arrival:
     caller, role = request.get(CALLER, "local"), request.get(ROLE, Role.CLIENT)
     timeout = headers.get(_TIMEOUT_HEADER)
     trace = headers.get(_TRACE_HEADER)
-    if timeout is None and trace is None and caller == "local" and role is Role.ADMINISTRATOR:
+    priority = headers.get(_PRIORITY_HEADER)
+    if timeout is None and trace is None and priority is None and caller == "local" and role is Role.ADMINISTRATOR:
         return LOCAL
     timeout_ms = None
     if timeout is not None:
@@ -203,7 +205,24 @@ def arrival_of(request: web.Request) -> Arrival:
                 "was run."
             )
         timeout_ms = int(timeout)
-    return Arrival(caller, timeout_ms, trace, role=role, peer=request.get(PEER), source=request.get(SOURCE, ""))
+    return Arrival(
+        caller,
+        timeout_ms,
+        trace,
+        role=role,
+        peer=request.get(PEER),
+        source=request.get(SOURCE, ""),
+        priority=None if priority is None else _priority(priority),
+    )
+
+
+def _priority(said: str) -> Priority:
+    match said.strip().lower():
+        case "interactive":
+            return "interactive"
+        case "batch":
+            return "batch"
+    raise InvalidRequest(f"Invalid Request: {_PRIORITY_HEADER} must be interactive or batch, so nothing was run.")
 
 
 async def _stream(

@@ -166,9 +166,14 @@ class Gate:
             self._note(capacity, now)
             return
         remaining = turn.call.deadline.remaining(now)
+        first_by = turn.call.first_by
         rate = self._rate.per_second(capacity.own_word)
         own = units / rate * max(1, len(self._running)) if rate else 0.0
         wait, latest = self._expected(entry.caller, entry.priority, room, capacity), latest_start(remaining, own)
+        if first_by is not None:
+            # Its caller goes away before.
+            remaining = min(remaining, first_by.remaining(now))
+            latest = min(latest, remaining)
         if wait > latest:
             raise self._refusal("late", _too_late(wait, remaining, len(self._queue)), wait - latest)
         gone = self._queue.add(entry)

@@ -12,14 +12,16 @@ import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
+from time import monotonic
 from typing import Any, TypeVar, cast
 
 import orjson
 from aiohttp import hdrs, web
 from pydantic import ValidationError
 
+from tars.core.types import Deadline
 from tars.errors import Cancelled, InvalidParams, TarsError
-from tars.messages.base import MAX_TIMEOUT_MS, CallContext, Message
+from tars.messages.base import MAX_TIMEOUT_MS, CallContext, Message, Priority
 from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.envelope import load_json
 from tars.rpc.http_server import STREAM_HEADERS, arrival_of, read_body
@@ -29,8 +31,10 @@ from tars.serving.service import NodeService
 
 log = logging.getLogger(__name__)
 
-OPENAI_TIMEOUT_HEADER = "X-Stainless-Read-Timeout"
-"""The official OpenAI clients say here for how many seconds they wait for the next byte."""
+PYTHON_TIMEOUT_HEADER = "X-Stainless-Read-Timeout"
+"""The official OpenAI client for Python says here for how many seconds it waits for the next byte."""
+NODE_TIMEOUT_HEADER = "X-Stainless-Timeout"
+"""The one for JavaScript: for how many whole seconds, rounded down, it waits for the answer's headers."""
 IDEMPOTENCY_HEADER = "Idempotency-Key"
 REQUEST_ID_HEADER = "X-Request-Id"
 """Carries the trace id; the OpenAI clients show it as `_request_id`."""
@@ -135,6 +139,8 @@ class Exchange:
         """May be set until the call is counted: /inference knows it only from the body."""
         self.trace_id = trace_id_of(request.headers.get("traceparent")) or face.admission.new_trace_id()
         self.error: TarsError | None = None
+        self.priority: Priority | None = None
+        """What the body says of it, which goes before the header; may be set until the call begins."""
         self._counted = False
 
     @property
@@ -221,19 +227,22 @@ class Exchange:
         arrival = arrival_of(self.request)
         idempotency_key = self._idempotency_key()
         given = [] if arrival.timeout_ms is None else [arrival.timeout_ms]
-        # It bounds the wait for the next byte, so it says nothing of how long a stream may take in all.
-        if not streams and (patience_ms := _patience_ms(self.request.headers.get(OPENAI_TIMEOUT_HEADER))) is not None:
+        # It bounds the wait for the first byte (and each next one), so it says nothing of how long a stream may take in all.
+        patience_ms = _patience_ms(self.request.headers)
+        if not streams and patience_ms is not None:
             given.append(patience_ms)
         self.count()
-        async with self.face.admission.within_bounds(min(given, default=None)) as deadline:
+        caller = arrival.caller
+        async with self.face.admission.within_bounds(min(given, default=None), caller=caller) as deadline:
             yield CallContext(
                 deadline=deadline,
                 trace_id=self.trace_id,
                 method=self.method,
                 idempotency_key=idempotency_key,
-                caller=arrival.caller,
+                caller=caller,
+                priority=self.priority or arrival.priority,
+                first_by=None if patience_ms is None or not streams else Deadline(monotonic() + patience_ms / 1000),
                 face=self.face.name,
-                streamed=streams,
             )
 
     def _idempotency_key(self) -> str | None:
@@ -312,10 +321,16 @@ def _fields(value: object) -> object:
     raise TypeError
 
 
-def _patience_ms(seconds: str | None) -> int | None:
+def _patience_ms(headers: Mapping[str, str]) -> int | None:
     """For how long an OpenAI client waits, in ms; None where it does not say so in a number."""
-    try:
-        value = float(seconds) if seconds is not None else math.nan
-    except ValueError:
-        return None
-    return min(max(1, int(value * 1000)), MAX_TIMEOUT_MS) if 0 < value < math.inf else None
+    # "1" is up to two seconds; "0" is less than one.
+    said = [(headers.get(PYTHON_TIMEOUT_HEADER), 0.0), (headers.get(NODE_TIMEOUT_HEADER), 1.0)]
+    patience: list[float] = []
+    for seconds, rounded in said:
+        try:
+            value = float(seconds) + rounded if seconds is not None else math.nan
+        except ValueError:
+            continue
+        if 0 < value < math.inf and value >= rounded:
+            patience.append(value)
+    return min(max(1, int(min(patience) * 1000)), MAX_TIMEOUT_MS) if patience else None

@@ -93,6 +93,7 @@ class OpenAIApi:
         """POST /v1/chat/completions."""
         body = await exchange.json()
         request = validated(ChatRequest, body)
+        exchange.priority = request.priority
         params = translated(request.to_params, body)
         answer_id, created = _answer_id("chatcmpl"), int(time.time())
         if not request.stream:
@@ -127,6 +128,7 @@ class OpenAIApi:
         """POST /v1/completions. Prompts run one after the other: one call never takes more than one place in a replica's queue."""
         body = await exchange.json()
         request = validated(CompletionRequest, body)
+        exchange.priority = request.priority
         runs: list[CompleteParams] = translated(request.to_params, body)
         echoed = [params.prompt if request.echo else "" for params in runs]
         answer_id, created = _answer_id("cmpl"), int(time.time())

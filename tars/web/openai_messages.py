@@ -7,10 +7,13 @@ as in `inference.chat`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from tars.messages.base import MAX_NAME_LENGTH, Priority
 from tars.messages.inference import ChatMessage, ChatParams, CompleteParams
 from tars.web.openai_request import OpenAIRequest, refusal, refuse_tokens
 from tars.web.openai_tools import RequestTool, RequestToolCall, tool_choice_of
@@ -23,6 +26,9 @@ SEED_MASK = 2**32 - 1
 
 SMALLEST_TOP_P = 1e-6
 """OpenAI allows `top_p` 0; it means what any tiny value means: only the likeliest token."""
+
+_TIERS: Mapping[str, Priority] = MappingProxyType({"flex": "batch", "batch": "batch", "priority": "interactive"})
+"""OpenAI's words for how urgent a call is; the others (`auto`, `default`) ask for nothing."""
 
 MAX_PROMPTS = 256
 """Prompts of one /v1/completions call: they run one after the other under one deadline, so more could never end in time."""
@@ -39,7 +45,7 @@ class StreamOptions(OpenAIRequest):
 class _SamplingRequest(OpenAIRequest):
     """What chat and completions share. None is "not said": the engine's default holds."""
 
-    ignored = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier"})
+    ignored = frozenset({"user", "metadata", "store", "safety_identifier"})
 
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -57,6 +63,12 @@ class _SamplingRequest(OpenAIRequest):
     min_p: float | None = None
     repeat_penalty: float | None = None
     grammar: str | None = None
+    service_tier: str | None = Field(None, max_length=MAX_NAME_LENGTH)
+
+    @property
+    def priority(self) -> Priority | None:
+        """What the service tier asks for."""
+        return _TIERS.get(self.service_tier or "")
 
     @property
     def wants_usage(self) -> bool:

@@ -27,6 +27,34 @@ async def test_a_full_node_refuses_inference_and_still_hears_its_operator():
     assert admission.active == 0
 
 
+async def test_one_caller_may_have_every_place_while_nobody_else_wants_one():
+    admission = Admission(RpcOptions(max_concurrent_calls=16))
+    async with AsyncExitStack() as stack:
+        for _ in range(16):
+            await stack.enter_async_context(admission.within_bounds(None, caller="greedy"))
+        assert admission.active == 16
+
+
+async def test_the_last_places_are_for_those_who_hold_few():
+    admission = Admission(RpcOptions(max_concurrent_calls=16))
+    async with AsyncExitStack() as stack, AsyncExitStack() as first:
+        await first.enter_async_context(admission.within_bounds(None, caller="greedy"))
+        for _ in range(15):
+            await stack.enter_async_context(admission.within_bounds(None, caller="greedy"))
+        with pytest.raises(Overloaded, match="already runs 16 calls"):
+            await stack.enter_async_context(admission.within_bounds(None, caller="modest"))
+        # A place is free, and who was refused a moment ago has more right to it.
+        await first.aclose()
+        with pytest.raises(Overloaded, match="15 calls of this caller") as refused:
+            await stack.enter_async_context(admission.within_bounds(None, caller="greedy"))
+        assert refused.value.retry_after_ms
+        await stack.enter_async_context(admission.within_bounds(None, caller="modest"))
+        # An operator's call is no inference: it is bound by nobody's share.
+        await stack.enter_async_context(admission.within_bounds(None, inference=False, caller="greedy"))
+    assert admission.active == 0
+    assert not admission._held
+
+
 async def test_a_place_is_free_again_after_a_failure():
     admission = Admission(RpcOptions(max_concurrent_calls=1))
     with pytest.raises(KeyError):

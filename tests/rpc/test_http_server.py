@@ -299,6 +299,18 @@ async def test_a_budget_that_is_none_is_refused(
     assert node.started == []
 
 
+async def test_the_header_says_how_urgent_a_call_is_and_its_meta_goes_before(
+    session: aiohttp.ClientSession, url: str, node: FakeNode
+) -> None:
+    with_meta = {**CHAT, "params": {**CHAT["params"], "_meta": {"priority": "interactive"}}}
+    for body, headers in [(CHAT, {}), (CHAT, {"X-Priority": "Batch"}), (with_meta, {"X-Priority": "batch"})]:
+        await post(session, url, body, **headers)
+    assert [context.priority for context in node.contexts] == [None, "batch", "interactive"]
+    status, answer, _ = await post(session, url, CHAT, **{"X-Priority": "urgent"})
+    assert status == 400
+    assert "interactive or batch" in answer["error"]["message"]
+
+
 async def test_the_trace_of_the_header_is_the_calls(session: aiohttp.ClientSession, url: str, node: FakeNode) -> None:
     trace = "0af7651916cd43dd8448eb211c80319c"
     await post(session, url, CHAT, traceparent=f"00-{trace}-b7ad6b7169203331-01")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import orjson
 import pytest
 from aiohttp import web
 
@@ -82,6 +83,11 @@ async def test_looking_is_not_counted(ask, service):
         ({"X-Stainless-Read-Timeout": "-1"}, 300.0),
         ({"X-Stainless-Read-Timeout": "soon"}, 300.0),
         ({"X-Stainless-Read-Timeout": "1e12"}, 86_400.0),
+        # The JavaScript client's are whole seconds, rounded down.
+        ({"X-Stainless-Timeout": "4"}, 5.0),
+        ({"X-Stainless-Timeout": "0"}, 1.0),
+        ({"X-Stainless-Timeout": "-1"}, 300.0),
+        ({"X-Stainless-Timeout": "600", "X-Stainless-Read-Timeout": "2"}, 2.0),
     ],
 )
 async def test_the_deadline_is_the_shortest_that_was_said(ask, headers, seconds):
@@ -95,7 +101,49 @@ async def test_the_deadline_is_the_shortest_that_was_said(ask, headers, seconds)
     assert seconds - 1 < left <= seconds
 
 
-@pytest.mark.parametrize("headers", [{"X-Request-Timeout-Ms": "soon"}, {"Idempotency-Key": "k" * 201}])
+async def test_of_a_stream_an_openai_client_bounds_the_wait_for_its_beginning(ask):
+    async def handler(exchange):
+        async def frames(call):
+            now = asyncio.get_running_loop().time()
+            first_by = None if call.first_by is None else call.first_by.remaining(now)
+            yield event({"left": call.deadline.remaining(now), "first_by": first_by})
+
+        return await exchange.stream(frames, lambda error: b"")
+
+    for headers, first_by in [
+        ({}, None),
+        ({"X-Stainless-Read-Timeout": "2.5"}, 2.5),
+        ({"X-Stainless-Timeout": "4"}, 5),
+    ]:
+        said = orjson.loads((await (await ask(handler, headers=headers)).text()).removeprefix("data: "))
+        assert said["left"] > 290
+        assert said["first_by"] == (None if first_by is None else pytest.approx(first_by, abs=1.0))
+
+
+async def test_the_body_and_then_the_header_say_how_urgent_a_call_is(ask):
+    async def handler(exchange):
+        exchange.priority = exchange.request.query.get("body")
+
+        async def work(call):
+            return call.priority
+
+        return json_response(await exchange.whole(work))
+
+    said = [
+        await (await ask(handler, headers=headers, params=body)).json()
+        for headers, body in [
+            ({}, {}),
+            ({"X-Priority": "batch"}, {}),
+            ({"X-Priority": "batch"}, {"body": "interactive"}),
+            ({}, {"body": "batch"}),
+        ]
+    ]
+    assert said == [None, "batch", "interactive", "batch"]
+
+
+@pytest.mark.parametrize(
+    "headers", [{"X-Request-Timeout-Ms": "soon"}, {"Idempotency-Key": "k" * 201}, {"X-Priority": "urgent"}]
+)
 async def test_a_header_of_ours_that_makes_no_sense_is_refused(ask, headers):
     async def handler(exchange):
         return json_response(await exchange.whole(lambda call: asyncio.sleep(0, {})))

@@ -372,6 +372,14 @@ async def test_the_clients_timeout_becomes_the_deadline_of_a_whole_answer(client
     assert streamed - whole > 60, "for a stream it bounds the gap between two bytes, not the whole"
 
 
+async def test_the_service_tier_says_how_urgent_a_call_is(client, service):
+    for tier in ("flex", "priority", "auto"):
+        await client.chat.completions.create(model="help-desk", messages=HELLO, service_tier=tier)
+    await client.completions.create(model="help-desk", prompt="x", extra_body={"service_tier": "flex"})
+    await client.embeddings.create(model="minilm", input="x", extra_headers={"X-Priority": "batch"})
+    assert [call.priority for call in service.calls] == ["batch", "interactive", None, "batch", "batch"]
+
+
 async def test_a_call_over_its_deadline_is_stopped_and_said_to_be(node, service):
     service.gate = asyncio.Event()
     headers = {"X-Request-Timeout-Ms": "40"}

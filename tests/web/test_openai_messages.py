@@ -120,7 +120,7 @@ def test_what_is_not_text_is_refused_with_its_reason(message):
     [
         {"n": None}, {"tools": []}, {"tools": None}, {"tool_choice": "none"}, {"best_of": 1}, {"modalities": ["text"]}, {"audio": None},
         {"user": "u"}, {"metadata": {"a": "b"}}, {"store": True}, {"parallel_tool_calls": True}, {"reasoning_effort": "low"},
-        {"service_tier": "auto"}, {"stream_options": None}, {"logit_bias": {}}, {"prompt_cache_key": "k"},
+        {"service_tier": "auto"}, {"service_tier": "flex"}, {"stream_options": None}, {"logit_bias": {}}, {"prompt_cache_key": "k"},
     ],
 )  # fmt: skip
 def test_what_changes_nothing_is_let_through(fields):
