@@ -46,10 +46,11 @@ from tars.messages.inference import (
     TokenizeParams,
     Usage,
 )
-from tars.rpc.access import Access, access_middleware
+from tars.rpc.access import CALLER, ROLE, Access, access_middleware
 from tars.rpc.http_client import RpcConnection
-from tars.rpc.http_server import add_rpc_routes, refusal_renderer
+from tars.rpc.http_server import PEER, add_rpc_routes, refusal_renderer
 from tars.rpc.listener import listen
+from tars.rpc.method_table import Role
 from tars.rpc.options import RpcOptions
 from tars.serving.inference import Inference
 from tars.serving.mesh_fleet import MeshFleet
@@ -78,7 +79,7 @@ class ScriptedReplica:
     calls: list = field(default_factory=list)
     running: int = 0
 
-    async def run(self, work, call):
+    async def run(self, work, call, resume=None):
         self.works.append(work)
         self.calls.append(call)
         self.running += 1
@@ -124,8 +125,8 @@ class _Target:
     replica: ScriptedReplica
     served_by: ServedBy
 
-    def run(self, work, call):
-        return self.replica.run(work, call)
+    def run(self, work, call, resume=None):
+        return self.replica.run(work, call, resume)
 
 
 class OwnFleet:
@@ -151,6 +152,7 @@ class OwnFleet:
                 active=each.running,
                 slots=each.slots,
                 speed=each.speed,
+                file_sha256=f"file of {each.model}",
             )
             for each in self.node.replicas
             if each.model == model
@@ -161,10 +163,10 @@ class OwnFleet:
         return _Target(found, ServedBy(node=self.node.id, replica=replica, device=f"Card of {self.node.name}"))
 
     async def wait_change(self):
-        await asyncio.Event().wait()
+        await self.node.peers.mesh.news.wait()
 
     async def ask_to_load(self, model):
-        raise self.not_ready(model)
+        """Whoever tests a load makes it ready."""
 
     def not_ready(self, model):
         return StillLoading(f"{model} is planned", retry_after_ms=1000)
@@ -195,6 +197,15 @@ class PretendPeers:
 
     def connection(self, node):
         return self.node.connections[node]
+
+
+@web.middleware
+async def _peers_are_known(request, handler):
+    """What a certificate proves between real nodes stands in place of a key here."""
+    node = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if node:
+        request[CALLER], request[ROLE], request[PEER] = "mesh", Role.PEER, node
+    return await handler(request)
 
 
 class MeshNode(FakeNode):
@@ -235,8 +246,9 @@ class MeshNode(FakeNode):
         app = web.Application()
         dispatcher = add_rpc_routes(app, self, options)
         app.middlewares.append(access_middleware(access, refusal_renderer(dispatcher), frozenset()))
+        app.middlewares.append(_peers_are_known)
         self.listener = await listen(app, "127.0.0.1", 0, access, shutdown_seconds=0.1)
-        self.client = RpcConnection(self.listener.url)
+        self.client = RpcConnection(self.listener.url, timeout=20.0)
 
     async def die(self):
         """The process is gone: its port closes, and what runs there is cut."""
@@ -270,7 +282,14 @@ def report_of(replica, node):
         "",
     )
     return replace(
-        ReplicaReport(assignment, replica.kind, replica.state, slots=replica.slots, speed=replica.speed),
+        ReplicaReport(
+            assignment,
+            replica.kind,
+            replica.state,
+            slots=replica.slots,
+            file_sha256=f"file of {replica.model}",
+            speed=replica.speed,
+        ),
         **replica.report,
     )
 
@@ -282,6 +301,7 @@ class PretendMesh:
     nodes: list = field(default_factory=list)
     wishes: list = field(default_factory=list)
     version: int = 0
+    news: asyncio.Event = field(default_factory=asyncio.Event)
 
     def want(self, model, kind=ModelKind.CHAT, aliases=()):
         """As `models.deploy` on any node would."""
@@ -291,6 +311,8 @@ class PretendMesh:
     def changed(self):
         """Adverts or wishes did."""
         self.version += 1
+        self.news.set()
+        self.news = asyncio.Event()
 
 
 @asynccontextmanager
@@ -302,7 +324,9 @@ async def mesh_of(*names):
         for node in mesh.nodes:
             await node.start()
         for node in mesh.nodes:
-            node.connections = {each.id: RpcConnection(each.listener.url) for each in mesh.nodes if each is not node}
+            node.connections = {
+                each.id: RpcConnection(each.listener.url, api_key=node.id) for each in mesh.nodes if each is not node
+            }
         yield mesh
     finally:
         for node in mesh.nodes:
@@ -310,7 +334,7 @@ async def mesh_of(*names):
     for node in mesh.nodes:
         for other in mesh.nodes:
             for replica in other.replicas:
-                assert node.router._ledger.in_flight(replica.id) == 0, (node.name, replica.id)
+                assert node.router.state.ledger.in_flight(replica.id) == 0, (node.name, replica.id)
                 assert replica.running == 0, replica.id
 
 

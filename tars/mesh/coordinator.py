@@ -155,6 +155,11 @@ class Coordinator:
         return self.executor.node_id
 
     @property
+    def name(self) -> str:
+        """This node's name, for people."""
+        return self.executor.node.name
+
+    @property
     def catalogue(self) -> Catalogue:
         """The models that this node knows by itself."""
         return self._catalogue

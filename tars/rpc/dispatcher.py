@@ -280,7 +280,7 @@ async def _consume(running: _Running, stream: AsyncIterator[Any]) -> object:
         async for item in stream:
             if result is not None:
                 raise TypeError(f"{spec.name} went on after its result")
-            if type(item) is spec.delta:
+            if type(item) is spec.delta or type(item) is spec.progress:
                 if emit is not None:
                     await emit(spec, item)
             else:

@@ -242,7 +242,7 @@ async def _stream(
             raise Cancelled("The caller closed the stream; the work was stopped.") from None
 
     async def emit(spec: MethodSpec, delta: Message) -> None:
-        name = spec.delta_notification or spec.name
+        name = (spec.delta_notification if type(delta) is spec.delta else spec.progress_notification) or spec.name
         await send(b"data: " + encode_notification(name, element.id, delta) + b"\n\n")
 
     async def beat() -> None:

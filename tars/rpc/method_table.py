@@ -38,6 +38,7 @@ from tars.errors import (
     TarsError,
     TransferFailed,
     Unauthorized,
+    UnknownCall,
     UnknownModel,
     WorkerCrashed,
     WrongModelKind,
@@ -60,6 +61,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import Message, NoParams
+from tars.messages.calls import ExplainCallParams, ExplainCallResult
 from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     ChatParams,
@@ -69,6 +71,7 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    Progress,
     RerankParams,
     RerankResult,
     TokenizeParams,
@@ -130,6 +133,9 @@ class MethodSpec:
     """True where a repetition changes nothing more: a client may retry it without an idempotency key."""
     delta: type[Message] | None = None
     delta_notification: str | None = None
+    progress: type[Message] | None = None
+    """How far something is that the call waits for: such notifications, `progress_notification`, may come before the first delta."""
+    progress_notification: str | None = None
     positional: tuple[str, ...] = ()
     roles: frozenset[Role] = CALLERS
     """Who may call it."""
@@ -311,6 +317,13 @@ _ROWS = (
         "models.remove", "Want a model no longer; frees its memory.", ModelParams, RemoveResult, (UnknownModel,)
     ),
     MethodSpec(
+        "calls.explain",
+        "One of the last calls: which replicas were asked, when and why, how each ended, what was waited for.",
+        ExplainCallParams,
+        ExplainCallResult,
+        (UnknownCall,),
+    ),
+    MethodSpec(
         "inference.chat",
         "Answer a chat.",
         ChatParams,
@@ -319,6 +332,8 @@ _ROWS = (
         idempotent=False,
         delta=Delta,
         delta_notification="inference.delta",
+        progress=Progress,
+        progress_notification="inference.progress",
     ),
     MethodSpec(
         "inference.complete",
@@ -329,6 +344,8 @@ _ROWS = (
         idempotent=False,
         delta=Delta,
         delta_notification="inference.delta",
+        progress=Progress,
+        progress_notification="inference.progress",
     ),
     MethodSpec(
         "inference.embed",

@@ -23,7 +23,7 @@ def openrpc_document(methods: Mapping[str, MethodSpec] = METHODS) -> dict[str, o
     messages: dict[type[Message], JsonSchemaMode] = {CallMeta: "validation"}
     for spec in methods.values():
         messages[spec.params] = "validation"
-        for message in (spec.result, spec.delta):
+        for message in (spec.result, spec.delta, spec.progress):
             if message is not None:
                 messages[message] = "serialization"
     places, shared = models_json_schema(list(messages.items()), ref_template=_SCHEMA_REFERENCE)
@@ -73,7 +73,10 @@ def _method(spec: MethodSpec, schemas: dict[str, Any], references: Mapping[Any, 
         "x-roles": sorted(spec.roles),
     }
     if spec.delta is not None:
-        document["x-streams"] = {"notification": spec.delta_notification, "schema": references[spec.delta]}
+        streams: dict[str, object] = {"notification": spec.delta_notification, "schema": references[spec.delta]}
+        if spec.progress is not None:
+            streams["progress"] = {"notification": spec.progress_notification, "schema": references[spec.progress]}
+        document["x-streams"] = streams
     return document
 
 

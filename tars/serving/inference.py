@@ -26,6 +26,7 @@ from tars.messages.inference import (
     EmbedParams,
     EmbedResult,
     Generated,
+    Progress,
     Reranked,
     RerankParams,
     RerankResult,
@@ -38,7 +39,7 @@ from tars.messages.inference import (
     Usage,
 )
 from tars.serving.call_record import REPEATED, CallRecord, CallRecords
-from tars.serving.idempotency import Claim, IdempotentAnswers, OtherNodes
+from tars.serving.idempotency import Claim, IdempotentAnswers, OtherNodes, seed_of
 from tars.serving.router import Router, ServedModel, draining_error
 from tars.serving.vectors import written
 
@@ -79,9 +80,9 @@ class Inference:
     def draining(self, on: bool) -> None:
         self._router.draining = on
 
-    def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | ChatResult]:
-        """Deltas of all `n` answers as they come, then the result. A call joined or repeated under its idempotency key gets one delta
-        for each answer, with the whole of it.
+    def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | Progress | ChatResult]:
+        """`Progress` while the model is loaded, deltas of all `n` answers as they come, then the result. A call joined or repeated under its
+        idempotency key gets one delta for each answer, with the whole of it.
         """
 
         def result(model: str, generated: Generated, served_by: ServedBy) -> ChatResult:
@@ -95,7 +96,7 @@ class Inference:
 
         return self._generate(params, call, result)
 
-    def complete(self, params: CompleteParams, call: CallContext) -> AsyncGenerator[Delta | CompleteResult]:
+    def complete(self, params: CompleteParams, call: CallContext) -> AsyncGenerator[Delta | Progress | CompleteResult]:
         """As `chat`, for a plain prompt."""
 
         def result(model: str, generated: Generated, served_by: ServedBy) -> CompleteResult:
@@ -108,7 +109,7 @@ class Inference:
         params: ChatParams | CompleteParams,
         call: CallContext,
         result: Callable[[str, Generated, ServedBy], Result],
-    ) -> AsyncGenerator[Delta | Result]:
+    ) -> AsyncGenerator[Delta | Progress | Result]:
         with self._recorded(call, params.model) as record:
             model = self._admit(params.model, ModelKind.CHAT, call)
             name = record.model = _full_name(model, params.model)
@@ -120,15 +121,18 @@ class Inference:
                 yield kept
                 return
             shown = False
+            seed = seed_of(call) if params.seed is None and not call.hops else None
             try:
                 # By its full name: the engine reads the adapter behind the colon, and an alias may hold one too.
-                work = params.model_copy(update={"model": name})
+                work = params.model_copy(update={"model": name, "seed": params.seed if seed is None else seed})
                 async with aclosing(self._router.run(model, work, call)) as events:
                     async for event, served_by in events:
-                        if isinstance(event, Delta):
+                        if isinstance(event, Progress):
+                            yield event
+                        elif isinstance(event, Delta):
                             shown = call.streamed
                             yield event
-                        elif isinstance(event, Generated):
+                        elif isinstance(event, Generated) and served_by is not None:
                             made = result(name, event, _for_call(served_by, call))
                             size = sum(map(_characters, made.choices())) * BYTES_A_CHARACTER
                             made = cast("Result", await claim.succeed(made, size, shown=shown))
@@ -214,7 +218,7 @@ class Inference:
         work = params if params.model == name else params.model_copy(update={"model": name})
         async with aclosing(self._router.run(model, work, call)) as events:
             async for event, served_by in events:
-                if isinstance(event, kind):
+                if isinstance(event, kind) and served_by is not None:
                     return event, _for_call(served_by, call)
         raise InternalError("the worker ended without an answer")
 

@@ -15,16 +15,19 @@ from tars.errors import StillLoading, TarsError
 from tars.mesh.coordinator import Coordinator, LiveReplica
 from tars.serving.fleet import ServedModel, no_replica_error
 from tars.serving.gate import Capacity, Gate, capacity_of
+from tars.serving.kept_states import KeptStates
 from tars.serving.load_on_demand import LoadOnDemand
 from tars.serving.local_target import LocalTarget
+from tars.serving.running_answers import RunningAnswers
 from tars.workers.supervisor import ReplicaWorker
 
 
 class LocalFleet:
-    """This node's replicas as the router sees them; see `router.Fleet`."""
+    """This node's replicas as the router sees them; see `router.Fleet`. `answers`: where what runs on them is kept."""
 
-    def __init__(self, coordinator: Coordinator, load_on_demand: bool = True):
+    def __init__(self, coordinator: Coordinator, load_on_demand: bool = True, *, answers: RunningAnswers | None = None):
         self._coordinator = coordinator
+        self.answers = RunningAnswers(KeptStates(coordinator.node_id)) if answers is None else answers
         self._on_demand = LoadOnDemand(coordinator, load_on_demand)
         self._gates: dict[ReplicaId, tuple[ReplicaWorker, Gate]] = {}
 
@@ -89,7 +92,12 @@ class LocalFleet:
         """The worker behind a replica."""
         live = self._coordinator.replicas[replica]
         return LocalTarget(
-            live.assignment, live.device.name, live.device.simulated, live.worker, self.gate(replica, live.worker)
+            live.assignment,
+            live.device.name,
+            live.device.simulated,
+            live.worker,
+            self.gate(replica, live.worker),
+            self.answers,
         )
 
     def gate(self, replica: ReplicaId, worker: ReplicaWorker) -> Gate:
@@ -145,7 +153,9 @@ class LocalFleet:
                     retry_after_ms=error.retry_after_ms,
                 )
             error.details.update(
-                stage=progress.stage if progress else "planned", percent=progress.percent if progress else 0.0
+                stage=progress.stage if progress else "planned",
+                percent=progress.percent if progress else 0.0,
+                node_name=self._coordinator.name,
             )
         return error
 

@@ -17,7 +17,7 @@ from tars.core.explanation import explain
 from tars.core.placement_cost import contradiction
 from tars.core.replicated_map import adverts
 from tars.core.routing import Candidate
-from tars.core.types import Deployment, KvType, ModelEntry, NodeId, NodeSnapshot, ReplicaState
+from tars.core.types import Assignment, Deployment, KvType, ModelEntry, NodeId, NodeSnapshot, ReplicaState
 from tars.errors import InvalidParams, ModelFileMissing, TarsError
 from tars.mesh.administration import Administration
 from tars.mesh.client_keys import ClientKeys
@@ -25,6 +25,7 @@ from tars.mesh.coordinator import Coordinator, Drained, FileFetch, LiveReplica, 
 from tars.mesh.model_store import FileStore
 from tars.mesh.plan_report import describe_assignment, describe_device, describe_verdict, plan_result
 from tars.messages.base import CallContext
+from tars.messages.calls import ExplainCallParams, ExplainCallResult
 from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     ChatParams,
@@ -34,6 +35,7 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    Progress,
     RerankParams,
     RerankResult,
     TokenizeParams,
@@ -57,14 +59,19 @@ from tars.messages.node import (
     RemoveResult,
     ReplicaDescription,
 )
+from tars.serving.call_explaining import CallExplainer, Names
 from tars.serving.call_log import CallLog
+from tars.serving.call_record import CallRecords
 from tars.serving.gate import Gate
 from tars.serving.idempotency import IdempotentAnswers, OtherNodes
 from tars.serving.inference import Inference
+from tars.serving.kept_states import KeptStates
+from tars.serving.leaving import Leaving
 from tars.serving.local_fleet import LocalFleet
 from tars.serving.mesh_fleet import MeshFleet, Peers
 from tars.serving.mesh_overview import describe_mesh, device_names
 from tars.serving.router import Router
+from tars.serving.running_answers import PeerStates, RunningAnswers
 from tars.serving.service import MeshService
 
 SNAPSHOT_SECONDS = 1.0
@@ -84,6 +91,7 @@ class LocalNodeService:
         addresses: Callable[[], list[str]],
         mesh: MeshService | None = None,
         peers: Peers | None = None,
+        states: PeerStates | None = None,
         keys_at: OtherNodes | None = None,
         on_traffic: Callable[[NodeId], None] = lambda node: None,
         on_drain: Callable[[bool], None] = lambda draining: None,
@@ -106,12 +114,26 @@ class LocalNodeService:
         self._file_bytes_sent = file_bytes_sent
         self._now = now
         self._calls = CallLog(wall_clock)
-        self._local = LocalFleet(coordinator)
+        self._local = LocalFleet(coordinator, answers=RunningAnswers(KeptStates(coordinator.node_id), states, now))
         self._fleet: LocalFleet | MeshFleet = self._local
         if peers is not None:
             self._fleet = MeshFleet(coordinator.node_id, self._local, peers, coordinator.catalogue.find)
-        self._router = Router(self._fleet, now, on_traffic)
-        self._inference = Inference(self._router, now, keys_at)
+        records = CallRecords(now, wall_clock)
+        self._router = Router(
+            self._fleet, now, on_traffic, exact=coordinator.executor.engines.exact, records=records
+        )
+        if isinstance(self._fleet, MeshFleet):
+            self._fleet.tell(self._router.state.ledger, now)
+        self._inference = Inference(self._router, now, keys_at, records)
+        self._explainer = CallExplainer(
+            self.node_id,
+            records,
+            self._names,
+            tuple if keys_at is None else keys_at.live,
+            None if peers is None else peers.connection,
+        )
+        self._leaving = Leaving(self._local.answers, self._fleet.candidates)
+        coordinator.executor.on_retire = self._retired
         self._started_at = wall_clock()
         self._started = now()
         self._snapshot: tuple[float, int, NodeSnapshot] | None = None
@@ -182,6 +204,7 @@ class LocalNodeService:
         """Running calls go on; replicas go elsewhere where they fit, and this node's memory comes back."""
         drained = await self._coordinator.drain()
         self._on_drain(True)
+        await self._leaving.drained()
         nodes = self._coordinator.nodes()
         return DrainResult(
             state=self._state(),
@@ -205,6 +228,23 @@ class LocalNodeService:
     def refuse_calls(self) -> None:
         """The node ends: no new call, and nothing moves because of that."""
         self._closing = True
+
+    async def hand_over(self) -> None:
+        """The node ends: the answers of other nodes' callers go on elsewhere, where they can."""
+        await self._leaving.stopping()
+
+    async def handed_over(self) -> None:
+        """Wait until every state that left was fetched, or has waited long enough."""
+        await self.kept_states.collected()
+
+    async def close(self) -> None:
+        """What is left of the answers that ran here goes with them."""
+        await self._local.answers.close()
+
+    @property
+    def kept_states(self) -> KeptStates:
+        """States of answers that peers go on with."""
+        return self._local.answers.kept
 
     # --- the mesh -----------------------------------------------------------------------------------------------------
 
@@ -265,6 +305,10 @@ class LocalNodeService:
             replicas=[each for each in self._replicas() if each.model == entry.name],
             text="\n".join([text, *self._routing(entry.name)]),
         )
+
+    async def explain_call(self, params: ExplainCallParams, call: CallContext) -> ExplainCallResult:
+        """See `serving.call_explaining`."""
+        return await self._explainer.explain(params, call)
 
     # --- models ------------------------------------------------------------------------------------------------------
 
@@ -372,15 +416,24 @@ class LocalNodeService:
         if isinstance(self._fleet, MeshFleet):
             self._fleet.peer_died(node)
 
+    def peer_lives(self, node: NodeId) -> None:
+        """Membership heard of a peer that it had given up, or suspected: calls go there again as if nothing had been."""
+        self._router.state.ledger.works(node)
+
+    async def leave_peers(self) -> None:
+        """The node ends: ask no peer any more."""
+        if isinstance(self._fleet, MeshFleet):
+            await self._fleet.close()
+
     def load_told(self, loads: Iterable[tuple[str, int, int]]) -> None:
         """A peer's queues, likewise: the router reckons with them."""
         self._router.load_told(loads)
 
-    def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | ChatResult]:
+    def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | Progress | ChatResult]:
         """See `serving.inference`."""
         return self._serving().chat(params, call)
 
-    def complete(self, params: CompleteParams, call: CallContext) -> AsyncGenerator[Delta | CompleteResult]:
+    def complete(self, params: CompleteParams, call: CallContext) -> AsyncGenerator[Delta | Progress | CompleteResult]:
         """See `serving.inference`."""
         return self._serving().complete(params, call)
 
@@ -405,6 +458,10 @@ class LocalNodeService:
         self._calls.ended(method, error, trace_id)
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _retired(self, assignment: Assignment) -> None:
+        if not self._closing:
+            self._leaving.unloaded(assignment.replica, assignment.model)
 
     def _file_store(self) -> FileStore:
         if self._files is None:
@@ -450,20 +507,25 @@ class LocalNodeService:
             self._snapshot = (now, changes, snapshot)
             return snapshot
 
-    def _places(self) -> Callable[[Candidate], ModelPlace]:
-        """How a replica's place is described."""
+    def _names(self) -> Names:
+        """What people call nodes, and the devices of replicas."""
         told = adverts(self._coordinator.records.map)
-        names = {node: advert.node.name for node, advert in told.items()} | {NodeId(self.node_id): self._name}
+        nodes = {node: advert.node.name for node, advert in told.items()} | {NodeId(self.node_id): self._name}
         devices = device_names(told.values())
         devices |= {replica: live.device.name for replica, live in self._coordinator.replicas.items()}
         devices |= {replica: fetch.device.name for replica, fetch in self._coordinator.fetches.items()}
+        return Names(nodes, devices)
+
+    def _places(self) -> Callable[[Candidate], ModelPlace]:
+        """How a replica's place is described."""
+        names = self._names()
 
         def describe(candidate: Candidate) -> ModelPlace:
             return ModelPlace(
                 replica=candidate.replica,
                 node=candidate.node,
-                node_name=names.get(candidate.node, candidate.node),
-                device_name=devices.get(candidate.replica, ""),
+                node_name=names.node(candidate.node),
+                device_name=names.device(candidate.replica),
                 state=candidate.state.value,
             )
 

@@ -309,5 +309,5 @@ def _loading(model: str, remote: _Remote) -> StillLoading:
     return StillLoading(
         f"{model} is still loading on {where}: {doing}, {percent:.0f} %; try again shortly",
         retry_after_ms=1000,
-        details={"stage": stage, "percent": percent, "node": remote.node},
+        details={"stage": stage, "percent": percent, "node": remote.node, "node_name": remote.advert.node.name},
     )

@@ -1,73 +1,75 @@
-"""From a model's name to an answer: which replica, and which one next when that one cannot.
+"""From a model's name to an answer: one call's machine for each call, and what all calls of this node share.
 
-Law of this file: it knows candidates and targets, never workers, sockets or devices, so its tests need two fakes and no network.
+Law of this file: it knows candidates and targets, never workers, sockets or devices, so its tests need two fakes and no network. It decides
+nothing that `core.call_machine` decides, and does nothing that `call_driver` does.
 
-Before the first event a retryable failure moves the call to the next-ranked replica. What may have run already (its worker crashed, its
-peer was lost in the middle) is tried once more and not on every replica of the mesh, so that a call which kills whoever takes it ends.
-Work without deltas (embed, rerank, tokenize) has its answer for a first event, so for it this covers everything; a stream that broke
-after its first delta is the caller's to see (continuation of broken streams is a later issue).
-
-A call that came from a peer (`hops`) is run here or not at all, so there are no loops.
+The node that has the caller is in charge of the call from its first to its last byte. A call that came from a peer (`hops`) is run here
+once or not at all, so there are no loops; whoever sent it tries elsewhere.
 """
 
 from __future__ import annotations
 
 import logging
+import random
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
-from contextlib import aclosing
-from typing import cast
 
-from tars.core.prefix_affinity import Block, blocks_of
-from tars.core.replica_ledger import ReplicaLedger, Reservation
-from tars.core.routing import HOP_SECONDS, Candidate, rank
+from tars.core.call_effects import ANSWERED, DEADLINE, CallShape, Failure
+from tars.core.call_machine import CallMachine
+from tars.core.prefix_affinity import blocks_of
+from tars.core.routing import Candidate, rank
+from tars.core.routing_state import RoutingState
 from tars.core.types import ModelKind, NodeId, ReplicaId, ReplicaState
-from tars.errors import (
-    DeadlineExceeded,
-    Overloaded,
-    PeerUnreachable,
-    ServerStateError,
-    StaleRoute,
-    StillLoading,
-    TarsError,
-    WorkerCrashed,
-)
+from tars.errors import DeadlineExceeded, StaleRoute, StillLoading, TarsError
 from tars.messages.base import CallContext
-from tars.messages.inference import Attempt, Delta, ServedBy
-from tars.serving.demand import demand_of, observed, prompt_text
+from tars.messages.inference import ChatParams, CompleteParams, GenerationParams
+from tars.serving.call_driver import CallDriver, Routed
+from tars.serving.call_record import CallRecords
+from tars.serving.continuation import seeded
+from tars.serving.demand import demand_of, prompt_text
 from tars.serving.fleet import Fleet, ServedModel, draining_error, no_replica_error
 from tars.serving.model_names import resolve
-from tars.serving.targets import Target
-from tars.workers.engine import Event, Finished, Work
+from tars.workers.engine import Work
 
 __all__ = ["Fleet", "Router", "ServedModel", "draining_error", "no_replica_error"]
 
 log = logging.getLogger(__name__)
 
-AVOID_UNREACHABLE_SECONDS = 5.0
-"""A peer that was not reached is asked last for so long: membership knows by then whether it is dead."""
-AVOID_FAILED_SECONDS = 2.0
-"""A replica that could not take a call: loading, crashed, gone. Adverts say so within a second or two."""
-AVOID_OVERLOADED_SECONDS = 1.0
-"""At most: a full queue moves on within one short answer."""
-MOST_TRIES = 8
-"""Replicas that one call asks: beyond it the mesh is in trouble, and the caller had better hear of it."""
+SHARE_PART = 0.05
+"""Of the time left, that is kept for saying what it was spent on: whoever holds the call's place ends it without knowing that."""
+SHARE_MOST_SECONDS = 0.2
+"""At most; several turns of a busy loop."""
+
+FIRST, RETRY, HEDGE, CONTINUATION = "first", "retry", "hedge", "continuation"
+"""Why a replica was asked: the four kinds of attempts that are counted apart."""
 
 
 class Router:
-    """See the module's law. `now` is the monotonic clock, `on_traffic` hears of each peer that answers: it lives."""
+    """See the module's law. `now` is the monotonic clock, `on_traffic` hears of each peer that answers: it lives.
+
+    `exact`: a broken answer goes on only where the text stays the same. `rng` spreads waits and cooldowns.
+    """
 
     def __init__(
         self,
         fleet: Fleet,
         now: Callable[[], float] = time.monotonic,
         on_traffic: Callable[[NodeId], None] = lambda node: None,
+        *,
+        exact: bool = False,
+        records: CallRecords | None = None,
+        rng: random.Random | None = None,
     ):
         self._fleet = fleet
         self._on_traffic = on_traffic
         self._now = now
-        self._ledger = ReplicaLedger()
+        self._exact = exact
+        self._records = records
+        self._rng = rng or random.Random()
+        self.state = RoutingState.with_dice(self._rng)
+        """What all calls of this node share."""
+        self._attempts: Counter[tuple[str, str]] = Counter()
         self._at_peers: Counter[tuple[NodeId, str]] = Counter()
         self._from_peers = 0
         self.draining = False
@@ -81,78 +83,61 @@ class Router:
         """False where only replicas that are being drained are left for the call."""
         return not self.draining or any(each.state is ReplicaState.READY for each in self._candidates(model.name, call))
 
-    async def run(self, model: ServedModel, work: Work, call: CallContext) -> AsyncGenerator[tuple[Event, ServedBy]]:
-        """Events of the first replica that can, each with who served it (tried replicas included). Close it to cancel."""
-        self._from_peers += call.hops > 0
-        attempts: list[Attempt] = []
-        tried: set[ReplicaId] = set()
-        blocks: tuple[Block, ...] | None = None
-        demand = demand_of(work)
-        last: TarsError | None = None
-        may_have_run = 0
-        while len(tried) < MOST_TRIES and may_have_run < 2:
-            if call.deadline.passed(self._now()):
-                raise DeadlineExceeded("the call's time budget ran out before a replica could take it; allow more time")
-            # From here to the reservation there is no await: of calls that come together each sees those before it.
-            candidates = self._candidates(model.name, call)
-            if blocks is None:
-                blocks = blocks_of(prompt_text(work)) if len(candidates) > 1 else ()
-            choice = self._ledger.choose(candidates, call.trace_id, self._now(), demand, blocks, tried)
-            if log.isEnabledFor(logging.DEBUG):
-                log.debug("call %s: %s", call.trace_id, choice.ranked.reasons)
-            reservation = choice.reservation
-            if reservation is None:
-                break
-            replica, local = reservation.replica, reservation.local
-            tried.add(replica)
-            began = False
-            started = self._now()
-            target: Target | None = None
-            try:
-                target = self._fleet.target(replica)
-                served_by = target.served_by
-                async with aclosing(cast("AsyncGenerator[Event]", target.run(work, call))) as events:
-                    async for event in events:
-                        if not began:
-                            began = True
-                            attempts.append(Attempt(replica=replica, node=served_by.node, outcome="answered"))
-                            served_by = served_by.model_copy(update={"attempts": attempts})
-                        if not isinstance(event, Delta):
-                            served_by = self._answered(reservation, event, target, attempts, call, local, started)
-                        yield event, served_by
-                return
-            except KeyError:
-                if target is not None:
-                    raise
-                continue  # it went away between two looks
-            except (ServerStateError, StillLoading) as error:
-                self._count(reservation.node, local, error.kind)
-                if not error.retryable or isinstance(error, DeadlineExceeded):
-                    raise
-                self._avoid(reservation, error)
-                if began:
-                    raise
-                attempts.append(Attempt(replica=replica, node=reservation.node, outcome=error.kind))
-                may_have_run += _may_have_run(error)
-                last = error
-            finally:
-                self._ledger.release(reservation, self._now())
-        raise self._failure(model, call, last, attempts)
+    async def run(self, model: ServedModel, work: Work, call: CallContext) -> AsyncGenerator[Routed]:
+        """The answer's events, whichever replicas they are from, each with who served it; the last one's attempts are all. While a load is
+        waited for, `Progress` and None. Close it to cancel. Raises `TarsError`s.
+        """
+        forwarded = call.hops > 0
+        self._from_peers += forwarded
+        if isinstance(work, ChatParams | CompleteParams) and not forwarded:
+            work = seeded(work)
+        name = model.name
+        machine = CallMachine(
+            CallShape(
+                key=call.trace_id,
+                model=name,
+                deadline=self._ends(call),
+                streams=isinstance(work, GenerationParams),
+                demand=demand_of(work),
+                blocks=blocks_of(prompt_text(work)) if len(self._candidates(name, call)) > 1 else (),
+                answers=work.n if isinstance(work, GenerationParams) else 1,
+                forwarded=forwarded,
+                exact=self._exact,
+            ),
+            self.state,
+            lambda: self._candidates(name, call),
+            self._rng,
+        )
+        record = None if self._records is None else self._records.open(call, name)
+        if record is not None:
+            record.attempts = machine.attempts
+        driver = CallDriver(machine, self._fleet, name, work, call, self._now, self._failure, self.state.ledger, record)
+        try:
+            driver.begin()
+            while (item := await driver.next()) is not None:
+                yield item
+        finally:
+            await driver.close()
+            self._count(driver)
 
     # --- what was learned --------------------------------------------------------------------------------------------
 
     def load_told(self, loads: Iterable[tuple[str, int, int]]) -> None:
         """A peer's own word on its replicas, as it rides on its probes' answers: (replica, active calls, queued calls)."""
-        self._ledger.told(loads, self._now())
+        self.state.ledger.told(loads, self._now())
 
     def ranked(self, model: str) -> Mapping[ReplicaId, str]:
         """For people: how each replica of a model stands for a usual call now, and why."""
         now = self._now()
-        candidates = [self._ledger.annotated(each, now) for each in self._fleet.candidates(model)]
+        candidates = [self.state.ledger.annotated(each, now) for each in self._fleet.candidates(model)]
         return rank(candidates, "").reasons
 
+    def attempts(self) -> Mapping[tuple[str, str], int]:
+        """Replicas that were asked since the start, by why (`first`, `retry`, `hedge`, `continuation`) and outcome."""
+        return self._attempts
+
     def calls_at_peers(self) -> Mapping[tuple[NodeId, str], int]:
-        """Calls that were sent to peers since the start, by node and outcome (`answered`, or an error's kind)."""
+        """Those of them that were at peers, by node and outcome (`answered`, an error's kind, `late`, `hedge_lost`, `cancelled`)."""
         return self._at_peers
 
     @property
@@ -162,76 +147,72 @@ class Router:
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
+    def _ends(self, call: CallContext) -> float:
+        """When the call ends here: a moment before its caller's face gives it up, which knows less of what it waits for."""
+        remaining = call.deadline.remaining(self._now())
+        return call.deadline.at - min(SHARE_MOST_SECONDS, remaining * SHARE_PART)
+
     def _candidates(self, model: str, call: CallContext) -> Sequence[Candidate]:
         candidates = self._fleet.candidates(model)
         if not self.draining and not call.hops:
             return candidates
         return [each for each in candidates if (not self.draining if each.local else not call.hops)]
 
-    def _answered(
-        self,
-        reservation: Reservation,
-        event: Finished,
-        target: Target,
-        attempts: list[Attempt],
-        call: CallContext,
-        local: bool,
-        started: float,
-    ) -> ServedBy:
-        """Learn from an answer; who served it, by its own word."""
-        now = self._now()
-        self._count(reservation.node, local, "answered")
-        seen = observed(event, now - started)
-        if seen is not None:
-            # What the replica measured itself has no way in it.
-            self._ledger.learn(reservation, seen, now, 0.0 if local or not seen.waited else HOP_SECONDS)
-        self._ledger.release(reservation, now)
-        served_by = target.served_by
-        if served_by.calls_left is not None:
-            self._ledger.told([(served_by.replica, served_by.calls_left, 0)], now)
-        # The peer that asked routes by it; nobody else needs it.
-        left = self._ledger.in_flight(reservation.replica) if call.hops and local else None
-        return served_by.model_copy(update={"attempts": attempts, "calls_left": left})
+    def _count(self, driver: CallDriver) -> None:
+        """A call is over."""
+        for number, each in enumerate(driver.machine.attempts):
+            why = HEDGE if each.hedge else CONTINUATION if each.continued else RETRY if number else FIRST
+            self._attempts[why, each.outcome] += 1
+            if number in driver.at_peers and number not in driver.mistakes:
+                self._at_peers[each.node, each.outcome] += 1
+                if each.outcome == ANSWERED:
+                    self._on_traffic(each.node)
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug("call %s: %s", driver.trace_id, [each.ranked.reasons for each in driver.machine.attempts])
 
-    def _avoid(self, reservation: Reservation, error: TarsError) -> None:
-        """What a failure teaches: ask others first for a while."""
-        now = self._now()
-        if isinstance(error, PeerUnreachable):
-            self._ledger.failed(reservation.node, AVOID_UNREACHABLE_SECONDS, now)
-        elif isinstance(error, Overloaded):
-            wait = (error.retry_after_ms or 0) / 1000
-            self._ledger.failed(reservation.replica, min(AVOID_OVERLOADED_SECONDS, max(0.1, wait)), now)
-        else:
-            # Whatever it was, its cache is not what it was.
-            self._ledger.cache_lost(reservation.replica)
-            self._ledger.failed(reservation.replica, AVOID_FAILED_SECONDS, now)
+    def _failure(self, failure: Failure, driver: CallDriver) -> TarsError:
+        """The caller's error: that of the last replica, what was waited for in vain, or why there is nobody at all."""
+        error = failure.error if isinstance(failure.error, TarsError) else None
+        if error is None or isinstance(error, StaleRoute):
+            error = self._without_answer(failure, driver)
+        attempts = driver.attempts()
+        if len(attempts) > 1:
+            # Over what a peer said of its own tries: these are the ones that this node made.
+            error.details["attempts"] = [each.model_dump() for each in attempts]
+        return error
 
-    def _count(self, node: NodeId, local: bool, outcome: str) -> None:
-        if not local:
-            self._at_peers[node, outcome] += 1
-            if outcome == "answered":
-                self._on_traffic(node)
-
-    def _failure(
-        self, model: ServedModel, call: CallContext, last: TarsError | None, attempts: Sequence[Attempt]
-    ) -> TarsError:
-        """Nobody could: the last one's own error, or why there is nobody at all."""
-        if last is not None and not isinstance(last, StaleRoute):
-            if len(attempts) > 1:
-                # Over what a peer said of its own tries: these are the ones that this node made.
-                last.details["attempts"] = [each.model_dump() for each in attempts]
-            return last
+    def _without_answer(self, failure: Failure, driver: CallDriver) -> TarsError:
+        model, forwarded = driver.model, driver.forwarded
+        if failure.kind == DEADLINE.kind:
+            return self._too_late(driver)
         if self.draining:
             return draining_error()
-        why = self._fleet.not_ready(model.name)
-        if call.hops:
+        why = self._fleet.not_ready(model)
+        if forwarded:
             return StaleRoute(
-                f"this node has no ready replica of {model.name} now ({why.message}); another one may",
+                f"this node has no ready replica of {model} now ({why.message}); another one may",
                 details={"cause": why.kind},
             )
         return why
 
-
-def _may_have_run(error: TarsError) -> bool:
-    """True where the call may have been under way when it failed. A peer that was never reached says so."""
-    return isinstance(error, WorkerCrashed) or (isinstance(error, PeerUnreachable) and error.details.get("sent", True))
+    def _too_late(self, driver: CallDriver) -> TarsError:
+        """The time is over: what it was spent on."""
+        if driver.waits_for_load:
+            why = self._fleet.not_ready(driver.model)
+            if isinstance(why, StillLoading):
+                return StillLoading(
+                    f"{why.message}. The call waited for it until its time budget ended; the load goes on. Send the call again, or "
+                    "give it a larger timeout_ms.",
+                    retry_after_ms=why.retry_after_ms,
+                    details=why.details,
+                )
+            return why
+        attempts = driver.machine.attempts
+        if driver.last_error is not None and attempts[-1].outcome != DEADLINE.kind:
+            return driver.last_error  # between two tries
+        if not attempts:
+            return DeadlineExceeded("the call's time budget ran out before a replica could take it; allow more time")
+        return DeadlineExceeded(
+            f"the call's time budget ran out after {len(attempts)} attempt{'s' * (len(attempts) > 1)} "
+            f"(the last one: {attempts[-1].outcome}); the work was stopped. Give it a larger timeout_ms."
+        )

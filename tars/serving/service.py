@@ -27,6 +27,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import CallContext
+from tars.messages.calls import ExplainCallParams, ExplainCallResult
 from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     ChatParams,
@@ -36,6 +37,7 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    Progress,
     RerankParams,
     RerankResult,
     TokenizeParams,
@@ -184,11 +186,11 @@ class NodeService(Protocol):
         """Want it no longer; frees its memory."""
         ...
 
-    def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
-        """Stream a chat answer."""
+    def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | Progress | ChatResult]:
+        """Stream a chat answer. `Progress` comes while the model is being loaded."""
         ...
 
-    def complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | CompleteResult]:
+    def complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | Progress | CompleteResult]:
         """Stream a completion."""
         ...
 
@@ -202,6 +204,10 @@ class NodeService(Protocol):
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """Token ids of a text."""
+        ...
+
+    async def explain_call(self, params: ExplainCallParams, call: CallContext) -> ExplainCallResult:
+        """What became of a call, here or at a peer. Raises `UnknownCall`."""
         ...
 
     def call_started(self, method: str) -> None:

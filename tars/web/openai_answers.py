@@ -28,6 +28,7 @@ from tars.messages.inference import (
     Delta,
     EmbedResult,
     FinishReason,
+    Progress,
     RerankResult,
     TokenLogprob,
     Usage,
@@ -36,6 +37,14 @@ from tars.messages.node import ModelDescription
 from tars.web.openai_tools import tool_call_pieces, tool_calls_body
 
 Json = dict[str, Any]
+
+
+def progress_comment(progress: Progress) -> bytes:
+    """How far the load is that a stream waits for, as a comment, which every reader of event streams skips."""
+    where = f" on {progress.node}" if progress.node else ""
+    text = f"the model is being loaded{where}: {progress.stage}, {progress.percent:.0f} %"
+    return f": {' '.join(text.split())}\n\n".encode("utf-8", "replace")
+
 
 _ERROR_TYPES: tuple[tuple[type[TarsError], str], ...] = (
     (Unauthorized, "authentication_error"),

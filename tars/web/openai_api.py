@@ -17,7 +17,7 @@ from aiohttp import web
 from tars.core.types import ModelKind
 from tars.errors import InternalError, MethodNotFound, TarsError, UnknownModel
 from tars.messages.base import CallContext
-from tars.messages.inference import ChatResult, CompleteParams, CompleteResult, Delta, Usage
+from tars.messages.inference import ChatResult, CompleteParams, CompleteResult, Delta, Progress, Usage
 from tars.messages.node import ModelDescription
 from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
@@ -31,6 +31,7 @@ from tars.web.openai_answers import (
     embeddings_answer,
     error_body,
     model_body,
+    progress_comment,
     rerank_answer,
 )
 from tars.web.openai_messages import ChatRequest, CompletionRequest
@@ -113,6 +114,9 @@ class OpenAIApi:
             opening = b"".join(event(chunks.role(index)) for index in range(params.n))
             async with closing(self._service.chat(params, call)) as items:
                 async for item in items:
+                    if isinstance(item, Progress):
+                        yield progress_comment(item)
+                        continue
                     if isinstance(item, Delta):
                         yield opening + event(chunks.text(item))
                     else:
@@ -150,7 +154,9 @@ class OpenAIApi:
                 opening = b"".join(event(chunks.echo(index, params.prompt)) for index in echoes)
                 async with closing(self._service.complete(params, _numbered(call, at, runs))) as items:
                     async for item in items:
-                        if isinstance(item, Delta):
+                        if isinstance(item, Progress):
+                            yield progress_comment(item)
+                        elif isinstance(item, Delta):
                             yield opening + event(chunks.text(first + item.index, item))
                             opening = b""
                         else:

@@ -19,6 +19,7 @@ from tars.messages.inference import (
     CompleteResult,
     Delta,
     EmbedParams,
+    Progress,
     RerankParams,
 )
 from tars.rpc.admission import Admission
@@ -98,7 +99,8 @@ class RestFacade:
     async def inference(self, exchange: Exchange) -> web.StreamResponse:
         """POST /inference: `{prompt}` or `{messages}`, with the params of `inference.complete` and `inference.chat`.
 
-        `stream: true` answers with server-sent events: the deltas, then one `event: result`, or one `event: error`.
+        `stream: true` answers with server-sent events: `event: progress` while the model is loaded, the deltas, then one `event: result`,
+        or one `event: error`.
         """
         body = await exchange.json()
         streams = body.pop("stream", False)
@@ -111,7 +113,7 @@ class RestFacade:
         params = validated(ChatParams, body) if "messages" in body else validated(CompleteParams, body)
         exchange.method = "inference.chat" if isinstance(params, ChatParams) else "inference.complete"
 
-        def start(call: CallContext) -> AsyncIterator[Delta | ChatResult | CompleteResult]:
+        def start(call: CallContext) -> AsyncIterator[Delta | Progress | ChatResult | CompleteResult]:
             if isinstance(params, ChatParams):
                 return self._service.chat(params, call)
             return self._service.complete(params, call)
@@ -121,7 +123,7 @@ class RestFacade:
             async def run(call: CallContext) -> ChatResult | CompleteResult:
                 async with closing(start(call)) as items:
                     async for item in items:
-                        if not isinstance(item, Delta):
+                        if not isinstance(item, Delta | Progress):
                             return item
                 raise _no_result()
 
@@ -130,10 +132,13 @@ class RestFacade:
         async def frames(call: CallContext) -> AsyncGenerator[bytes, None]:
             async with closing(start(call)) as items:
                 async for item in items:
-                    if not isinstance(item, Delta):
+                    if isinstance(item, Progress):
+                        yield event(item, "progress")
+                    elif isinstance(item, Delta):
+                        yield event(item)
+                    else:
                         yield event(item, "result")
                         return
-                    yield event(item)
             raise _no_result()
 
         return await exchange.stream(

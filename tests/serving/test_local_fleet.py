@@ -109,7 +109,7 @@ async def test_a_replica_whose_file_is_coming_counts_as_loading_and_says_how_far
     loading = fleet.not_ready("tiny")
     assert isinstance(loading, StillLoading)
     assert "its file is being copied, 40 %" in loading.message
-    assert loading.details == {"stage": "fetch", "percent": 40.0}
+    assert loading.details == {"stage": "fetch", "percent": 40.0, "node_name": "pc"}
     fetch.error = DiskFull("no room for the file")
     assert fleet.not_ready("tiny") is fetch.error
     assert [each.state for each in fleet.candidates("tiny")] == [ReplicaState.FAILED]
@@ -119,7 +119,7 @@ async def test_without_a_ready_replica_the_error_says_why(bench, fleet):
     bench.workers[0].progress = LoadProgress(stage="read", percent=40.0)
     loading = fleet.not_ready("tiny")
     assert isinstance(loading, StillLoading)
-    assert loading.details == {"stage": "read", "percent": 40.0}
+    assert loading.details == {"stage": "read", "percent": 40.0, "node_name": "pc"}
     bench.workers[0].failed(BadModelFile("the file is corrupt"))
     assert fleet.not_ready("tiny") is bench.workers[0].last_error
     bench.workers[0].last_error = None

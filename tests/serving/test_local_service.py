@@ -68,7 +68,7 @@ async def test_a_model_goes_from_wanted_over_loading_to_answering(bench, service
     bench.workers[0].progress = LoadProgress(stage="read", percent=40.0)
     with pytest.raises(StillLoading) as loading:
         await chat(service)
-    assert loading.value.details == {"stage": "read", "percent": 40.0}
+    assert loading.value.details == {"stage": "read", "percent": 40.0, "node_name": "pc"}
     assert service.ping().state == "loading"
     bench.workers[0].loaded()
     bench.workers[0].script = [DONE]

@@ -8,7 +8,9 @@ from tars.core.types import Assignment, Bytes, Deadline, DeviceId, MemoryEstimat
 from tars.messages.base import CallContext, ResumeMeta
 from tars.messages.inference import CompleteParams, TokenizeParams
 from tars.serving.gate import Capacity, Gate
+from tars.serving.kept_states import KeptStates
 from tars.serving.local_target import LocalTarget, begun
+from tars.serving.running_answers import RunningAnswers
 from tars.workers.engine import Resume
 
 ASSIGNMENT = Assignment(
@@ -27,7 +29,7 @@ class FakeWorker:
     def __init__(self):
         self.ran = []
 
-    async def run(self, work, deadline, *, resume=None, on_end=None):
+    async def run(self, work, deadline, *, resume=None, handle=None, on_end=None):
         self.ran.append((work, deadline, resume))
         self.on_end = on_end
         yield "event"
@@ -35,7 +37,7 @@ class FakeWorker:
 
 def target_of(worker, gate=None, simulated=False):
     gate = gate or Gate(lambda: Capacity(1, 1, 10, 10.0), 10)
-    return LocalTarget(ASSIGNMENT, "Card", simulated, worker, gate)
+    return LocalTarget(ASSIGNMENT, "Card", simulated, worker, gate, RunningAnswers(KeptStates("n")))
 
 
 @pytest.mark.parametrize("work", [TokenizeParams(text="x"), CompleteParams(prompt="x")])

@@ -1,6 +1,7 @@
 """The router, with fake targets and no network."""
 
 import asyncio
+import random
 from contextlib import aclosing, suppress
 
 import pytest
@@ -14,15 +15,15 @@ from tars.errors import (
     Overloaded,
     PeerUnreachable,
     PromptTooLong,
+    ReplicaFailed,
     StaleRoute,
     StillLoading,
-    TarsError,
     WorkerCrashed,
 )
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams, Delta, Generated, ServedBy, Timings, Usage
 from tars.serving.demand import prompt_text
-from tars.serving.router import AVOID_UNREACHABLE_SECONDS, MOST_TRIES, Router, ServedModel
+from tars.serving.router import Router, ServedModel
 
 WORK = ChatParams(messages=[ChatMessage(role="user", content="hello")])
 DONE = Generated(
@@ -36,20 +37,28 @@ EMBEDDING = ServedModel("embedder", ModelKind.EMBEDDING, ())
 
 
 class FakeTarget:
-    """Plays a script: events to yield, or an exception to raise."""
+    """Plays a script: events to yield, an exception to raise, or something to wait for."""
 
     def __init__(self, name, *script):
         self.served_by = ServedBy(node="n", replica=name, device="d")
         self.script = script
         self.closed = False
-        self.runs = 0
+        self.works, self.resumes = [], []
 
-    async def run(self, work, call):
-        self.runs += 1
+    @property
+    def runs(self):
+        return len(self.works)
+
+    async def run(self, work, call, resume=None):
+        self.works.append(work)
+        self.resumes.append(resume)
         try:
             for step in self.script:
                 if isinstance(step, BaseException):
                     raise step
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                    continue
                 await asyncio.sleep(0)
                 yield step
         finally:
@@ -57,10 +66,11 @@ class FakeTarget:
 
 
 class FakeFleet:
-    def __init__(self, *targets, models=(CHAT, EMBEDDING), queued=()):
+    def __init__(self, *targets, models=(CHAT, EMBEDDING), why=None):
         self.targets = {target.served_by.replica: target for target in targets}
         self._models = models
-        self._queued = dict(queued)
+        self.why = why or StillLoading("loading", retry_after_ms=5)
+        self.asked = []
 
     def models(self):
         return self._models
@@ -81,17 +91,37 @@ class FakeFleet:
         await asyncio.Event().wait()
 
     async def ask_to_load(self, model):
-        raise self.not_ready(model)
+        self.asked.append(model)
 
     def not_ready(self, model):
-        return StillLoading("loading", retry_after_ms=5)
+        return self.why
 
 
 class Clock:
-    now = 0.0
+    """Stands still, unless `step` moves it with each look."""
+
+    def __init__(self, step=0.0):
+        self.now = 0.0
+        self.step = step
 
     def __call__(self):
+        self.now += self.step
         return self.now
+
+
+class NoDice(random.Random):
+    """Waits that are drawn are none."""
+
+    def random(self):
+        return 0.0
+
+
+def impatient(fleet, step=0.0):
+    """A router that waits for nothing between tries and has no more than three of them saved up."""
+    router = Router(fleet, Clock(step), rng=NoDice())
+    while router.state.retries.saved >= 4:
+        router.state.retries.may_retry()
+    return router
 
 
 def call(at=10.0):
@@ -125,27 +155,29 @@ async def test_a_callers_own_mistake_is_never_tried_again():
     assert second.runs == 0
 
 
-async def test_a_failure_after_the_first_event_is_the_callers_to_see_and_nothing_is_repeated():
-    second = FakeTarget("b", DONE)
-    router = Router(FakeFleet(FakeTarget("a", Delta(text="h"), WorkerCrashed("died")), second), Clock())
-    seen = []
+async def test_a_break_after_the_first_event_is_gone_on_from_elsewhere_and_nothing_is_repeated():
+    first = FakeTarget("a", Delta(text="h", token_ids=[7]), WorkerCrashed("died"))
+    second = FakeTarget("b", Delta(text="i", token_ids=[8]), DONE)
+    events = await collect(Router(NodesFleet(first, second, ordered=True, file_sha256="f"), Clock()))
+    assert [event.text for event, _ in events] == ["h", "i", "hi"]
+    assert second.resumes[0].answers == [[7]]
+    assert second.resumes[0].seed == first.works[0].seed == second.works[0].seed
+    attempts = events[-1][1].attempts
+    assert [(each.replica, each.outcome, each.tokens) for each in attempts] == [
+        ("a", "worker_crashed", 1),
+        ("b", "answered", 1),
+    ]
+    assert "continued after worker_crashed" in attempts[1].reason
 
-    async def consume():
-        async for event, _ in router.run(CHAT, WORK, call()):
-            seen.append(event)
 
-    with pytest.raises(WorkerCrashed):
-        await consume()
-    assert seen == [Delta(text="h")]
-    assert second.runs == 0
-
-
-async def test_when_all_fail_the_last_error_is_raised():
-    router = Router(
-        FakeFleet(FakeTarget("a", Overloaded("a is full")), FakeTarget("b", Overloaded("b is full"))), Clock()
-    )
-    with pytest.raises(Overloaded, match="b is full"):
+async def test_when_everybody_is_full_the_last_error_is_raised_once_the_budget_for_retries_is_spent():
+    targets = [FakeTarget(name, Overloaded(f"{name} is full", retry_after_ms=0)) for name in "ab"]
+    router = impatient(FakeFleet(*targets))
+    with pytest.raises(Overloaded, match="is full") as met:
         await collect(router)
+    runs = sum(target.runs for target in targets)
+    assert 2 <= runs <= 5
+    assert [each["outcome"] for each in met.value.details["attempts"]] == ["overloaded"] * runs
 
 
 async def test_a_deadline_that_is_gone_starts_nothing():
@@ -155,13 +187,15 @@ async def test_a_deadline_that_is_gone_starts_nothing():
     assert target.runs == 0
 
 
-async def test_without_a_ready_replica_the_fleets_reason_is_raised():
-    with pytest.raises(StillLoading):
-        await collect(Router(FakeFleet(), Clock()))
+async def test_a_model_that_will_not_come_is_said_at_once():
+    fleet = FakeFleet(why=ReplicaFailed("broken file"))
+    with pytest.raises(ReplicaFailed, match="broken file"):
+        await collect(Router(fleet, Clock()))
+    assert fleet.asked == ["chat-model"]
 
 
 async def test_closing_the_stream_closes_the_target():
-    target = FakeTarget("a", Delta(text="1"), Delta(text="2"), DONE)
+    target = FakeTarget("a", Delta(text="1"), asyncio.Event(), DONE)
     events = Router(FakeFleet(target), Clock()).run(CHAT, WORK, call())
     await anext(events)
     assert not target.closed
@@ -173,7 +207,7 @@ async def test_learns_how_long_a_replica_takes():
     clock = Clock()
 
     class Slow(FakeTarget):
-        async def run(self, work, call):
+        async def run(self, work, call, resume=None):
             clock.now += 2.0
             yield DONE
 
@@ -189,9 +223,11 @@ async def test_learns_how_long_a_replica_takes():
 class NodesFleet(FakeFleet):
     """Targets of which some are at peers, or not ready."""
 
-    def __init__(self, *targets, remote=(), **more):
+    def __init__(self, *targets, remote=(), ordered=False, **more):
         super().__init__(*targets)
         self.remote = set(remote)
+        self.ordered = ordered
+        """The first one is asked first."""
         self.more = more
 
     def candidates(self, model):
@@ -203,9 +239,10 @@ class NodesFleet(FakeFleet):
                 ReplicaState.READY,
                 node=NodeId(f"node-{name}"),
                 local=name not in self.remote,
+                queued=number if self.ordered else 0,
                 **self.more,
             )
-            for name in self.targets
+            for number, name in enumerate(self.targets)
         ]
 
 
@@ -231,9 +268,12 @@ async def test_a_forwarded_call_without_a_local_replica_is_a_stale_route_that_sa
 
 
 async def test_the_answer_to_a_peer_says_what_is_left_and_that_to_a_client_does_not():
-    router = Router(NodesFleet(FakeTarget("here", Delta(text="h"), DONE)), Clock())
+    gate = asyncio.Event()
+    target = FakeTarget("here", Delta(text="h"), gate, DONE)
+    router = Router(NodesFleet(target), Clock())
     waiting = router.run(CHAT, WORK, call())
     await anext(waiting)
+    target.script = (DONE,)
     assert (await collect(router, forwarded()))[-1][1].calls_left == 1
     assert (await collect(router))[-1][1].calls_left is None
     await waiting.aclose()
@@ -251,56 +291,56 @@ async def test_while_draining_calls_go_to_peers_only():
         await collect(router, forwarded())
 
 
+@pytest.mark.parametrize("error", [WorkerCrashed("died"), PeerUnreachable("broke")])
+async def test_what_may_have_run_and_killed_its_worker_is_tried_once_more(error):
+    targets = [FakeTarget(name, error) for name in "abcd"]
+    with pytest.raises(type(error)) as met:
+        await collect(impatient(NodesFleet(*targets, remote="abcd")))
+    assert sum(target.runs for target in targets) == 2
+    assert len(met.value.details["attempts"]) == 2
+
+
 @pytest.mark.parametrize(
-    ("error", "runs"),
+    ("error", "said"),
     [
-        (WorkerCrashed("died"), 2),
-        (PeerUnreachable("broke"), 2),
-        (PeerUnreachable("refused", details={"sent": False}), 4),
-        (Overloaded("full"), 4),
-        (StaleRoute("gone"), 4),
-        (PromptTooLong("long"), 1),
+        (PeerUnreachable("refused", details={"sent": False}), (PeerUnreachable, "refused")),
+        (StaleRoute("gone"), (DeadlineExceeded, r"after \d+ attempts \(the last one: stale_route\)")),
     ],
 )
-async def test_what_may_have_run_is_tried_once_more_and_what_was_refused_everywhere(error, runs):
+async def test_what_was_refused_is_tried_everywhere_and_again_while_there_is_time(error, said):
     targets = [FakeTarget(name, error) for name in "abcd"]
-    with pytest.raises(TarsError):
-        await collect(Router(NodesFleet(*targets, remote="abcd"), Clock()))
-    assert sum(target.runs for target in targets) == runs
+    with pytest.raises(said[0], match=said[1]) as met:
+        await collect(impatient(NodesFleet(*targets, remote="abcd"), step=0.05))
+    assert all(target.runs > 1 for target in targets)
+    assert len(met.value.details["attempts"]) == sum(target.runs for target in targets)
 
 
-async def test_a_call_asks_a_bounded_number_of_replicas():
-    targets = [FakeTarget(str(number), Overloaded("full")) for number in range(3 * MOST_TRIES)]
-    with pytest.raises(Overloaded):
-        await collect(Router(NodesFleet(*targets), Clock()))
-    assert sum(target.runs for target in targets) == MOST_TRIES
-
-
-async def test_the_error_says_who_was_tried_where_there_were_several():
-    router = Router(NodesFleet(FakeTarget("a", Overloaded("full")), FakeTarget("b", Overloaded("full"))), Clock())
-    with pytest.raises(Overloaded) as met:
-        await collect(router)
-    assert {each["replica"] for each in met.value.details["attempts"]} == {"a", "b"}
-    with pytest.raises(Overloaded) as met:
-        await collect(Router(NodesFleet(FakeTarget("a", Overloaded("full"))), Clock()))
+async def test_a_single_attempt_is_not_listed_in_the_error():
+    with pytest.raises(PromptTooLong) as met:
+        await collect(Router(NodesFleet(FakeTarget("a", PromptTooLong("long"))), Clock()))
     assert "attempts" not in met.value.details
 
 
 async def test_a_failure_sends_the_next_calls_elsewhere_for_a_while():
     clock = Clock()
     bad, good = FakeTarget("bad", PeerUnreachable("broke")), FakeTarget("good", DONE)
-    fleet = NodesFleet(bad, remote=["bad", "good"])
-    router = Router(fleet, clock)
-    with pytest.raises(PeerUnreachable):
-        await collect(router)
-    fleet.targets["good"] = good
+    fleet = NodesFleet(bad, good, remote=["bad", "good"])
+    router = Router(fleet, clock, rng=NoDice())
+    router.load_told([("good", 4, 20)])
+    await collect(router)
+    assert (bad.runs, good.runs) == (1, 1), "the one with nothing to do first"
     for _ in range(5):
         await collect(router)
-    assert (bad.runs, good.runs) == (1, 5)
-    assert "failed a moment ago" in router.ranked("chat-model")["bad"]
-    clock.now += AVOID_UNREACHABLE_SECONDS + 0.1
-    assert "failed" not in router.ranked("chat-model")["bad"]
-    assert dict(router.calls_at_peers()) == {("node-bad", "peer_unreachable"): 1, ("node-good", "answered"): 5}
+    assert (bad.runs, good.runs) == (1, 6)
+    assert "failed a moment ago, asked last" in router.ranked("chat-model")["bad"]
+    clock.now += 31
+    assert "may be tried by one call" in router.ranked("chat-model")["bad"]
+    assert dict(router.calls_at_peers()) == {("node-bad", "peer_unreachable"): 1, ("node-good", "answered"): 6}
+    assert dict(router.attempts()) == {
+        ("first", "peer_unreachable"): 1,
+        ("retry", "answered"): 1,
+        ("first", "answered"): 5,
+    }
 
 
 async def test_a_replica_that_goes_away_between_two_looks_is_passed_over():
@@ -315,7 +355,7 @@ async def test_a_replica_that_goes_away_between_two_looks_is_passed_over():
     router = Router(Vanishing(gone, good), Clock())
     for _ in range(6):
         assert (await collect(router))[-1][1].replica == "good"
-    assert router._ledger.in_flight("gone") == 0
+    assert router.state.ledger.in_flight("gone") == 0
 
 
 async def test_a_fault_of_a_targets_own_is_not_taken_for_a_replica_that_went_away():
@@ -323,24 +363,24 @@ async def test_a_fault_of_a_targets_own_is_not_taken_for_a_replica_that_went_awa
         await collect(Router(NodesFleet(FakeTarget("a", KeyError("bug"))), Clock()))
 
 
-@pytest.mark.parametrize("end", ["answered", "failed", "closed", "cancelled"])
+@pytest.mark.parametrize("end", ["answered", "failed", "closed"])
 async def test_a_place_is_free_again_however_the_call_ends(end):
-    script = {"failed": [Delta(text="h"), WorkerCrashed("died")], "cancelled": [asyncio.CancelledError()]}
+    script = {"failed": [Delta(text="h"), PromptTooLong("long")], "closed": [Delta(text="h"), asyncio.Event()]}
     router = Router(NodesFleet(FakeTarget("a", *script.get(end, [Delta(text="h"), DONE]))), Clock())
     events = router.run(CHAT, WORK, call())
     if end == "closed":
         await anext(events)
-        assert router._ledger.in_flight("a") == 1
+        assert router.state.ledger.in_flight("a") == 1
         await events.aclose()
     else:
-        with suppress(WorkerCrashed, asyncio.CancelledError):
+        with suppress(PromptTooLong):
             async for _ in events:
-                assert router._ledger.in_flight("a") <= 1
-    assert router._ledger.in_flight("a") == 0
+                assert router.state.ledger.in_flight("a") <= 1
+    assert router.state.ledger.in_flight("a") == 0
 
 
 async def test_a_hundred_calls_at_once_do_not_herd():
-    targets = [FakeTarget(name, Delta(text="h"), DONE) for name in "abcd"]
+    targets = [FakeTarget(name, Delta(text="h"), asyncio.Event()) for name in "abcd"]
     router = Router(NodesFleet(*targets, remote="abcd"), Clock())
     running = [router.run(CHAT, WORK, CallContext(Deadline(10.0), f"call-{number}")) for number in range(100)]
     await asyncio.gather(*(anext(events) for events in running))
@@ -367,7 +407,9 @@ async def test_chats_with_the_same_beginning_go_to_the_same_replica():
     async for _, served_by in router.run(CHAT, work, call()):
         assert served_by.replica != first.served_by.replica
     blocks = blocks_of(prompt_text(work))
-    shared = {each.replica: router._ledger.annotated(each, 0.0, blocks).shared_tokens for each in fleet.candidates("")}
+    shared = {
+        each.replica: router.state.ledger.annotated(each, 0.0, blocks).shared_tokens for each in fleet.candidates("")
+    }
     assert shared[first.served_by.replica] == 0
     assert sum(tokens > 0 for tokens in shared.values()) == 1
 
