@@ -143,5 +143,7 @@ class CallContext:
     """None is interactive."""
     resume: ResumeMeta | None = None
     """Of a call that a peer forwarded: where its answers are."""
+    streamed: bool = False
+    """Its caller sees the deltas."""
     first_by: Deadline | None = None
     """When its caller goes away if nothing has come by then; None: it waits for as long as the deadline says."""

@@ -217,6 +217,7 @@ class Dispatcher:
                 arrival.source,
                 meta.priority or arrival.priority,
                 meta.resume,
+                running.emit is not None,
             )
             work = handler(params, context)
             if running.spec.streams:

@@ -241,6 +241,7 @@ class Exchange:
                 idempotency_key=idempotency_key,
                 caller=caller,
                 priority=self.priority or arrival.priority,
+                streamed=streams,
                 first_by=None if patience_ms is None or not streams else Deadline(monotonic() + patience_ms / 1000),
                 face=self.face.name,
             )
