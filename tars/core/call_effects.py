@@ -36,7 +36,7 @@ class CallShape:
     forwarded: bool = False
     """It came from a peer, whose gateway is in charge of it: this node's own replicas are asked once, and nothing is waited for."""
     exact: bool = False
-    """Go on only where the replica computes exactly, too."""
+    """What an exact replica began goes on only where it is exact, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from tars.core.types import ReplicaId
 
 
 class CallProgress:
-    """Of one call with `answers` answers; `exact`: only exact replicas may go on with it."""
+    """Of one call with `answers` answers; `exact`: what an exact replica began, only exact ones may go on with."""
 
     __slots__ = ("_exact", "_kills", "_kills_here", "_so_far", "_source", "rounds", "tried")
 
@@ -54,7 +54,7 @@ class CallProgress:
         return [
             each
             for each in candidates
-            if (each.exact or not self._exact)
+            if (each.exact or not (self._exact and source.exact))
             # Where nobody knows the file, the replica itself has the same one.
             and (each.file_sha256 == source.file_sha256 if source.file_sha256 else each.replica == source.replica)
         ]
