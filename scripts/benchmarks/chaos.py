@@ -36,7 +36,8 @@ from server_process import end_on_signals
 
 from tars.demo.help_desk import load_help_desk
 
-DECK_SIZE = 150
+MOST_DIFFERENT, LEAST_DIFFERENT = 150, 30
+"""Calls; a short run asks each of its own about four times, too."""
 KEYED_SHARE, TWIN_SHARE = 0.5, 0.15
 """Of the calls: those with an idempotency key; of these, those that are sent a second time under the same key."""
 TWIN_LATER_SECONDS = 3.0
@@ -163,7 +164,8 @@ class Run:
     async def run(self) -> None:
         """Everything, in its order."""
         questions = [question for question, _ in load_help_desk().lessons()]
-        calls = deck(self._options.seed, DECK_SIZE, questions)
+        size = min(max(self._options.calls // 4, LEAST_DIFFERENT), MOST_DIFFERENT)
+        calls = deck(self._options.seed, size, questions)
         with tempfile.TemporaryDirectory(prefix="tars-chaos-") as folder:
             if self._options.calls:
                 (home := Path(folder) / "mesh").mkdir()

@@ -25,7 +25,6 @@ import network_namespaces
 from mesh_processes import Pc, converge
 from soak import worker_name
 
-from tars.config_schema import EnginesSection
 from tars.errors import TarsError
 from tars.messages.node import NodeDescription
 
@@ -39,9 +38,7 @@ _ENGINE_OF = {CHAT_MODEL: "chat worker", EMBEDDING_MODEL: "embedding worker"}
 
 def configuration(mode: str, slots: int, models: Sequence[str] = MODELS) -> str:
     """What the PCs' files say of models and engines. Embeddings in float32: what is computed elsewhere has to be the same to 1e-5."""
-    old = f"exact = {str(mode == 'exact').lower()}\n"
-    how = f'continuation = "{mode}"\n' if "continuation" in EnginesSection.model_fields else old
-    text = f'[engines]\nembedding_backend = "torch-fp32"\n{how}'
+    text = f'[engines]\nembedding_backend = "torch-fp32"\ncontinuation = "{mode}"\n'
     for model in models:
         text += f'[[deploy]]\nmodel = "{model}"\nreplicas = {REPLICAS}\n'
         if model == CHAT_MODEL:
