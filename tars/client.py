@@ -24,6 +24,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import Message
+from tars.messages.calls import ExplainCallResult
 from tars.messages.files import PullResult, TransfersResult
 from tars.messages.inference import (
     ChatMessage,
@@ -254,6 +255,10 @@ class Client:
     async def resume(self, **options: Unpack[CallOptions]) -> DrainResult:
         """Undo `drain`."""
         return cast(DrainResult, await self._typed("node.resume", {}, options))
+
+    async def explain_call(self, id: str, **options: Unpack[CallOptions]) -> ExplainCallResult:
+        """What became of a call: its replicas, waits and end. `id`: `served_by.call` of its result, or the error's trace id."""
+        return cast(ExplainCallResult, await self._typed("calls.explain", {"id": id}, options))
 
     async def peers(self, **options: Unpack[CallOptions]) -> PeersResult:
         """The nodes that it sees."""

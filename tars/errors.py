@@ -121,6 +121,14 @@ class JoinRefused(CallerError):
     http_status = 403
 
 
+class UnknownCall(CallerError):
+    """No node that answers knows a call of that id, or it is another caller's: `calls.explain`."""
+
+    code = -32024
+    kind = "unknown_call"
+    http_status = 404
+
+
 class UnsupportedMediaType(CallerError):
     """A body that is not declared as JSON, which a web page could send without asking, or a compressed one."""
 

@@ -23,6 +23,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import CallContext
+from tars.messages.calls import ExplainCallParams, ExplainCallResult
 from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     ChatMessage,
@@ -147,6 +148,10 @@ class FakeNode:
         except (asyncio.CancelledError, GeneratorExit):
             self.closed.set()
             raise
+
+    async def explain_call(self, params: ExplainCallParams, context: CallContext) -> ExplainCallResult:
+        self._met(params, context)
+        return ExplainCallResult(calls=[], text=f"Call {params.id}")
 
     def ping(self) -> PingResult:
         self._met()

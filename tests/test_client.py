@@ -63,6 +63,7 @@ CALLS = {
     "models.add_file": ("add_file", ("m", "/f")),
     "models.transfers": ("transfers", ()),
     "models.remove": ("remove", ("m",)),
+    "calls.explain": ("explain_call", ("0a",)),
     "inference.chat": ("chat", ("hello",)),
     "inference.complete": ("complete", ("once",)),
     "inference.embed": ("embed", ("text",)),
@@ -73,7 +74,8 @@ CALLS = {
 
 def test_every_row_has_a_method_but_what_only_nodes_ask_each_other() -> None:
     assert list(CALLS) == [name for name, spec in METHODS.items() if Role.ADMINISTRATOR in spec.roles]
-    assert set(METHODS) - set(CALLS) == {"mesh.join", "mesh.gossip"}
+    among_nodes = {"mesh.join", "mesh.gossip", "mesh.claim", "mesh.settle", "mesh.await_answer"}
+    assert set(METHODS) - set(CALLS) == among_nodes
 
 
 @pytest.mark.parametrize("name", CALLS)

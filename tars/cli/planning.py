@@ -14,6 +14,7 @@ import click
 
 from tars.catalogue import Catalogue
 from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json
+from tars.cli.output import plain
 from tars.cli.plan_output import explain_view, plan_view
 from tars.core.explanation import explain as explain_words
 from tars.core.placement import plan as place
@@ -127,10 +128,25 @@ def plan(connection: Connection, nodes: tuple[Path, ...], model: str | None, con
 
 @click.command()
 @click.argument("model")
+@click.argument("id", required=False)
 @connection_options
 @pass_connection
-def explain(connection: Connection, model: str) -> int:
-    """Say where the running node placed MODEL, why there and why not elsewhere."""
+def explain(connection: Connection, model: str, id: str | None) -> int:
+    """Say where the running node placed MODEL, why there and why not elsewhere; or what became of a call:
+
+      tars explain call ID
+
+    The ID is the X-Request-Id of an answer, `served_by.call` of a result, or the trace id of an error. Any node of the mesh may be asked.
+    """
+    if id is not None:
+        if model != "call":
+            raise click.UsageError("one model at a time: tars explain MODEL; a call: tars explain call ID")
+        found = ask(connection, lambda client: client.explain_call(id))
+        if connection.as_json:
+            print_json(found)
+        else:
+            click.echo(plain(found.text))
+        return Exit.OK
     explanation = ask(connection, lambda client: client.explain(model))
     if connection.as_json:
         print_json(explanation)

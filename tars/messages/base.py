@@ -145,5 +145,7 @@ class CallContext:
     """Of a call that a peer forwarded: where its answers are."""
     streamed: bool = False
     """Its caller sees the deltas."""
+    administrator: bool = False
+    """Or a peer: it may hear of every caller's calls."""
     first_by: Deadline | None = None
     """When its caller goes away if nothing has come by then; None: it waits for as long as the deadline says."""

@@ -119,13 +119,20 @@ class Dispatcher:
         """The answer to a body of which nothing could be run: its id is null."""
         return encode_error(None, error.to_json(node=self._log.node_id, trace_id=self.admission.new_trace_id()))
 
-    async def answer(self, element: Element, arrival: Arrival = LOCAL, emit: Emit | None = None) -> bytes | None:
-        """One element's answer; None for a notification. `emit` gets the deltas of a method that streams, else they are dropped."""
+    def call_id(self, element: Element, arrival: Arrival) -> str:
+        """A call's id, its trace id: the one that its caller gave, else a new one."""
+        given = (None if isinstance(element, BadElement) else element.meta.traceparent) or arrival.traceparent
+        return (trace_id_of(given) if given is not None else None) or self.admission.new_trace_id()
+
+    async def answer(
+        self, element: Element, arrival: Arrival = LOCAL, emit: Emit | None = None, call_id: str | None = None
+    ) -> bytes | None:
+        """One element's answer; None for a notification. `emit` gets the deltas of a method that streams, else they are dropped.
+        `call_id`: what `call_id` gave, where the caller was told it already.
+        """
+        trace_id = call_id or self.call_id(element, arrival)
         if isinstance(element, BadElement):
-            trace_id = trace_id_of(arrival.traceparent) or self.admission.new_trace_id()
             return None if element.notification else self._error(element.id, element.error, trace_id)
-        given = element.meta.traceparent or arrival.traceparent
-        trace_id = (trace_id_of(given) if given is not None else None) or self.admission.new_trace_id()
         name = element.method
         spec = self._specs.get(name)
         if spec is None:
@@ -218,6 +225,7 @@ class Dispatcher:
                 meta.priority or arrival.priority,
                 meta.resume,
                 running.emit is not None,
+                arrival.role is not Role.CLIENT,
             )
             work = handler(params, context)
             if running.spec.streams:

@@ -29,7 +29,7 @@ from tars.rpc.envelope import Call, Element, decode, encode_notification, too_la
 from tars.rpc.method_table import METHODS, MethodSpec, Role
 from tars.rpc.methods import handlers_of
 from tars.rpc.options import RpcOptions
-from tars.rpc.whole_answer import JSON_HEADERS, WholeAnswer
+from tars.rpc.whole_answer import JSON_HEADERS, REQUEST_ID_HEADER, WholeAnswer
 from tars.serving.service import NodeService
 
 RPC_PATH = "/rpc"
@@ -127,13 +127,15 @@ def rpc_handler(dispatcher: Dispatcher, options: RpcOptions) -> Callable[[web.Re
                     return error_response(dispatcher, refused, status=406)
             elif not decoded.notification and (not json_too or _streams(decoded)):
                 return await _stream(request, dispatcher, decoded, arrival, options.heartbeat_seconds)
+        call_id = ""  # a batch's calls have one each, which their results and errors tell
         if isinstance(decoded, list):
             answer = await dispatcher.answer_batch(decoded, arrival)
         else:
-            answer = await dispatcher.answer(decoded, arrival)
+            call_id = dispatcher.call_id(decoded, arrival)
+            answer = await dispatcher.answer(decoded, arrival, call_id=call_id)
         if answer is None:
             return web.Response(status=204)
-        return WholeAnswer(answer)
+        return WholeAnswer(answer, call_id)
 
     return handle
 
@@ -229,7 +231,8 @@ async def _stream(
     request: web.Request, dispatcher: Dispatcher, element: Element, arrival: Arrival, heartbeat_seconds: float
 ) -> web.StreamResponse:
     """Answer one call as an event stream."""
-    response = web.StreamResponse(headers=STREAM_HEADERS)
+    call_id = dispatcher.call_id(element, arrival)
+    response = web.StreamResponse(headers={**STREAM_HEADERS, REQUEST_ID_HEADER: call_id})
     await response.prepare(request)
     last_write = monotonic()
 
@@ -257,7 +260,7 @@ async def _stream(
 
     heart = asyncio.create_task(beat())
     try:
-        answer = await dispatcher.answer(element, arrival, emit)
+        answer = await dispatcher.answer(element, arrival, emit, call_id)
         if answer is not None:
             await send(b"data: " + answer + b"\n\n")
             await response.write_eof()

@@ -24,6 +24,7 @@ from tars.messages.admission import (
     TokensResult,
 )
 from tars.messages.base import CallContext, NoParams
+from tars.messages.calls import ExplainCallParams, ExplainCallResult
 from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
 from tars.messages.inference import (
     EmbedParams,
@@ -87,6 +88,9 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
 
     async def explain(params: ModelParams, context: CallContext) -> ExplainResult:
         return await service.explain(params.model)
+
+    async def explain_call(params: ExplainCallParams, context: CallContext) -> ExplainCallResult:
+        return await service.explain_call(params, context)
 
     async def join(params: JoinParams, context: CallContext) -> JoinResult:
         return service.mesh.join(params, context.source)
@@ -159,6 +163,7 @@ def handlers_of(service: NodeService) -> dict[str, Handler]:
         "mesh.explain": explain,
         "mesh.join": join,
         "mesh.gossip": gossip,
+        "calls.explain": explain_call,
         "mesh.claim": about_key,
         "mesh.settle": about_key,
         "mesh.await_answer": about_key,

@@ -14,6 +14,8 @@ from aiohttp import HttpVersion11, hdrs, web
 from aiohttp.abc import AbstractStreamWriter
 from multidict import CIMultiDict
 
+REQUEST_ID_HEADER = "X-Request-Id"
+"""Carries a call's id; the OpenAI clients show it as `_request_id`."""
 JSON_HEADERS = CIMultiDict({hdrs.CONTENT_TYPE: "application/json"})
 
 _LARGEST_WHOLE = 16 * 1024
@@ -21,10 +23,13 @@ _LARGEST_WHOLE = 16 * 1024
 
 
 class WholeAnswer(web.Response):
-    """A 200 with a JSON body."""
+    """A 200 with a JSON body. `call_id`: of the one call that it answers, hexadecimal."""
 
-    def __init__(self, body: bytes) -> None:
+    def __init__(self, body: bytes, call_id: str = "") -> None:
         super().__init__(body=body, headers=JSON_HEADERS)
+        if call_id:
+            self.headers[REQUEST_ID_HEADER] = call_id
+        self._call_id = call_id
         self._whole_body = body
         self._written = False
 
@@ -34,7 +39,7 @@ class WholeAnswer(web.Response):
         transport = request.transport
         if (
             len(body) > _LARGEST_WHOLE
-            or len(self.headers) != 1
+            or len(self.headers) != (2 if self._call_id else 1)
             or self.status != 200
             or self.body is not body
             or self.compression
@@ -49,9 +54,10 @@ class WholeAnswer(web.Response):
             or transport is None
         ):
             return await super().prepare(request)
+        named = b"X-Request-Id: %b\r\n" % self._call_id.encode() if self._call_id else b""
         transport.write(
-            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\nDate: %b\r\n\r\n%b"
-            % (len(body), _date(int(time())), body)
+            b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n%bContent-Length: %d\r\nDate: %b\r\n\r\n%b"
+            % (named, len(body), _date(int(time())), body)
         )
         self._written = True
         return None

@@ -27,6 +27,7 @@ from tars.rpc.envelope import load_json
 from tars.rpc.http_server import STREAM_HEADERS, arrival_of, read_body
 from tars.rpc.options import RpcOptions
 from tars.rpc.validation import faults
+from tars.rpc.whole_answer import REQUEST_ID_HEADER
 from tars.serving.service import NodeService
 
 log = logging.getLogger(__name__)
@@ -36,8 +37,6 @@ PYTHON_TIMEOUT_HEADER = "X-Stainless-Read-Timeout"
 NODE_TIMEOUT_HEADER = "X-Stainless-Timeout"
 """The one for JavaScript: for how many whole seconds, rounded down, it waits for the answer's headers."""
 IDEMPOTENCY_HEADER = "Idempotency-Key"
-REQUEST_ID_HEADER = "X-Request-Id"
-"""Carries the trace id; the OpenAI clients show it as `_request_id`."""
 
 _MAX_IDEMPOTENCY_KEY = 200
 """The bound of `_meta.idempotency_key`."""
@@ -241,9 +240,9 @@ class Exchange:
                 idempotency_key=idempotency_key,
                 caller=caller,
                 priority=self.priority or arrival.priority,
-                streamed=streams,
                 first_by=None if patience_ms is None or not streams else Deadline(monotonic() + patience_ms / 1000),
                 face=self.face.name,
+                streamed=streams,
             )
 
     def _idempotency_key(self) -> str | None:

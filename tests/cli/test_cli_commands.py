@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from tars.errors import DoesNotFit, InternalError, PeerUnreachable, Unauthorized, UnknownModel
+from tars.messages.calls import ExplainCallResult
 from tars.messages.inference import EmbedResult, RerankResult, Scored, Timings, Usage
 from tars.messages.node import (
     DeployResult,
@@ -58,6 +59,7 @@ def answering(node: Any, make: SimpleNamespace) -> Any:
         "mesh.explain": ExplainResult(
             model="phi-2", deployed=True, assignments=[], verdicts=[], remedy=None, replicas=[], text="Because."
         ),
+        "calls.explain": ExplainCallResult(calls=[], text="Call 0a: answered\x1b[31m."),
         "models.list": ModelsResult(models=[model]),
         "models.deploy": DeployResult(model="phi-2", accepted=True, assignments=[]),
         "models.remove": RemoveResult(model="phi-2", removed=True),
@@ -73,6 +75,7 @@ COMMANDS = [
     (("plan",), "mesh.plan", "nothing is placed"),
     (("plan", "--explain", "phi-2"), "mesh.explain", "Because."),
     (("explain", "phi-2"), "mesh.explain", "Because."),
+    (("explain", "call", "0a"), "calls.explain", "Call 0a: answered[31m."),
     (("deploy", "phi-2"), "models.deploy", "phi-2: accepted"),
     (("undeploy", "phi-2"), "models.remove", "no longer deployed"),
     (("ping",), "node.ping", "ready"),
@@ -431,3 +434,10 @@ def test_deploy_sends_what_was_chosen_and_leaves_the_rest_to_the_planner(
     assert [answering.params("models.deploy")[key] for key in ("slots", "kv_tokens", "gpu_layers")] == [8, 8192, 20]
     assert tars("deploy", "phi-2", "--slots", "0").code == 2
     assert tars("deploy", "phi-2", "--gpu-layers", "0").code == 2
+
+
+def test_two_models_are_not_explained_at_once(answering: Any, tars: Callable[..., Any]) -> None:
+    ran = tars("explain", "phi-2", "mistral")
+    assert ran.code == 2
+    assert "tars explain call ID" in ran.err
+    assert not answering.calls

@@ -53,6 +53,7 @@ async def test_every_row_of_the_table_is_answered_with_its_result(node: FakeNode
         "mesh.explain": {"model": "m"},
         "mesh.join": JOIN,
         "mesh.gossip": {"envelope": {}},
+        "calls.explain": {"id": "0a" * 16},
         "mesh.claim": {"key": "0a" * 32, "body": "0b" * 32, "claim": {"owner": "node-2", "token": "t"}},
         "mesh.settle": {"key": "0a" * 32, "body": "0b" * 32, "claim": {"owner": "node-2", "token": "t"}},
         "mesh.await_answer": {"key": "0a" * 32, "body": "0b" * 32, "wait_ms": 1},

@@ -16,7 +16,7 @@ import pytest
 from aiohttp import web
 from fake_node import FakeNode
 
-from tars.errors import DeadlineExceeded, StillLoading, WorkerCrashed
+from tars.errors import DeadlineExceeded, StillLoading, UnknownModel, WorkerCrashed
 from tars.rpc.access import Access
 from tars.rpc.admission import Admission
 from tars.rpc.http_server import add_rpc_routes, closing_middleware, read_body
@@ -309,6 +309,21 @@ async def test_the_header_says_how_urgent_a_call_is_and_its_meta_goes_before(
     status, answer, _ = await post(session, url, CHAT, **{"X-Priority": "urgent"})
     assert status == 400
     assert "interactive or batch" in answer["error"]["message"]
+
+
+async def test_every_answer_names_its_call(session: aiohttp.ClientSession, url: str, node: FakeNode) -> None:
+    for accept in ("application/json", "text/event-stream"):
+        async with session.post(f"{url}/rpc", data=orjson.dumps(CHAT), headers={"Accept": accept}) as response:
+            await response.read()
+            assert response.headers["X-Request-Id"] == node.contexts[-1].trace_id
+    node.error = UnknownModel("no such model")
+    async with session.post(f"{url}/rpc", data=orjson.dumps(CHAT)) as response:
+        refused = orjson.loads(await response.read())
+        assert response.headers["X-Request-Id"] == refused["error"]["data"]["trace_id"]
+    async with session.post(f"{url}/rpc", data=orjson.dumps([CHAT, CHAT])) as response:
+        traces = {each["error"]["data"]["trace_id"] for each in orjson.loads(await response.read())}
+        assert len(traces) == 2
+        assert "X-Request-Id" not in response.headers
 
 
 async def test_the_trace_of_the_header_is_the_calls(session: aiohttp.ClientSession, url: str, node: FakeNode) -> None:

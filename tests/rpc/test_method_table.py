@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def test_a_rows_key_is_its_name_and_its_name_has_a_namespace() -> None:
     for name, spec in METHODS.items():
         assert name == spec.name
-        assert re.fullmatch(r"(rpc|node|mesh|models|inference)\.[a-z_]+", name)
+        assert re.fullmatch(r"(rpc|node|mesh|models|calls|inference)\.[a-z_]+", name)
         assert spec.summary.endswith((".", "?", "!"))
 
 

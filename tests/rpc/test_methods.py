@@ -28,6 +28,7 @@ PARAMS = {
     "models.pull": {"model": "m"},
     "models.add_file": {"model": "m", "path": "/f"},
     "models.remove": {"model": "m"},
+    "calls.explain": {"id": "0a" * 16},
     "mesh.claim": {"key": "0a" * 32, "body": "0b" * 32, "claim": {"owner": "node-2", "token": "t"}},
     "mesh.settle": {"key": "0a" * 32, "body": "0b" * 32, "claim": {"owner": "node-2", "token": "t"}},
     "mesh.await_answer": {"key": "0a" * 32, "body": "0b" * 32, "wait_ms": 1},
@@ -47,6 +48,7 @@ CALLED = {
     "mesh.key_list": "keys",
     "mesh.key_revoke": "revoke_key",
     "mesh.remove": "remove_node",
+    "calls.explain": "explain_call",
     "mesh.claim": "asked",
     "mesh.settle": "asked",
     "mesh.await_answer": "asked",
@@ -100,7 +102,7 @@ async def test_a_handler_calls_its_own_method_with_what_it_needs(name):
         assert given == ("m",)
     elif name in ("mesh.join", "mesh.gossip", "mesh.claim", "mesh.settle", "mesh.await_answer"):
         assert given == (params, "192.0.2.7" if name == "mesh.join" else "node-2")
-    elif name.startswith("inference."):
+    elif name.startswith(("inference.", "calls.")):
         assert given == (params, context)
 
 

@@ -25,9 +25,10 @@ async def answered() -> AsyncIterator[Callable[..., Awaitable[bytes]]]:
         request: bytes = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
         body: bytes = BODY,
         signal: bool = False,
+        call_id: str = "",
     ) -> bytes:
         async def handle(request: web.Request) -> WholeAnswer:
-            answer = WholeAnswer(body)
+            answer = WholeAnswer(body, call_id)
             change(answer)
             return answer
 
@@ -85,6 +86,15 @@ async def test_what_was_added_is_sent(
     answered: Callable[..., Awaitable[bytes]], change: Callable[[WholeAnswer], object], expected: bytes
 ) -> None:
     assert expected in await answered(change)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_the_id_of_its_call_goes_with_it(answered: Callable[..., Awaitable[bytes]], whole: bool) -> None:
+    said = await answered(call_id="0a" * 16, signal=not whole)
+    assert said.count(b"X-Request-Id: " + b"0a" * 16 + b"\r\n") == 1
+    assert said.endswith(b"\r\n\r\n" + BODY)
+    # In one piece, or in aiohttp's way.
+    assert (b"Server:" in said) is not whole
 
 
 async def test_a_signal_of_the_application_is_heard(answered: Callable[..., Awaitable[bytes]]) -> None:
