@@ -44,8 +44,9 @@ from tars.model_files import FileHashes
 from tars.node_mesh import NodeMesh, enter, founded
 from tars.node_report import NodeReport, set_up_logging
 from tars.rpc.access import Access, access_middleware
+from tars.rpc.admission import Admission
 from tars.rpc.dispatcher import Dispatcher
-from tars.rpc.http_server import add_rpc_routes, refusal_renderer
+from tars.rpc.http_server import add_rpc_routes, closing_middleware, refusal_renderer
 from tars.rpc.listener import Listener, listen
 from tars.rpc.mesh_listener import HINT_PATH, add_mesh_hint
 from tars.rpc.options import AccessOptions, EnvelopeLimits, RpcOptions
@@ -62,6 +63,8 @@ MODELS = "models"
 """The folder in the state folder where model files that are fetched are kept, unless [files] names another."""
 DEMO_MODELS = ("tars-help-desk", "all-minilm-l6-v2")
 """What a node without any configuration serves: both come with the packages, so they need no network."""
+LAST_WORDS_SECONDS = 2.0
+"""After the grace time: for calls to hear that it is over, and for the successors of answers to fetch their states."""
 CLOSE_SECONDS = 1.0
 """For connections that are still open after the grace time: status pages, idle clients."""
 EXIT_USAGE = 2
@@ -168,6 +171,7 @@ class Node:
         self._folder = StateFolder(prepared.config.node.state_dir)
         self._inventory: Inventory | None = None
         self._listener: Listener | None = None
+        self._admission: Admission | None = None
         self._rounds: asyncio.Task[None] | None = None
         self._hashing: asyncio.Task[None] | None = None
         self.files: FileStore | None = None
@@ -228,6 +232,7 @@ class Node:
             addresses=lambda: [self.url] if mesh is None else list(mesh.addresses()),
             mesh=Administration(keys, store) if mesh is None else mesh.administration(),
             peers=None if mesh is None else mesh.peers,
+            states=None if mesh is None else mesh.states,
             keys_at=None if mesh is None else mesh.keys_at,
             on_traffic=(lambda node: None) if mesh is None else mesh.gossip.traffic,
             on_drain=(lambda draining: None) if mesh is None else mesh.gossip.drain,
@@ -279,6 +284,8 @@ class Node:
         dispatcher = add_rpc_routes(application, self.service, options)
         refuse = refusal_renderer(dispatcher, partial(render_refusal, node=self.service.node_id))
         application.middlewares.append(access_middleware(access, refuse, PUBLIC_PATHS | {HINT_PATH}))
+        application.middlewares.append(closing_middleware(dispatcher.admission))
+        self._admission = dispatcher.admission
         # Before the faces, whose last route takes what is left.
         add_mesh_hint(application, lambda: None if self._mesh is None else self._mesh.port)
         add_web_routes(application, self.service, options, admission=dispatcher.admission)
@@ -305,12 +312,21 @@ class Node:
         ends_at = loop.time() + grace
         if self._listener is not None:
             self.service.refuse_calls()
-            if self._mesh is not None:
-                # First, so that the others take over meanwhile.
-                await self._mesh.leave()
+            if self._admission is not None:
+                self._admission.close()
+            # First, so that the others take over meanwhile.
+            await asyncio.gather(self.service.hand_over(), *([] if self._mesh is None else [self._mesh.leave()]))
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(ends_at):
                     await self.service.idle()
+            if self._admission is not None:
+                self._admission.end()
+            # Whose time is over hears it in a moment, and who goes on with an answer has its state in another.
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_WORDS_SECONDS):
+                    await self.service.idle()
+                    await self.service.handed_over()
+            await self.service.close()
         if self._hashing is not None:
             self._hashing.cancel()
         if self.files is not None:

@@ -43,10 +43,12 @@ from tars.rpc.mesh_listener import MeshListener
 from tars.rpc.options import RpcOptions
 from tars.rpc.peer_connections import PeerConnections
 from tars.rpc.peer_files import HttpPeerFiles
+from tars.rpc.peer_states import HttpPeerStates
+from tars.rpc.state_routes import add_state_routes
 from tars.serving.key_peers import KeysAtPeers
 from tars.serving.local_service import LocalNodeService
 from tars.serving.mesh_fleet import MappedPeers
-from tars.state_folder import StateFolder
+from tars.state_folder import SEQUENCES, StateFolder
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +150,7 @@ class NodeMesh:
         self.peers = MappedPeers(store.map, self._state, self._connection)
         self.keys_at = KeysAtPeers(identity.node, self._live, self._connection)
         files.peers = HttpPeerFiles(self.live_adverts, self._connection)
+        self.states = HttpPeerStates(self._connection, config.node.state_dir / SEQUENCES)
         self._listener: MeshListener | None = None
         self._file_server: FileServer | None = None
         self._seeds: Seeds | None = None
@@ -248,6 +251,7 @@ class NodeMesh:
         cap = self._config.files.most_mib_per_second
         self._file_server = FileServer(self._files.shared, most_bytes_per_second=None if cap is None else cap * 2**20)
         add_file_routes(listener.app, self._file_server)
+        add_state_routes(listener.app, service.kept_states)
         await listener.start(address.host, address.port)
         self._listener = listener
         self.gossip.listen(self._noticed)
@@ -290,6 +294,8 @@ class NodeMesh:
         if self._tasks:
             await asyncio.wait(self._tasks)
         self._tasks = []
+        if self._service is not None:
+            await self._service.leave_peers()
         if self._listener is not None:
             await self._listener.close()
             self._listener = None
@@ -317,6 +323,8 @@ class NodeMesh:
                 if self._service is not None:
                     if after in (MemberState.DEAD, None):
                         self._service.peer_died(node)
+                    elif after is MemberState.ALIVE:
+                        self._service.peer_lives(node)
                     self._service.keys.members_changed()
                 self._coordinator.wake()
                 self._say_whether_cut_off(before)
