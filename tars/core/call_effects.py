@@ -35,6 +35,10 @@ class CallShape:
     """How many (`n`)."""
     forwarded: bool = False
     """It came from a peer, whose gateway is in charge of it: this node's own replicas are asked once, and nothing is waited for."""
+    shown: bool = True
+    """The caller sees tokens as they come. False: they may be given up for an answer from another file, where nobody has this one."""
+    file_sha256: str | None = None
+    """Of a forwarded call that is a continuation: what its tokens were computed from. Nobody else goes on with them."""
     exact: bool = False
     """What an exact replica began goes on only where it is exact, too."""
 
@@ -76,6 +80,8 @@ class Start:
     resume: tuple[Tokens, ...] | None = None
     saved: object | None = None
     """A saved state that holds `resume` and perhaps more."""
+    file_sha256: str | None = None
+    """What `resume` was computed from, where it is known: a peer is told, and goes on with it only in such a replica."""
 
 
 @dataclass(frozen=True, slots=True)

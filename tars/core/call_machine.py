@@ -94,8 +94,9 @@ class CallMachine:
         self._candidates = candidates
         self._rng = rng
         self._running: dict[int, _Attempt] = {}
-        self._progress = CallProgress(shape.answers, shape.exact)
-        self._saved: object | None = None
+        self._progress = CallProgress(shape.answers, shape.exact, shape.file_sha256)
+        self._saved: tuple[Candidate, object] | None = None
+        """The state that a replica saved of it."""
         self._last: Failure | None = None
         self._again_at = inf
         """Nobody runs, and this is when it is tried again."""
@@ -181,7 +182,7 @@ class CallMachine:
             return self._fail(failure, now)
         if needs_budget(failure) and not self._may_try_again():
             return self._fail(failure, now)
-        self._saved = failure.saved
+        self._saved = None if failure.saved is None else (running.candidate, failure.saved)
         return self._next(self._because(), now)
 
     def refused_to_load(self, failure: Failure, now: float) -> Effects:
@@ -227,14 +228,21 @@ class CallMachine:
         if now >= self._shape.deadline:
             return self._fail(DEADLINE, now)
         choice = self._choose(now)
+        if choice.reservation is None and self._progress.begun and not self._shape.shown:
+            # Two unlike PCs have the same model in different files: a whole answer of the other one is worth more than a wait.
+            choice = self._choose_among(self._candidates(), now)
+            if choice.reservation is not None:
+                self._progress.begin_anew()
+                because = f"begun anew {because}"
         return self._wait(now) if choice.reservation is None else self._start(choice, because, now)
 
     def _choose(self, now: float, *also_without: ReplicaId) -> Choice:
-        shape = self._shape
-        tried = self._progress.tried
+        return self._choose_among(self._progress.able(self._candidates()), now, *also_without)
+
+    def _choose_among(self, candidates: Sequence[Candidate], now: float, *also_without: ReplicaId) -> Choice:
+        shape, tried = self._shape, self._progress.tried
         without = {*tried, *also_without} if also_without else tried
-        able = self._progress.able(self._candidates())
-        return self._state.ledger.choose(able, shape.key, now, shape.demand, shape.blocks, without)
+        return self._state.ledger.choose(candidates, shape.key, now, shape.demand, shape.blocks, without)
 
     def _start(self, choice: Choice, because: str, now: float, *, hedge: bool = False) -> list[Effect]:
         reservation, shape, deadlines = choice.reservation, self._shape, self._state.deadlines
@@ -259,9 +267,18 @@ class CallMachine:
         self._running[number] = _Attempt(number, reservation, record, candidate, now, patience)
         self._again_at = inf
         self._asked_to_load = False
-        saved, self._saved = self._saved, None
+        saved = self._handed_over(candidate)
         resume = self._progress.tokens if continues or saved is not None else None
-        return self._armed([Start(number, reservation, resume, saved)], now)
+        file = None if resume is None else self._progress.file or candidate.file_sha256
+        return self._armed([Start(number, reservation, resume, saved, file)], now)
+
+    def _handed_over(self, candidate: Candidate) -> object | None:
+        """The state that was saved of the call, where this replica can go on from it. It is there once."""
+        given, self._saved = self._saved, None
+        if given is None:
+            return None
+        source, saved = given
+        return saved if source.file_sha256 and source.file_sha256 == candidate.file_sha256 else None
 
     def _wait(self, now: float) -> Effects:
         """Nobody untried is ready."""

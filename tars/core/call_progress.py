@@ -17,15 +17,16 @@ from tars.core.types import ReplicaId
 class CallProgress:
     """Of one call with `answers` answers; `exact`: what an exact replica began, only exact ones may go on with."""
 
-    __slots__ = ("_exact", "_kills", "_kills_here", "_so_far", "_source", "rounds", "tried")
+    __slots__ = ("_exact", "_file", "_kills", "_kills_here", "_so_far", "_source", "rounds", "tried")
 
-    def __init__(self, answers: int = 1, exact: bool = False):
+    def __init__(self, answers: int = 1, exact: bool = False, file: str | None = None):
         self.tried: dict[ReplicaId, float] = {}
         """Those that failed since the last new token, and the time before which they are not asked again."""
         self.rounds = 0
         """How often everybody was tried since the last new token."""
         self._so_far: list[list[int]] = [[] for _ in range(answers)]
         self._exact = exact
+        self._file = file
         self._source: Candidate | None = None
         """Who gave the first token: only its like may go on."""
         self._kills = self._kills_here = 0
@@ -50,7 +51,7 @@ class CallProgress:
         """Those that could take the call as far as it is: the same file, once there are tokens."""
         source = self._source
         if source is None:
-            return candidates
+            return [each for each in candidates if each.file_sha256 == self._file] if self._file else candidates
         return [
             each
             for each in candidates
@@ -58,6 +59,16 @@ class CallProgress:
             # Where nobody knows the file, the replica itself has the same one.
             and (each.file_sha256 == source.file_sha256 if source.file_sha256 else each.replica == source.replica)
         ]
+
+    @property
+    def file(self) -> str | None:
+        """What the tokens were computed from, where that is known."""
+        return self._file if self._source is None else self._source.file_sha256
+
+    def begin_anew(self) -> None:
+        """Nobody goes on with the tokens, and nobody has seen them."""
+        self._so_far = [[] for _ in self._so_far]
+        self._source = None
 
     def ended(self, replica: ReplicaId, failure: Failure, now: float, tokens: int) -> None:
         """An attempt failed or was given up, after it had given so many tokens."""

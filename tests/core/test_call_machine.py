@@ -305,6 +305,29 @@ def test_a_state_that_was_saved_before_the_first_token_does_not_go_to_another_fi
     assert call.started()[1] is None
 
 
+def test_what_nobody_has_seen_is_begun_anew_in_another_file_rather_than_waited_for():
+    call = Call(replica("a"), shown=False)
+    call.begin()
+    call.tokens(0, 1, 2)
+    call.fleet = [replica("a", ReplicaState.RESTARTING), replica("b", file="another")]
+    call.failed(0, CRASHED)
+    assert call.started() == ("b", None)
+    assert call.machine.attempts[1].because == "begun anew after worker_crashed"
+    call.tokens(1, 7)
+    call.fleet.append(replica("c", file="another"))
+    call.failed(1, DRAINED)
+    assert call.started() == ("c", ((7,),))
+    assert call.until(Start).file_sha256 == "another"
+
+
+def test_a_forwarded_continuation_goes_on_only_in_the_file_that_its_gateway_names():
+    call = Call(replica("a", file="one"), replica("b", file="another"), forwarded=True, file_sha256="another")
+    call.begin()
+    assert call.started()[0] == "b"
+    stale = Call(replica("a", file="one"), forwarded=True, file_sha256="another")
+    assert stale.begin() == [Fail(NO_REPLICA)]
+
+
 def test_a_continuation_waits_for_a_worker_that_is_restarted():
     call = Call(replica("a"))
     call.begin()
