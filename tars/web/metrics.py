@@ -26,6 +26,7 @@ def render(node: NodeDescription, peers: PeersResult) -> str:
         *_transfers(node),
         *_calls(node),
         *_replicas(node),
+        *_gates(node.replicas),
         *_engines(node.replicas),
         *_devices(node.devices),
     )
@@ -119,6 +120,28 @@ def _replicas(node: NodeDescription) -> Iterable[Family]:
         "Memory that a loaded replica really takes.",
         [(labels, replica.info.memory_bytes) for labels, replica in each if replica.info is not None],
     )
+
+
+def _gates(replicas: Iterable[ReplicaDescription]) -> Iterable[Family]:
+    each = [
+        ({"replica": replica.id, "model": replica.model}, replica.waiting)
+        for replica in replicas
+        if replica.waiting is not None
+    ]
+    waiting: list[Sample] = [
+        ({**labels, "priority": priority}, count)
+        for labels, gate in each
+        for priority, count in (("interactive", gate.interactive), ("batch", gate.batch))
+    ]
+    yield "tars_replica_waiting_calls", "gauge", "Calls that wait in front of a replica, by priority.", waiting
+    expected: list[Sample] = [(labels, gate.expected_ms / 1000) for labels, gate in each]
+    yield "tars_replica_expected_wait_seconds", "gauge", "What a new interactive call would wait now.", expected
+    passed: list[Sample] = [(labels, gate.passed) for labels, gate in each]
+    yield "tars_replica_let_in_calls_total", "counter", "Calls that were let in to a replica.", passed
+    refused: list[Sample] = [
+        ({**labels, "reason": reason}, count) for labels, gate in each for reason, count in sorted(gate.refused.items())
+    ]
+    yield "tars_replica_refused_calls_total", "counter", "Calls that were refused in front of a replica.", refused
 
 
 ENGINE_FAMILIES: tuple[tuple[str, str, str, str], ...] = (

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tars.messages.files import TransferDescription
-from tars.messages.node import CallCounters, EngineCounters, PeerDescription, PeersResult
+from tars.messages.node import CallCounters, EngineCounters, PeerDescription, PeersResult, WaitingDescription
 from tars.web.metrics import ENGINE_FAMILIES, render
 
 ALONE = PeersResult(
@@ -42,6 +42,27 @@ def test_calls_replicas_and_device_memory_are_there(node):
     labels = '{device="node-1/gpu-1",name="NVIDIA GeForce RTX 3060",simulated="false"}'
     assert f"tars_device_memory_held_bytes{labels} {5 * 2**30}\n" in text
     assert f"tars_device_utilisation_ratio{labels} 0.87\n" in text
+
+
+def test_what_waits_in_front_of_a_replica_and_what_was_refused_there(node):
+    gate = WaitingDescription(
+        interactive=3,
+        batch=2,
+        callers=2,
+        longest_ms=80.0,
+        expected_ms=1500.0,
+        passed=70,
+        refused={"full": 1, "late": 4},
+    )
+    first, *others = node.replicas
+    shown = node.model_copy(update={"replicas": [first.model_copy(update={"waiting": gate}), *others]})
+    text = render(shown, ALONE)
+    labels = f'replica="{first.id}",model="{first.model}"'
+    assert f'tars_replica_waiting_calls{{{labels},priority="batch"}} 2\n' in text
+    assert f"tars_replica_expected_wait_seconds{{{labels}}} 1.5\n" in text
+    assert f"tars_replica_let_in_calls_total{{{labels}}} 70\n" in text
+    assert f'tars_replica_refused_calls_total{{{labels},reason="late"}} 4\n' in text
+    test_every_line_is_a_comment_or_a_sample_and_every_family_is_declared_once(shown)
 
 
 def test_what_a_device_does_not_say_is_left_out(node):
