@@ -221,8 +221,8 @@ def test_a_state_that_has_no_memory_to_come_in_is_computed_again(
     assert calls.ask(max_tokens=200, resume=resume_of(file, one)).text == wanted
 
 
-def test_one_of_several_answers_cannot_be_continued(calls: Calls) -> None:
-    with pytest.raises(InvalidParams, match="several"):
+def test_of_several_answers_all_are_continued_or_none(calls: Calls) -> None:
+    with pytest.raises(InvalidParams, match="each of the `n` answers"):
         calls.ask(n=2, resume=Resume(generated=[[50]], handed_out=[0], seed=1))
 
 
