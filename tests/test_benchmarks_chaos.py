@@ -237,6 +237,15 @@ def test_an_honest_refusal_is_no_lost_call() -> None:
     assert found.refusals == 7
 
 
+def test_attempts_in_overloads_are_counted_apart() -> None:
+    one, three = ([{"outcome": "late"}] * number + [{"outcome": "answered"}] for number in (0, 2))
+    calls = [record(10.0, 1.0, attempts=one), record(50.0, 1.0, attempts=three), record(51.0, 1.0)]
+    found = summarise(CALM, calls, [fault(FaultKind.OVERLOAD, "all", struck=49.0)])
+    assert (found.attempts_a_call, found.overload_attempts_a_call) == (1.0, 3.0)
+    assert (found.attempted_elsewhere, found.continued) == (1, 0)
+    assert summarise(CALM, calls, []).overload_attempts_a_call is None
+
+
 def test_two_computations_under_one_key_are_one_duplicate() -> None:
     same = [record(10.0, 1.0, twin=1, run="x 1"), record(10.5, 0.5, twin=1, run="x 1")]
     twice = [record(10.0, 1.0, twin=2, run="x 1"), record(10.5, 0.5, twin=2, run="y 2")]

@@ -271,6 +271,12 @@ def show(summary: Summary, console: Console) -> None:
         f"sent again by their callers, because the gateway itself was gone: {summary.sent_again}",
         f"answered by another replica than the first one tried: {summary.attempted_elsewhere}, "
         f"of them {summary.continued} after the first token",
+        f"attempts a call: {summary.attempts_a_call:.2f}"
+        + (
+            ""
+            if summary.overload_attempts_a_call is None
+            else f"; during overloads {summary.overload_attempts_a_call:.2f}"
+        ),
         f"right, but another text than the undisturbed one since a near tie: {summary.parted}",
         f"added latency, seconds: p50 {summary.added_p50:.3f}, p99 {summary.added_p99:.3f}{loaded}",
         f"longest gap inside a stream, seconds: {summary.longest_gap:.2f} where its gateway lived, {summary.calm_gap:.2f} in calm; "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -50,6 +50,9 @@ class Summary:
     attempted_elsewhere: int
     continued: int
     refusals: int
+    attempts_a_call: float
+    """Of the steady calls, outside overloads."""
+    overload_attempts_a_call: float | None
     added_p50: float
     added_p99: float
     overload_added_p50: float | None
@@ -152,6 +155,8 @@ def summarise(calm: Sequence[CallRecord], chaos: Sequence[CallRecord], faults: S
         attempted_elsewhere=sum(bool(_failed_attempts(record)) for record in everything),
         continued=sum(any(each.get("tokens") for each in _failed_attempts(record)) for record in everything),
         refusals=sum(record.refusals for record in everything),
+        attempts_a_call=_attempts(chaos, lambda record: not _within(record, bursts)) or 0.0,
+        overload_attempts_a_call=_attempts(chaos, lambda record: _within(record, bursts)),
         added_p50=quantile([added(record) for record in steady], 0.5) if steady else 0.0,
         added_p99=quantile([added(record) for record in steady], 0.99) if steady else 0.0,
         overload_added_p50=quantile([added(record) for record in loaded], 0.5) if loaded else None,
@@ -163,6 +168,12 @@ def summarise(calm: Sequence[CallRecord], chaos: Sequence[CallRecord], faults: S
         unmended=sum(fault.mended is None for fault in faults),
         problems=problems[:SHOWN_PROBLEMS],
     )  # fmt: skip
+
+
+def _attempts(records: Iterable[CallRecord], of: Callable[[CallRecord], bool]) -> float | None:
+    """The mean of calls that say their attempts: JSON-RPC's."""
+    counts = [len(record.attempts) for record in records if record.attempts and of(record)]
+    return statistics.mean(counts) if counts else None
 
 
 def _failed_attempts(record: CallRecord) -> list[dict[str, Any]]:
