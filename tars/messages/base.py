@@ -102,6 +102,11 @@ class ResumeMeta(Message):
         default_factory=list, max_length=16, description="Answers (by index) that were whole: nothing is added to them."
     )
     seed: int = Field(ge=0, le=2**32 - 1)
+    file_sha256: str | None = Field(
+        None,
+        max_length=128,
+        description="What the tokens were computed from, as adverts say it: only such a replica goes on with them.",
+    )
     state: SavedState | None = Field(None, description="Saves computing the tokens again, where it can be had.")
 
 

@@ -190,15 +190,24 @@ class CallDriver:
     def _resume(self, start: Start) -> ResumeMeta | None:
         if self._call.hops:
             return self._call.resume
-        if self._stream is None or start.resume is None:
+        if self._stream is None:
             return None
-        saved = start.saved
+        if start.resume is None:
+            if any(self._stream.tokens):
+                # Begun anew, in another file: nobody has seen what came so far.
+                assert isinstance(self._work, ChatParams | CompleteParams)
+                self._stream = StreamSoFar(self._work, self._now)
+            return None
+        resume = self._resumed(self._stream, start.saved)
+        return None if resume is None else resume.model_copy(update={"file_sha256": start.file_sha256})
+
+    def _resumed(self, stream: StreamSoFar, saved: object) -> ResumeMeta | None:
         if isinstance(saved, dict):
             try:
-                return self._stream.resume(SavedState.model_validate(saved["saved"]), saved.get("tokens"))
+                return stream.resume(SavedState.model_validate(saved["saved"]), saved.get("tokens"))
             except ValueError:
                 log.warning("call %s: a peer saved its state in a form that is not known here", self._call.trace_id)
-        return self._stream.resume()
+        return stream.resume()
 
     def _stop(self, attempt: int) -> None:
         task = self._tasks.pop(attempt, None)

@@ -102,6 +102,8 @@ class Router:
                 blocks=blocks_of(prompt_text(work)) if len(self._candidates(name, call)) > 1 else (),
                 answers=work.n if isinstance(work, GenerationParams) else 1,
                 forwarded=forwarded,
+                shown=call.streamed,
+                file_sha256=None if call.resume is None else call.resume.file_sha256,
                 exact=self._exact,
             ),
             self.state,

@@ -9,7 +9,7 @@ import pytest
 
 from tars.core.routing import Candidate
 from tars.core.types import Deadline, ModelKind, NodeId, ReplicaId, ReplicaState
-from tars.errors import Cancelled, DoesNotFit, Draining, PeerUnreachable, StillLoading, WorkerCrashed
+from tars.errors import Cancelled, DoesNotFit, Draining, PeerUnreachable, StillLoading, TarsError, WorkerCrashed
 from tars.messages.base import CallContext, SavedState
 from tars.messages.inference import (
     ChatMessage,
@@ -267,6 +267,33 @@ async def test_a_forwarded_call_goes_on_where_its_gateway_says_and_breaks_there(
         await collect(Router(Fleet(broken, other)), WORK, call(hops=1, resume=begun))
     assert broken.resumes == [begun]
     assert other.works == []
+
+
+async def test_a_forwarded_answer_goes_on_only_in_the_file_that_it_was_begun_in():
+    from tars.messages.base import ResumeMeta
+
+    begun = ResumeMeta(answers=[[1, 2]], seed=5, file_sha256="g")
+    other, same = Replica("a", done()), Replica("b", done(), sha="g")
+    await collect(Router(Fleet(other, same)), WORK, call(hops=1, resume=begun))
+    assert (other.works, same.resumes) == ([], [begun])
+
+
+async def test_an_answer_that_nobody_has_seen_is_begun_anew_where_there_is_only_another_file():
+    first = Replica("a", token(1), token(2), WorkerCrashed("died"))
+    second = Replica("b", token(7), WorkerCrashed("died"), sha="g")
+    third = Replica("c", token(8), done("7 8 "), sha="g")
+    events = await collect(Router(Fleet(first, second, third)))
+    assert (second.resumes, third.resumes[0].answers) == ([None], [[7]])
+    assert third.resumes[0].file_sha256 == "g"
+    assert events[-1][0].text == "7 8 "
+
+
+async def test_an_answer_that_was_shown_waits_for_its_own_file():
+    first = Replica("a", token(1), WorkerCrashed("died"))
+    second = Replica("b", done(), sha="g")
+    with pytest.raises(TarsError):
+        await collect(Router(Fleet(first, second)), WORK, call(0.5, streamed=True))
+    assert second.works == []
 
 
 async def test_a_handed_over_answer_goes_on_with_its_saved_state_and_what_was_held_back():
