@@ -18,7 +18,7 @@ from tars.core.call_effects import Answer, AskToLoad, AttemptRecord, Effect, Fai
 from tars.core.call_machine import CallMachine
 from tars.core.replica_ledger import ReplicaLedger
 from tars.core.types import ReplicaState
-from tars.errors import Cancelled, InternalError, StaleRoute, StillLoading, TarsError
+from tars.errors import Cancelled, InternalError, StillLoading, TarsError
 from tars.messages.base import CallContext, ResumeMeta, SavedState
 from tars.messages.inference import Attempt, ChatParams, CompleteParams, Delta, Generated, Progress, ServedBy
 from tars.serving.call_record import CallRecord
@@ -69,7 +69,7 @@ class CallDriver:
         self.at_peers: set[int] = set()
         """Attempts that were sent to another node."""
         self.last_error: TarsError | None = None
-        """Of the attempt that failed last, where that says more than that it went away."""
+        """Of the attempt that failed last."""
         self.model = model
         self.forwarded = call.hops > 0
         self.trace_id = call.trace_id
@@ -329,8 +329,7 @@ class CallDriver:
         failure = failure_of(error)
         if failure.callers_fault:
             self.mistakes.add(number)
-        if not isinstance(error, StaleRoute):
-            self.last_error = error
+        self.last_error = error
         self._perform(self.machine.failed(number, failure, self._now()))
 
     # --- waiting for a replica ---------------------------------------------------------------------------------------
@@ -353,7 +352,9 @@ class CallDriver:
                         pass
                     self._perform(self.machine.fleet_changed(self._now()))
             except TarsError as error:
-                self._perform(self.machine.refused_to_load(failure_of(error), self._now()))
+                # Who has a part of the answer hears what broke it: that is worth a retry, whatever will not be loaded here.
+                broken = self.last_error if any(each.tokens for each in self.machine.attempts) else None
+                self._perform(self.machine.refused_to_load(failure_of(broken or error), self._now()))
         if self._watching is asyncio.current_task():
             self._watching = None
 

@@ -81,8 +81,8 @@ class Inference:
         self._router.draining = on
 
     def chat(self, params: ChatParams, call: CallContext) -> AsyncGenerator[Delta | Progress | ChatResult]:
-        """`Progress` while the model is loaded, deltas of all `n` answers as they come, then the result. A call joined or repeated under its
-        idempotency key gets one delta for each answer, with the whole of it.
+        """`Progress` while the model is loaded, deltas of all `n` answers as they come, then the result. A call joined or repeated under
+        its idempotency key gets one delta for each answer, with the whole of it.
         """
 
         def result(model: str, generated: Generated, served_by: ServedBy) -> ChatResult:

@@ -210,11 +210,13 @@ class Router:
                 )
             return why
         attempts = driver.machine.attempts
-        if driver.last_error is not None and attempts[-1].outcome != DEADLINE.kind:
-            return driver.last_error  # between two tries
         if not attempts:
             return DeadlineExceeded("the call's time budget ran out before a replica could take it; allow more time")
+        last = driver.last_error
+        tries = f"{len(attempts)} attempt{'s' * (len(attempts) > 1)}"
         return DeadlineExceeded(
-            f"the call's time budget ran out after {len(attempts)} attempt{'s' * (len(attempts) > 1)} "
-            f"(the last one: {attempts[-1].outcome}); the work was stopped. Give it a larger timeout_ms."
+            f"the call's time budget ran out after {tries}"
+            + ("" if last is None else f", of which the last to fail said: {last.message}")
+            + "; the work was stopped. Give it a larger timeout_ms.",
+            details={} if last is None else {"cause": last.kind},
         )

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import struct
+import time
 from dataclasses import replace
 
 import pytest
@@ -35,8 +36,8 @@ DONE = Generated(
 )
 
 
-def call():
-    return CallContext(Deadline(1e12), "trace")
+def call(seconds=60.0):
+    return CallContext(Deadline(time.monotonic() + seconds), "trace")
 
 
 @pytest.fixture
@@ -55,19 +56,19 @@ def service(bench):
     )
 
 
-async def chat(service):
-    return [item async for item in service.chat(CHAT, call())]
+async def chat(service, seconds=60.0):
+    return [item async for item in service.chat(CHAT, call(seconds))]
 
 
 async def test_a_model_goes_from_wanted_over_loading_to_answering(bench, service):
     accepted = await service.deploy(DeployParams(model="tiny"))
     assert [assignment.model for assignment in accepted.assignments] == ["tiny"]
     with pytest.raises(StillLoading):
-        await chat(service)
+        await chat(service, seconds=0.2)
     await bench.coordinator.reconcile()
     bench.workers[0].progress = LoadProgress(stage="read", percent=40.0)
     with pytest.raises(StillLoading) as loading:
-        await chat(service)
+        await chat(service, seconds=0.2)
     assert loading.value.details == {"stage": "read", "percent": 40.0, "node_name": "pc"}
     assert service.ping().state == "loading"
     bench.workers[0].loaded()
