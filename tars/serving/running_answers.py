@@ -1,9 +1,9 @@
 """The generations that run on this node's own replicas, and how they leave it while they run: a planned move to another replica.
 
 Law of this file: it knows workers, files of states and the calls' events; where a call goes on is its gateway's decision. An answer that
-leaves ends with `Draining`, whose details say where its state is (`saved`) and which tokens it has (`tokens`); the state is exact, and
-saves its successor the recomputation. Whatever goes wrong with a state (no room, a slow wire, another build of llama.cpp), the tokens alone
-suffice, so nothing here is an error to a caller but that `Draining`, which is retryable.
+leaves ends with `Draining`, whose details say where its state is (`saved`) and which tokens it has (`tokens`, a list each). The state
+is exact, and saves its successor the recomputation. Whatever goes wrong with it (no room, a slow wire, another build of llama.cpp), the
+tokens alone suffice, so nothing here is an error to a caller but that `Draining`, which is retryable.
 """
 
 from __future__ import annotations
@@ -214,7 +214,7 @@ class RunningAnswers:
         saved = await self.kept.keep(sequence.path)
         if saved is None:
             return moved()
-        return moved({"saved": saved.model_dump(), "tokens": generated})
+        return moved({"saved": saved.model_dump(), "tokens": [generated]})
 
     # --- coming ------------------------------------------------------------------------------------------------------
 

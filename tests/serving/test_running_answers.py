@@ -159,7 +159,7 @@ async def test_one_that_leaves_says_where_its_state_is_and_all_its_tokens(answer
     events = await begun(answers, worker, PROMPT, 1, 2)
     assert await answers.hand_over(everything) == 1
     details = await broken(events)
-    assert details["tokens"] == [1, 2, 3], "one of them was held back"
+    assert details["tokens"] == [[1, 2, 3]], "one of them was held back"
     saved = SavedState.model_validate(details["saved"])
     assert (saved.node, saved.bytes) == ("n", 5)
     with answers.kept.taken(saved.id) as path:
@@ -302,7 +302,7 @@ async def test_an_answer_goes_on_with_the_state_that_a_peer_keeps(worker, folder
     assert os.listdir(folder) == [], "the engine has read it"
     # And leaves again: what its caller had before counts, too.
     await answers.hand_over(everything)
-    assert (await broken(events))["tokens"] == [1, 2, 3]
+    assert (await broken(events))["tokens"] == [[1, 2, 3]]
     await answers.close()
     assert os.listdir(folder) == []
 
