@@ -138,7 +138,7 @@ class Pulse:
             self.wake = None
             return []
         effects: list[PulseEffect] = []
-        if not self.silent and self._asked is not None and now - self._asked >= self.timeout:
+        if not self.silent and self._asked is not None and now >= self._asked + self.timeout:
             self.silent = True
             effects.append(Cut(now - self._heard))
         if now >= self._last_ping + INTERVAL:

@@ -219,3 +219,14 @@ def test_whatever_happens_silence_is_found_within_bounds_and_only_where_there_is
         peer.frozen = True
         peer.watch(peer.now + INTERVAL + TIMEOUT_MOST + 0.01)
         assert peer.pulse.silent
+
+
+@pytest.mark.parametrize("began", [number * 0.1 + 7.3 for number in range(60)])
+def test_a_tick_at_the_very_moment_of_its_wake_leaves_nothing_due(began):
+    pulse = Pulse(began)
+    pulse.call_began(began)
+    for _ in range(12):
+        now = pulse.wake
+        pulse.tick(now)
+        assert pulse.wake > now
+    assert pulse.silent
