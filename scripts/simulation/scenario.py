@@ -39,6 +39,7 @@ def simulate(seed: int, *, trace: bool = False, packets: bool = False) -> Outcom
         settled_after = world.settle()
         world.log("***", "settled after %.0f s", settled_after)
         world.stay_settled(LONG_QUIET_SECONDS if scenario.dice.random() < LONG_QUIET_SHARE else QUIET_SECONDS)
+        world.callers.check_over()
     except Breach as breach:
         failure = str(breach)
     except Exception:  # noqa: BLE001 - whatever the core raised is the finding
@@ -86,7 +87,11 @@ class Scenario:
             (self._clock, 2),
             (self._worker_dies, 1),
             (self._loads_fail, 1),
+            (self._worker_freezes, 2),
         )
+        self.callers = random.Random(f"{world.seed}/calls")
+        for _ in range(self.callers.randint(0, 24)):
+            world.time.at(self.callers.uniform(2.0, self.lasts + 3.0), self._call)
         for kinds, most in ((acts, 6), (faults, 6)):
             weighted = [kind for kind, weight in kinds for _ in range(weight)]
             for _ in range(dice.randint(0, most)):
@@ -227,6 +232,37 @@ class Scenario:
         world.lose_disk(node)
         host.write(MEMBER + node.id, replace(known, removed=True))
 
+    # --- callers ------------------------------------------------------------------------------------------------------
+
+    def _call(self) -> None:
+        """Somebody calls a model that is there, mostly; sometimes twice under one key, and sometimes he does not wait for the answer."""
+        world, dice = self.world, self.callers
+        ready = sorted(
+            {
+                each.assignment.model
+                for node in world.running()
+                for each in node.executor.all()
+                if each.state is ReplicaState.READY
+            }
+        )
+        if not ready or dice.random() < 0.1:
+            ready = sorted(world.models)
+        model = dice.choice(ready)
+        kind = world.models[model].kind
+        chance = dice.random()
+        if chance < 0.15:
+            key = f"key-{dice.getrandbits(32):08x}"
+            first = world.callers.call(model, kind, key=key)
+            for _ in range(dice.choice((1, 1, 2))):
+                world.time.after(
+                    dice.choice((0.0, 0.01, dice.uniform(0.0, 3.0))),
+                    lambda: world.callers.call(model, kind, key=key, work=first.work),
+                )
+            return
+        caller = world.callers.call(model, kind)
+        if chance > 0.93:
+            world.time.after(dice.uniform(0.0, 1.5), caller.leave)
+
     # --- faults -------------------------------------------------------------------------------------------------------
 
     def _crash(self) -> None:
@@ -358,6 +394,25 @@ class Scenario:
             node, running = self.dice.choice(ready)
             self.world.fault(f"a worker of {node.name} dies")
             node.executor.worker_dies(running)
+
+    def _worker_freezes(self) -> None:
+        """A worker is stopped; its node lives, and knows nothing of it."""
+        ready = [
+            (node, running.assignment.replica)
+            for node in self.world.running()
+            for running in node.executor.all()
+            if running.state is ReplicaState.READY
+        ]
+        if ready:
+            node, replica = self.dice.choice(ready)
+            seconds = self.dice.uniform(0.5, 6.0)
+            self.world.fault(f"the worker of {replica} is stopped for {seconds:.1f} s")
+            node.engine.freeze(replica, seconds)
+
+            def goes_on() -> None:
+                self.world.callers.amiss_until = self.world.time.now
+
+            self.world.time.after(seconds, goes_on)
 
     def _loads_fail(self) -> None:
         share = self.dice.uniform(0.2, 0.8)

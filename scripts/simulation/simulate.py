@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 
 from scenario import simulate
+from virtual_callers import Tally
 from world import Outcome
 
 BLOCK = 50
@@ -35,6 +36,7 @@ class Total:
     packets: int = 0
     decisions: int = 0
     loads: int = 0
+    calls: Tally = field(default_factory=Tally)
     settled: list[float] = field(default_factory=list)
     failures: list[tuple[int, str]] = field(default_factory=list)
 
@@ -47,6 +49,7 @@ class Total:
         self.packets += other.packets
         self.decisions += other.decisions
         self.loads += other.loads
+        self.calls.add(other.calls)
         self.settled += other.settled
         self.failures += other.failures
 
@@ -58,6 +61,7 @@ class Total:
         self.packets += outcome.packets
         self.decisions += outcome.decisions
         self.loads += outcome.loads
+        self.calls.add(outcome.calls)
         if outcome.failure is None:
             self.settled.append(outcome.settled_after)
         else:
@@ -105,6 +109,12 @@ def _many(first: int, seeds: int, jobs: int) -> int:
         f"{total.seeds} seeds, {total.virtual_seconds / 3600:.1f} virtual hours, {total.packets} packets, {total.decisions} decisions, "
         f"{total.loads} loads and unloads in {wall:.0f} s: {total.seeds / wall:.1f} seeds/s, "
         f"{1000 * total.cpu_seconds / max(1, total.seeds):.0f} ms of CPU a seed"
+    )
+    calls = total.calls
+    print(
+        f"{calls.sent} calls: {calls.answered} answered ({calls.joined} by an earlier answer under their key), {calls.shed} shed, "
+        f"{calls.failed} failed or left; {calls.attempts} attempts for {calls.calls}, {calls.continuations} of them continuations, "
+        f"{calls.hedges} hedges, {calls.late} given up as late; {calls.gateways_lost} gateways lost"
     )
     if total.settled:
         settled = sorted(total.settled)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from breach import Breach
-from virtual_fleet import MOST_ERROR
+from virtual_fleet import MOST_ERROR, content_of
 from virtual_time import VirtualTime
 
 from tars.core.node_steps import next_steps
@@ -127,6 +127,7 @@ class VirtualExecutor:
                 state=running.state,
                 slots=running.assignment.settings.slots,
                 taken=running.takes if running.state is ReplicaState.READY else None,
+                file_sha256=content_of(running.assignment),
                 error=running.error,
             )
             for running in sorted(found, key=lambda running: running.assignment.replica)

@@ -11,6 +11,7 @@ from functools import cache
 
 from tars.core.tensor_plan import Counts, planned_shape
 from tars.core.types import (
+    Assignment,
     Bytes,
     DeviceId,
     DeviceKind,
@@ -123,6 +124,11 @@ def pc(dice: random.Random, number: int) -> Pc:
             )
         )
     return Pc(f"pc{number}", node, tuple(devices), priority=dice.choice((0, 0, 0, 1)))
+
+
+def content_of(assignment: Assignment) -> str:
+    """What a replica was loaded from: equal ones compute the same."""
+    return f"{assignment.model}.{assignment.variant}"
 
 
 def really_taken(seed: int, card: str, model: str, variant: str, estimate: int) -> Bytes:

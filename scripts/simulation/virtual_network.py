@@ -71,6 +71,15 @@ class VirtualNetwork:
         """Whether nobody is cut off from anybody."""
         return not self._silent and not self._undialled
 
+    @property
+    def weather_is_fair(self) -> bool:
+        """Whether packets arrive, and soon."""
+        return self.weather.loss <= 0.02 and not self.weather.slow
+
+    def passes(self, sender: str, receiver: str, *, dial: bool = False) -> bool:
+        """Whether what `sender` says now, or dials, comes to `receiver`."""
+        return (sender, receiver) not in self._silent and not (dial and (sender, receiver) in self._undialled)
+
     def exchange(self, sender: str, receiver: str, envelope: Envelope, done: Answer) -> None:
         """Send a request; `done` hears the answers once, or None where it failed."""
         answered = False

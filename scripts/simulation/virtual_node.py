@@ -13,8 +13,10 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, cast
 
 from breach import Breach
+from virtual_engine import VirtualEngine
 from virtual_executor import Running, VirtualExecutor
 from virtual_fleet import Pc
+from virtual_gateway import VirtualGateway
 from virtual_network import Answer
 
 from tars.catalogue import Catalogue
@@ -159,6 +161,9 @@ class VirtualNode:
         for device, wanted in self.world.foreign.get(self.name, {}).items():
             if device in self.executor.cards:
                 self.executor.foreign(device, wanted)
+        self.engine_dice = random.Random(f"{self.world.seed}/{self.name}/{self.boots}/engine")
+        self.engine = VirtualEngine(self)
+        self.gateway = VirtualGateway(self)
         self.coordinator: NodeId | None = None
         self.decision: Decision | None = None
         self.measured = MeasuredMemory(self)
@@ -200,6 +205,9 @@ class VirtualNode:
         self.boots += 1
         self.executor.stop_all()
         self.world.network.listen(self.pc.address, None)
+        # A moment later it is known whether the whole PC is gone: then nobody closes its connections.
+        self.time.after(0.0, lambda: self.world.wire.ended(self.pc.address, power=self.power is not Power.GONE))
+        self.world.callers.gateway_died(self)
 
     def leave(self) -> None:
         """Say good-bye and end."""
@@ -223,6 +231,23 @@ class VirtualNode:
     def later(self, seconds: float, action: Callable[[], None]) -> None:
         """Do `action` in this process in so many seconds, or when it goes on; never after it ended."""
         self.time.after(seconds, self._in_process(action))
+
+    def at(self, when: float, action: Callable[[], None]) -> None:
+        """Likewise, at that very moment."""
+        self.time.at(when, self._in_process(action))
+
+    def hears(self, action: Callable[..., None]) -> Callable[..., None]:
+        """`action` for what comes to this process from outside: while it is paused that waits, and after its end it is lost."""
+        boot = self.boots
+
+        def heard(*args: object) -> None:
+            if self.boots == boot:
+                if self.power is Power.PAUSED:
+                    self.backlog.append(lambda: heard(*args))
+                elif self.power is Power.UP:
+                    action(*args)
+
+        return heard
 
     def _in_process(self, action: Callable[[], None]) -> Callable[[], None]:
         boot = self.boots
@@ -282,7 +307,7 @@ class VirtualNode:
                 self._not_sent(effect)
             else:
                 for answer in answers:
-                    if effect.to in (None, answer.sender) and self._admits(answer.sender):
+                    if effect.to in (None, answer.sender) and self.admits(answer.sender):
                         self.world.received(self, answer)
                         self.tell(Received(answer))
 
@@ -294,7 +319,7 @@ class VirtualNode:
     def _serve(self, envelope: Envelope, answer: Answer) -> None:
         if self.power is Power.PAUSED:
             self.backlog.append(lambda: self._serve(envelope, answer))
-        elif not self._admits(envelope.sender):
+        elif not self.admits(envelope.sender):
             answer(None)
         else:
             self.world.received(self, envelope)
@@ -306,7 +331,7 @@ class VirtualNode:
                 self.world.sent(each)
             answer(answers)
 
-    def _admits(self, node: NodeId) -> bool:
+    def admits(self, node: NodeId) -> bool:
         """What the certificate and the map say: a member, not removed."""
         member = self.map.get(MEMBER + node)
         return isinstance(member, Member) and not member.removed
@@ -315,6 +340,7 @@ class VirtualNode:
         match effect:
             case MemberChanged(node, before, after):
                 self.world.member_changed(self, node, before, after)
+                self.later(0.0, lambda: self.gateway.member_changed(node, after))
                 self.wake()
             case CoordinatorChanged(node):
                 self.world.log(self.name, "takes %s for the coordinator", self.world.name_of(node))
@@ -386,7 +412,8 @@ class VirtualNode:
     def _round(self) -> None:
         """Tell what is here, decide where it is this node's to decide, and carry its own orders out."""
         self._round_due = False
-        if not self._admits(self.id):
+        self.gateway.fleet_changed()
+        if not self.admits(self.id):
             return  # it knows that it was removed
         self._due(self.time.now + ROUND_SECONDS)
         advert = self.advert()
@@ -420,6 +447,7 @@ class VirtualNode:
 
     def _executor_changed(self, what: str) -> None:
         self.world.log(self.name, "%s", what)
+        self._in_process(self.gateway.fleet_changed)()
         self._in_process(self.wake)()
 
     def _loaded(self, running: Running, device: DeviceSnapshot) -> None:
@@ -459,7 +487,7 @@ class VirtualNode:
         for node, assignments in self.decision.orders.items():
             orders = Orders(node, self.id, assignments)
             if orders_for(self.map, node) != orders:
-                if not self._admits(node):
+                if not self.admits(node):
                     raise Breach(f"{self.name} gives orders to {node}, which is no member")
                 self.orders_written += 1
                 self.world.ordered(self, node, assignments)

@@ -12,11 +12,13 @@ from dataclasses import dataclass, field
 
 from breach import Breach
 from invariants import OperatorsWrites, check_decision, why_not_settled
+from virtual_callers import Callers, Tally
 from virtual_executor import Conditions
 from virtual_fleet import Pc, models, pc, really_taken
 from virtual_network import VirtualNetwork
 from virtual_node import VirtualNode
 from virtual_time import VirtualTime
+from virtual_wire import Wire
 
 from tars.core.coordination_view import CoordinationSettings, CoordinationView, Decision
 from tars.core.membership import MembershipSettings
@@ -54,6 +56,7 @@ class Outcome:
     loads: int = 0
     faults: list[str] = field(default_factory=list)
     history: list[str] = field(default_factory=list)
+    calls: Tally = field(default_factory=Tally)
 
 
 class World:
@@ -64,6 +67,8 @@ class World:
         self.time = VirtualTime()
         self.dice = random.Random(f"{seed}/world")
         self.network = VirtualNetwork(self.time, random.Random(f"{seed}/network"))
+        self.wire = Wire(self.time, self.network, random.Random(f"{seed}/wire"))
+        self.callers = Callers(self)
         self.models = models()
         self.probe_seconds = self.dice.choice((0.5, 1.0, 1.0, 1.0))
         """Slower than the default saves half of what a seed costs."""
@@ -82,6 +87,7 @@ class World:
         self.tracing = packets
         self._trace = trace
         self._names: dict[NodeId, str] = {}
+        self._addresses: dict[NodeId, str] = {}
         self._touched: dict[str, float] = {}
         self._weather_until = 0.0
         self.conditions = Conditions(
@@ -104,10 +110,23 @@ class World:
 
     def register(self, bought: Pc) -> None:
         self._names[bought.node] = bought.name
+        self._addresses[bought.node] = bought.address
         self.ever.add(bought.node)
 
     def name_of(self, node: NodeId | None) -> str:
         return "nobody" if node is None else self._names.get(node, node)
+
+    def address_of(self, node: NodeId) -> str:
+        return self._addresses[node]
+
+    def node_of(self, node: NodeId) -> VirtualNode | None:
+        """The PC on which it runs; None where its state folder was lost."""
+        return next((each for each in self.nodes if each.id == node), None)
+
+    def reach(self, one: VirtualNode, other: VirtualNode) -> bool:
+        """Whether a call gets from one to the other, and its answer back."""
+        here, there = one.pc.address, other.pc.address
+        return one is other or (self.network.passes(here, there, dial=True) and self.network.passes(there, here))
 
     def running(self) -> list[VirtualNode]:
         """Those that an operator can talk to and that belong to the mesh."""
@@ -120,6 +139,7 @@ class World:
         """Something was done to these: what their peers think of them for a while proves nothing."""
         for node in nodes:
             self._touched[node.name] = self.time.now
+        self.callers.amiss_until = self.time.now
 
     # --- what loads do ------------------------------------------------------------------------------------------------
 
@@ -256,6 +276,7 @@ class World:
             loads=sum(node.executor.activity for node in self.nodes if node.boots),
             faults=self.faults,
             history=self.history,
+            calls=self.callers.tally,
         )
 
     def lose_disk(self, node: VirtualNode) -> None:
