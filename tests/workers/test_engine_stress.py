@@ -186,7 +186,7 @@ class Storm:
             params["prompt"] = "hello world " * 300
         elif kind == "late":
             seconds = self.random.choice([0.0, 0.01, 0.05, 0.2])
-        elif kind in ("moved", "broken off"):
+        elif kind == "moved":
             params["n"] = 1
         self.submit(kind, params, self.random.randrange(25), seconds)
 
@@ -220,18 +220,24 @@ class Storm:
             self.open.add(planned.saving)
         planned.acted = True
 
-    def go_on(self, planned: Planned, generated: list[int], path: Path | None) -> None:
-        """Continue a broken off answer here; its caller had some of its deltas, or all."""
+    def go_on(self, planned: Planned, generated: list[list[int]], path: Path | None) -> None:
+        """Continue a broken off call here; its caller had some of its deltas, or all."""
         had = planned.before + planned.deltas
         had = had[: self.random.randrange(len(had) + 1)] if self.random.random() < 0.5 else had
         resume = Resume(
-            generated=[generated],
-            handed_out=[sum(len(delta.token_ids) for delta in had)],
+            generated=generated,
+            handed_out=[
+                sum(len(delta.token_ids) for delta in had if delta.index == index) for index in range(len(generated))
+            ],
+            ended=[delta.index for delta in had if delta.ended],
             seed=planned.params["seed"],
             path=None if path is None else str(path),
         )
-        kind = self.random.choice(["plain", "plain", "cancelled", "moved"])
-        self.submit(kind, planned.params, len(generated) + self.random.randrange(10), resume=resume, before=had)
+        kinds = (
+            ["plain", "plain", "cancelled", "moved"] if len(generated) == 1 else ["plain", "cancelled", "broken off"]
+        )
+        after = len(generated[0]) + self.random.randrange(10)
+        self.submit(self.random.choice(kinds), planned.params, after, resume=resume, before=had)
 
     # --- what comes ---
 
@@ -257,7 +263,7 @@ class Storm:
         planned = self.calls[number]
         planned.end = event
         if planned.kind == "broken off" and isinstance(event, Cancelled):
-            self.go_on(planned, planned.ids(), None)
+            self.go_on(planned, [planned.ids(index) for index in range(planned.work.n)], None)
 
     def _saved(self, planned: Planned, event: Event | Exception) -> None:
         if not isinstance(event, Saved):
@@ -269,7 +275,7 @@ class Storm:
             file.unlink()
         elif damage < 0.2:
             file.write_bytes(file.read_bytes()[:-100])
-        self.go_on(planned, event.generated, file)
+        self.go_on(planned, [event.generated], file)
 
     def run(self, calls: int) -> None:
         begun = 0
@@ -441,7 +447,7 @@ class Alone:
         """What a sampler of its own chooses from these rows, after what was generated before them."""
         from tars.workers.llama_sampling import Sampler, compile_grammar
 
-        before = [] if planned.resume is None else planned.resume.generated
+        before = [] if planned.resume is None else planned.resume.generated[index]
         grammar, seed = compile_grammar(self.model, planned.work), planned.params["seed"] + index
         sampler = Sampler(self.model, planned.work, self.prompt(planned), before, seed, grammar)
         return [*before, *(sampler.sample(rows[place]) for place in range(len(before), len(planned.ids(index))))]
