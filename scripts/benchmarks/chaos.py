@@ -23,7 +23,7 @@ from chaos_answers import Heard, judge
 from chaos_batch import BatchTimes, frozen_batch
 from chaos_callers import PATIENCE_SECONDS, Callers, CallRecord, Gateway, undisturbed
 from chaos_deck import Call, Kind, deck
-from chaos_faults import schedule
+from chaos_faults import Fault, FaultKind, schedule
 from chaos_mesh import ChaosMesh, running_mesh
 from chaos_nemesis import Nemesis
 from chaos_picture import page
@@ -203,8 +203,12 @@ class Run:
         ]
         await self._chaos(mesh, load, rate, capacity)
 
+    def _faults(self, links: bool) -> list[Fault]:
+        only = [FaultKind[name.upper()] for name in self._options.only] or list(FaultKind)
+        return schedule(self._options.seed, self._options.faults, links=links, only=only)
+
     async def _chaos(self, mesh: ChaosMesh, load: Load, rate: float, capacity: float) -> None:
-        first, faults = load.sent, schedule(self._options.seed, self._options.faults, links=mesh.links)
+        first, faults = load.sent, self._faults(mesh.links)
         a_fault = self._options.calls / max(1, len(faults))
 
         async def burst(seconds: float) -> None:
@@ -216,18 +220,20 @@ class Run:
         self.nemesis = Nemesis(mesh, faults, burst, due, self.say)
         steady = asyncio.create_task(load.steady(rate, 1e9, "chaos"))
         try:
-            async with asyncio.timeout(self._options.minutes * 60):
-                await self.nemesis.run()
-                await load.reached(first + self._options.calls)
+            began = time.monotonic()
+            self.cut_short = not await self.nemesis.run(self._options.minutes * 60)
+            async with asyncio.timeout(max(1.0, began + self._options.minutes * 60 - time.monotonic())):
+                await load.reached(first + (0 if self.cut_short else self._options.calls))
         except TimeoutError:
             self.cut_short = True
-            self.say(
-                f"after {self._options.minutes:g} minutes it ends here, with {len(self.nemesis.records)} of {len(faults)} faults"
-            )
         finally:
             steady.cancel()
             with suppress(asyncio.CancelledError):
                 await steady
+        if self.cut_short:
+            self.say(
+                f"it ends here, with {len(self.nemesis.records)} of {len(faults)} faults and {load.sent - first} calls"
+            )
         # What was struck last is mended, so that every call can end as it should.
         with suppress(TimeoutError):
             await mesh.well(60.0)
@@ -346,6 +352,8 @@ def main() -> int:
         metavar="N",
         help="chats of the batch with one of two nodes frozen (default: 60); 0: none",
     )
+    kinds = [kind.name.lower() for kind in FaultKind]
+    parser.add_argument("--only", choices=kinds, nargs="+", default=[], metavar="KIND", help=f"of {', '.join(kinds)}")
     parser.add_argument(
         "--loopback", action="store_true", help="no networks of their own for the nodes, also where they can be made"
     )

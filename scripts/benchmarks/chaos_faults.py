@@ -7,7 +7,7 @@ live replica of each model, on a PC that nothing is wrong with, and one gateway 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -70,10 +70,12 @@ class Fault:
     together: bool
 
 
-def schedule(seed: int, count: int, *, links: bool) -> list[Fault]:
-    """`count` faults, every kind about as often as the others in any stretch of them."""
+def schedule(seed: int, count: int, *, links: bool, only: Collection[FaultKind] = tuple(FaultKind)) -> list[Fault]:
+    """`count` faults, every kind about as often as the others in any stretch of them. Raises ValueError where none of `only` can be."""
     draw = random.Random(f"faults {seed}")
-    kinds = [kind for kind in FaultKind if links or not kind.needs_links]
+    kinds = [kind for kind in FaultKind if kind in only and (links or not kind.needs_links)]
+    if not kinds:
+        raise ValueError("none of these faults can be done on loopback: cables need networks of their own")
     faults: list[Fault] = []
     bag: list[FaultKind] = []
     while len(faults) < count:

@@ -44,34 +44,42 @@ class Nemesis:
         self._due = due
         self._say = say
         self._began = time.monotonic()
+        self._pending: set[asyncio.Task[None]] = set()
         self.records: list[FaultRecord] = []
 
-    async def run(self) -> None:
-        """All of them; ends when the last one is mended."""
-        pending: set[asyncio.Task[None]] = set()
+    async def run(self, seconds: float) -> bool:
+        """All of them, or those that come within so many seconds; ends when what was struck is mended. Whether it was all of them."""
+        striking = asyncio.create_task(self._strike_all())
         try:
-            for fault in self._faults:
-                await self._due(fault.number)
-                if pending and not fault.together:
-                    await asyncio.wait(pending)
-                    await asyncio.sleep(SETTLE_SECONDS)
-                node, model = await self._victim(fault)
-                record = FaultRecord(fault.number, fault.kind, node, model, time.monotonic())
-                self.records.append(record)
-                task = asyncio.create_task(self._carry_out(fault, record))
-                pending = {each for each in pending if not each.done()} | {task}
-                # Until it is in force, so that the next one knows.
-                await asyncio.sleep(0.05)
-            if pending:
-                await asyncio.wait(pending)
+            done, _ = await asyncio.wait({striking}, timeout=seconds)
+            if not done:
+                striking.cancel()
+                await asyncio.wait({striking})
+            if self._pending:
+                await asyncio.wait(self._pending)
+            return bool(done) and striking.exception() is None
         finally:
-            for each in pending:
+            left = {striking, *self._pending}
+            for each in left:
                 each.cancel()
-            if pending:
-                await asyncio.wait(pending)
+            await asyncio.wait(left)
+
+    async def _strike_all(self) -> None:
+        for fault in self._faults:
+            await self._due(fault.number)
+            if self._pending and not fault.together:
+                await asyncio.wait(self._pending)
+                await asyncio.sleep(SETTLE_SECONDS)
+            node, model = await self._victim(fault)
+            record = FaultRecord(fault.number, fault.kind, node, model, time.monotonic())
+            self.records.append(record)
+            task = asyncio.create_task(self._carry_out(fault, record))
+            self._pending = {each for each in self._pending if not each.done()} | {task}
+            # Until it is in force, so that the next one knows.
+            await asyncio.sleep(0.05)
 
     async def _victim(self, fault: Fault) -> tuple[str, str | None]:
-        """Wait for somebody whom it may strike. Raises TimeoutError where nobody comes: the mesh did not mend itself."""
+        """Wait for somebody whom it may strike. Raises TimeoutError where nobody comes: the mesh has not mended itself."""
         async with asyncio.timeout(READY_SECONDS):
             while True:
                 possible = victims(fault.kind, self._mesh.views(), MODELS)
