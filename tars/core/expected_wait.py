@@ -4,8 +4,8 @@ Law of this file: pure; time comes as an argument, on one monotonic clock.
 
 The rate is measured while the replica is saturated only. A call that ends brings its units, and its share of the seconds: while k calls
 ran together, each of them had one k-th of the time. So nothing is counted before its seconds are, and a replica whose answers take long
-does not look slow until the first one ended. Until something was measured the replica's own word counts, as if it had been measured for
-`OWN_WORD_SECONDS`; what is older than about `HORIZON_SECONDS` of saturation fades.
+does not look slow until the first one ended. Until something was measured the replica's own word counts, as if it had worked off
+`OWN_WORD_UNITS` at that speed; what is older than about `HORIZON_SECONDS` of saturation fades.
 
     wait  =  (units that are served before it  +  units left of what runs / calls that run)  /  rate
 
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 
 HORIZON_SECONDS = 20.0
 """Of saturation: some ten answers each of all slots; a game that is started on the PC shows within it."""
-OWN_WORD_SECONDS = 2.0
-"""The weight of what the replica said of itself: a few answers are enough to correct it."""
+OWN_WORD_UNITS = 128.0
+"""The weight of what the replica said of itself: one answer is enough to correct it. Units and not seconds, because it is mostly too much
+(it was measured alone, on an idle PC, without what a call costs beside its tokens), and so it weighs the less the more it is wrong."""
 LEAST_SECONDS = 0.25
 """Without any word of the replica nothing is predicted before so much saturation was seen."""
 
@@ -41,7 +42,7 @@ class ServiceRate:
     def __init__(self) -> None:
         self._units = 0.0
         self._seconds = 0.0
-        self._own_word = OWN_WORD_SECONDS
+        self._own_word = OWN_WORD_UNITS
         self._running = 0
         self._saturated = False
         self._at = 0.0
@@ -75,7 +76,7 @@ class ServiceRate:
     def per_second(self, own_word: float | None) -> float | None:
         """Units a second; None where nothing is known yet. `own_word`: what the replica measured of itself."""
         if own_word is not None and own_word > 0:
-            return (self._units + own_word * self._own_word) / (self._seconds + self._own_word)
+            return (self._units + self._own_word) / (self._seconds + self._own_word / own_word)
         return self._units / self._seconds if self._seconds >= LEAST_SECONDS else None
 
     def _pass(self, now: float) -> None:

@@ -55,7 +55,7 @@ TEXT_BUDGET = 4096
 SPEED_TOKENS = 128
 """Tokens of the texts with which a replica measures its texts a second (`workers.embedding_choice.SPEED_LENGTH`)."""
 MEAN_WEIGHT = 0.1
-"""Of the newest answer in the mean length of answers."""
+"""Of the newest answer in the mean length of answers; of the first ones more, so that it is their plain mean."""
 LEFT_PART = 0.5
 """What a running call still costs, of what it was expected to: on the average they are half way."""
 RETRY_LEAST_SECONDS, RETRY_MOST_SECONDS = 0.2, 60.0
@@ -112,6 +112,7 @@ class Gate:
         """Of what runs."""
         self._usual = UNITS_PER_CALL
         """Tokens of an answer."""
+        self._answers = 0
         self._passed = 0
         self._refused: Counter[str] = Counter()
 
@@ -223,7 +224,9 @@ class Gate:
         assert turn.entry is not None
         units = self._really(turn, end)
         self._rate.ended(turn.start, units, now)
-        self._queue.charge(turn.entry.caller, turn.entry.priority, units - turn.entry.units)
+        # Who breaks its calls off pays for the place that they had.
+        paid = units if isinstance(end, Finished) else max(units, turn.entry.units * LEFT_PART)
+        self._queue.charge(turn.entry.caller, turn.entry.priority, paid - turn.entry.units)
         self._fill()
 
     def _fill(self) -> None:
@@ -287,15 +290,21 @@ class Gate:
         match end:
             case Generated(usage=usage):
                 # Answers of many tokens that one caller asks for say little of the next caller's: `max_tokens` bounds them.
-                self._usual += MEAN_WEIGHT * (usage.completion_tokens / max(1.0, turn.room) - self._usual)
+                self._answers += 1
+                weight = max(MEAN_WEIGHT, 1 / self._answers)
+                self._usual += weight * (usage.completion_tokens / max(1.0, turn.room) - self._usual)
                 return usage.completion_tokens + max(0, usage.prompt_tokens - usage.cached_tokens) / PREFILL_PART
             case Embedded(prompt_tokens=tokens) | Reranked(prompt_tokens=tokens):
                 return float(tokens)
+            case _ if isinstance(turn.work, GenerationParams):
+                # Broken off, by the engine or by its caller. What is counted too high here makes the replica look faster than it is, just
+                # when its calls end too late.
+                return turn.tokens
             case TarsError():
-                # The engine found at once that it cannot do it, or broke: what it did meanwhile nobody knows.
-                return min(turn.tokens, turn.entry.units)
+                return 0.0
             case _:
-                return max(turn.tokens, turn.entry.units * LEFT_PART)
+                # Of texts that were given up nobody knows how many were computed.
+                return turn.entry.units * LEFT_PART
 
 
 class Turn:

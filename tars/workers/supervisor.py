@@ -276,7 +276,8 @@ class ReplicaWorker:
             raise self._not_ready()
         width = 0 if isinstance(work, SaveParams) else work.n if isinstance(work, GenerationParams) else 1
         queued = len(self._calls) - self._served(self._slots)
-        if width and queued >= self.options.queue_limit:
+        busy = sum(call.width for call in self._calls.values()) >= self._slots
+        if width and busy and queued >= self.options.queue_limit:
             raise Overloaded(
                 f"{queued} calls wait for this replica already, which is its bound. Try again in a moment.",
                 # By then about half of the queue is served: a newcomer finds room, and not everybody comes back at once.

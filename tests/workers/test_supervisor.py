@@ -549,6 +549,17 @@ async def test_whoever_watches_a_worker_hears_of_its_changes_also_after_it_was_m
     assert heard[-1] is ReplicaState.STOPPED
 
 
+async def test_where_no_call_may_wait_those_that_find_a_slot_still_run(make: Make) -> None:
+    worker = await make(queue_limit=0)
+    assert await collect(worker, CompleteParams(prompt="count 1"))
+    running = asyncio.create_task(collect(worker, CompleteParams(prompt="forever")))
+    await until(lambda: worker.active_calls == 1)
+    with pytest.raises(Overloaded):
+        await collect(worker, CompleteParams(prompt="count 1"))
+    running.cancel()
+    await asyncio.wait([running])
+
+
 @together
 async def test_half_a_surrogate_pair_is_the_callers_error(shared: ReplicaWorker) -> None:
     worker = shared
