@@ -9,7 +9,9 @@ A peer with calls is asked every `INTERVAL`. It is silent once it was asked, and
 and 2 seconds. So a frozen peer is known 1.0 to 2.5 s after its last word. A silent peer is asked on, with and without calls, so that it is
 usable in the moment in which it thaws.
 
-If this node itself was stopped or too busy to listen, nobody is to blame: a tick that comes late starts the patience anew.
+A peer that drowns in work is not frozen. One that answered a ping after r seconds a moment ago, up to `BUSY_MOST`, is given 1.5 r, and half
+of that 20 s later; so one that was taken for frozen although it was busy is not taken for it again at once. And what this node itself was
+too late to listen to is nobody's silence: as much as a tick comes late, so much more patience there is.
 """
 
 from __future__ import annotations
@@ -26,8 +28,16 @@ TIMEOUT_LEAST = 1.0
 """A busy Python process answers a ping within 0.3 s, mostly."""
 TIMEOUT_MOST = 2.0
 """With `INTERVAL` the promise: nobody waits longer than 2.5 s for a frozen peer."""
+BUSY_MOST = 5.0
+"""Seconds that a peer has which was slow before. Streams do not wait so long: their own gaps are learned."""
+BUSY_FACTOR, BUSY_HALF_LIFE = 1.5, 20.0
 OWN_STALL = 0.3
-"""A tick that comes so much too late says that this node did not listen either."""
+"""A tick that comes so much too late says that pings were not measured: this node did not listen."""
+PUNCTUAL = 0.005
+"""No timer is more exact."""
+ROUNDING = 1e-6
+LISTEN = 0.1
+"""Seconds that a node which was late has to read what came meanwhile; once in a silence."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +75,21 @@ class Pulse:
         self._heard = now
         self._asked: float | None = None
         """When the first ping was sent since it was heard last."""
+        self._excused = False
+        """This silence has been given `LISTEN` already."""
         self._last_ping = float("-inf")
         self._number = 0
         self._sent: dict[int, float] = {}
         self._srtt: float | None = None
         self._rttvar = 0.0
+        self._slowest, self._slowest_at = 0.0, now
+        """The slowest answer of late, and when it came."""
 
-    @property
-    def timeout(self) -> float:
+    def patience(self, now: float) -> float:
         """Seconds that a ping may take, as learned."""
-        if self._srtt is None:
-            return INITIAL_TIMEOUT
-        return min(TIMEOUT_MOST, max(TIMEOUT_LEAST, self._srtt + 4 * self._rttvar))
+        learned = INITIAL_TIMEOUT if self._srtt is None else self._srtt + 4 * self._rttvar
+        usual = min(TIMEOUT_MOST, max(TIMEOUT_LEAST, learned))
+        return max(usual, min(BUSY_MOST, BUSY_FACTOR * self._slow(now)))
 
     def call_began(self, now: float) -> list[PulseEffect]:
         """A call is at the peer now."""
@@ -95,7 +108,7 @@ class Pulse:
 
     def heard(self, now: float) -> list[PulseEffect]:
         """A piece of an answer, or anything else, came from it."""
-        before, self._heard, self._asked = self._heard, now, None
+        before, self._heard, self._asked, self._excused = self._heard, now, None, False
         if not self.silent:
             return []
         self.silent = False
@@ -106,14 +119,8 @@ class Pulse:
     def answered(self, number: int, now: float) -> list[PulseEffect]:
         """A ping came back."""
         sent = self._sent.pop(number, None)
-        if sent is not None and not self.silent:
-            # Not of a peer that was frozen: how long it slept is not how fast it is.
-            seconds = now - sent
-            if self._srtt is None:
-                self._srtt, self._rttvar = seconds, seconds / 2
-            else:
-                self._rttvar += (abs(self._srtt - seconds) - self._rttvar) / 4
-                self._srtt += (seconds - self._srtt) / 8
+        if sent is not None:
+            self._measured(now - sent, now)
         return self.heard(now)
 
     def unanswered(self, number: int) -> None:
@@ -127,10 +134,28 @@ class Pulse:
         late = now - self.wake
         if late > OWN_STALL:
             self._sent.clear()
+        if late > PUNCTUAL:
             self._heard = min(now, self._heard + late)
             if self._asked is not None:
-                self._asked = min(now, self._asked + late)
+                # Its answer may lie here unread: what came meanwhile is read after this tick.
+                unread = 0.0 if self._excused else LISTEN
+                self._asked, self._excused = self._asked + late + unread, True
         return self._next(now)
+
+    def _measured(self, seconds: float, now: float) -> None:
+        # How long a frozen peer slept is not how slow it is.
+        if seconds <= BUSY_MOST and seconds >= self._slow(now):
+            self._slowest, self._slowest_at = seconds, now
+        if self.silent:
+            return
+        if self._srtt is None:
+            self._srtt, self._rttvar = seconds, seconds / 2
+        else:
+            self._rttvar += (abs(self._srtt - seconds) - self._rttvar) / 4
+            self._srtt += (seconds - self._srtt) / 8
+
+    def _slow(self, now: float) -> float:
+        return float(self._slowest * 0.5 ** ((now - self._slowest_at) / BUSY_HALF_LIFE))
 
     def _next(self, now: float) -> list[PulseEffect]:
         """What is due, and when something is due next."""
@@ -138,7 +163,7 @@ class Pulse:
             self.wake = None
             return []
         effects: list[PulseEffect] = []
-        if not self.silent and self._asked is not None and now >= self._asked + self.timeout:
+        if not self.silent and self._asked is not None and now >= self._asked + self.patience(now) - ROUNDING:
             self.silent = True
             effects.append(Cut(now - self._heard))
         if now >= self._last_ping + INTERVAL:
@@ -150,5 +175,5 @@ class Pulse:
             effects.append(SendPing(self._number))
         self.wake = self._last_ping + INTERVAL
         if not self.silent and self._asked is not None:
-            self.wake = min(self.wake, self._asked + self.timeout)
+            self.wake = min(self.wake, self._asked + self.patience(now))
         return effects

@@ -6,7 +6,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tars.core.pulse import FIRST, INITIAL_TIMEOUT, INTERVAL, TIMEOUT_LEAST, TIMEOUT_MOST, Cut, Pulse, Restore, SendPing
+from tars.core.pulse import (
+    BUSY_HALF_LIFE,
+    BUSY_MOST,
+    FIRST,
+    INITIAL_TIMEOUT,
+    INTERVAL,
+    TIMEOUT_LEAST,
+    TIMEOUT_MOST,
+    Cut,
+    Pulse,
+    Restore,
+    SendPing,
+)
 
 
 class Peer:
@@ -139,7 +151,36 @@ def test_a_slow_busy_peer_is_not_taken_for_frozen():
         peer.take(peer.pulse.call_began(0.0))
     peer.watch(300.0)
     assert not peer.times("cut")
-    assert TIMEOUT_LEAST <= peer.pulse.timeout <= TIMEOUT_MOST
+    assert TIMEOUT_LEAST <= peer.pulse.patience(peer.now) <= TIMEOUT_MOST
+
+
+def test_a_peer_that_drowns_is_taken_for_frozen_once_at_most_and_forgets_that_again():
+    peer = Peer(delay=lambda now: 2.8 if 10.0 < now < 60.0 else 0.01)
+    peer.take(peer.pulse.call_began(0.0))
+    peer.watch(60.0)
+    assert len(peer.times("cut")) == 1
+    assert peer.pulse.patience(60.0) > 2.8
+    peer.watch(60.0 + 3 * BUSY_HALF_LIFE)
+    assert peer.pulse.patience(peer.now) == TIMEOUT_LEAST
+    assert len(peer.times("cut")) == 1
+
+
+def test_as_much_as_a_tick_comes_late_so_much_more_time_a_peer_has():
+    peer = Peer(delay=lambda now: None, late=lambda wake: 0.25)
+    peer.take(peer.pulse.call_began(0.0))
+    peer.watch(20.0)
+    (cut,) = peer.times("cut")
+    assert cut > FIRST + INITIAL_TIMEOUT + 3 * 0.25
+
+
+def test_a_tick_that_comes_late_is_never_the_one_that_cuts():
+    peer = Peer(delay=lambda now: None, late=lambda wake: 3.0 if wake > 1.7 else 0.0)
+    peer.take(peer.pulse.call_began(0.0))
+    peer.watch(FIRST + INITIAL_TIMEOUT + 3.0)
+    assert not peer.times("cut"), "an answer may lie here unread"
+    peer.late = lambda wake: 0.03
+    peer.watch(20.0)
+    assert len(peer.times("cut")) == 1, "a node that is always a little late finds it, too"
 
 
 def test_pieces_of_answers_are_signs_of_life_where_pings_are_lost():
@@ -161,7 +202,7 @@ def test_a_node_that_did_not_listen_itself_blames_nobody():
         peer.frozen = False
     peer.watch(30.0)
     assert not peer.times("cut")
-    assert peer.pulse.timeout == TIMEOUT_LEAST, "and its way is as short as it was"
+    assert peer.pulse.patience(peer.now) == TIMEOUT_LEAST, "and its way is as short as it was"
 
 
 def test_how_long_a_frozen_peer_slept_is_not_how_slow_it_is():
@@ -172,7 +213,7 @@ def test_how_long_a_frozen_peer_slept_is_not_how_slow_it_is():
     peer.watch(60.0)
     peer.frozen = False
     peer.watch(60.1)
-    assert peer.pulse.timeout == TIMEOUT_LEAST
+    assert peer.pulse.patience(peer.now) == TIMEOUT_LEAST
 
 
 def test_a_ping_that_found_no_way_is_no_sign_of_life():
@@ -217,7 +258,7 @@ def test_whatever_happens_silence_is_found_within_bounds_and_only_where_there_is
         assert (peer.pulse.wake is None) == (not calls and not peer.pulse.silent)
     if calls:
         peer.frozen = True
-        peer.watch(peer.now + INTERVAL + TIMEOUT_MOST + 0.01)
+        peer.watch(peer.now + INTERVAL + BUSY_MOST + 0.01)
         assert peer.pulse.silent
 
 
