@@ -253,3 +253,58 @@ async def test_a_model_shows_its_adapters(bench, service):
     await service.deploy(DeployParams(model="tiny"))
     assert service.models().models[0].adapters == ["legal"]
     assert LocalFleet(bench.coordinator).models()[0].adapters == ("legal",)
+
+
+async def test_answers_leave_with_their_replica_at_a_drain_and_when_the_node_ends(bench, service):
+    class Leaving:
+        def __init__(self):
+            self.asked = []
+
+        def unloaded(self, replica, model):
+            self.asked.append(("unloaded", replica, model))
+
+        async def drained(self):
+            self.asked.append("drained")
+
+        async def stopping(self):
+            self.asked.append("stopping")
+
+    service._leaving = leaving = Leaving()
+    await service.deploy(DeployParams(model="tiny"))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    (replica,) = bench.coordinator.replicas
+    await service.drain()
+    await bench.coordinator.reconcile()
+    assert leaving.asked == ["drained", ("unloaded", replica, "tiny")]
+    await service.resume()
+    await bench.coordinator.reconcile()
+    service.refuse_calls()
+    await service.hand_over()
+    await bench.coordinator.stop(0.0)
+    assert leaving.asked[2:] == ["stopping"], "a node that ends gives nothing to others one by one"
+    async with asyncio.timeout(5):
+        await service.handed_over()
+    await service.close()
+
+
+async def test_a_call_for_a_model_on_disk_has_it_loaded(bench, service):
+    calling = asyncio.create_task(chat(service))
+    async with asyncio.timeout(10):
+        while not bench.workers:
+            await bench.coordinator.reconcile()
+            await asyncio.sleep(0)
+    bench.workers[0].script = [DONE]
+    bench.workers[0].loaded()
+    items = await asyncio.wait_for(calling, 10)
+    assert items[-1].message.content == "hello"
+    assert [each.model for each in bench.deployments.wanted()] == ["tiny"]
+
+
+async def test_where_it_is_off_only_deployed_models_are_served(bench):
+    service = LocalNodeService(
+        bench.coordinator, name="pc", redacted_config={}, wsl2=False, addresses=list, load_on_demand=False
+    )
+    with pytest.raises(UnknownModel, match="no model 'tiny' is served here"):
+        await chat(service)
+    assert bench.deployments.wanted() == ()
