@@ -11,7 +11,7 @@ that is not there, or does not know the call any more, it claims again and says 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
@@ -161,18 +161,41 @@ def settling(
     Returns the answer to give instead, where this node was thought gone and another one has taken over: all who ask get the same one.
     `wait` False: not for one that still runs.
     """
+    me = run.claim.owner
+    told = tuple(dict.fromkeys((*homes(), *run.homes)))
+    others = tuple(home for home in told if home != me)
     ended = Settlement(key, body, run.claim, answer)
-    replies = yield tuple(Ask(home, ended) for home in dict.fromkeys((*homes(), *run.homes)))
-    # In the order in which a claim is decided: the first home's word counts.
-    said = next((reply for reply in replies if reply is not None), None)
-    if said is None or said.claim is None or said.claim.token == run.claim.token:
+    said: dict[NodeId, KeyReply | None] = {}
+    if others:
+        replies = yield tuple(Ask(home, ended) for home in others)
+        said.update(zip(others, replies, strict=True))
+    if me in told and _counts(told, said, run.claim, higher_only=True) is None:
+        # Itself last: while this node stood still, the others may have heard of what it has not.
+        (said[me],) = yield (Ask(me, ended),)
+    winner = _counts(told, said, run.claim)
+    if winner is None or winner.claim is None:
         return None
-    if said.answer is not None:
-        return Known(said.answer)
-    if not wait:
+    given = None if winner.answer is None else Known(winner.answer)
+    if given is None and wait:
+        joined = yield from _join(key, body, winner.claim.owner)
+        given = joined if isinstance(joined, Known) else None
+    behind = tuple(home for home in told if (reply := said.get(home)) is None or reply.claim != winner.claim)
+    if given is not None and behind:
+        yield tuple(Ask(home, Settlement(key, body, winner.claim, given.answer)) for home in behind)
+    return given
+
+
+def _counts(
+    told: Sequence[NodeId], said: Mapping[NodeId, KeyReply | None], claim: Claim, *, higher_only: bool = False
+) -> KeyReply | None:
+    """What a home says of another claim that counts: one with a higher epoch, else the first home's word. None: this one counts."""
+    known = [reply for home in told if (reply := said.get(home)) is not None and reply.claim is not None]
+    over = [reply for reply in known if reply.claim is not None and reply.claim.epoch > claim.epoch]
+    if over:
+        return max(over, key=lambda reply: 0 if reply.claim is None else reply.claim.epoch)
+    if higher_only or not known or known[0].claim is None or known[0].claim.token == claim.token:
         return None
-    winner = yield from _join(key, body, said.claim.owner)
-    return winner if isinstance(winner, Known) else None
+    return known[0]
 
 
 def freeing(key: str, body: str, claim: Claim, run: Run | None, homes: Callable[[], Sequence[NodeId]]) -> Steps[None]:

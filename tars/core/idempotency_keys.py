@@ -147,7 +147,8 @@ class KeyTable:
         """What came of a call: its answer (None: too large, it lies with the owner), or `failed`, which frees the key.
 
         ANSWERED with `claim` itself, and no answer, where it counts. Where another claim has taken over: its ANSWERED, or RUNNING where it
-        still runs; the answer is not taken then, so that all who ask get the same one. CONFLICT as `claim` does. After a failure: UNKNOWN.
+        still runs; the answer is not taken then, so that all who ask get the same one. Of two answers that of the higher epoch stays: who
+        took over is right. CONFLICT as `claim` does. After a failure: UNKNOWN.
         """
         self._forget(now)
         known = self._known(key)
@@ -157,7 +158,7 @@ class KeyTable:
             if known is not None and known.claim.token == claim.token and not known.answered:
                 self._drop(key)
             return KeyReply(KeyState.UNKNOWN)
-        if known is not None and known.answered:
+        if known is not None and known.answered and not (claim.epoch > known.claim.epoch and answer is not None):
             own = known.claim.token == claim.token
             return KeyReply(KeyState.ANSWERED, known.claim, None if own else known.answer)
         if known is not None and known.claim.token != claim.token and known.claim.epoch >= claim.epoch:

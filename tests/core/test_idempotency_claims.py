@@ -133,6 +133,18 @@ def test_an_owner_that_thaws_gives_the_answer_of_the_one_who_took_over(mesh):
     assert mesh.claim(B) == Known(b"42")
 
 
+def test_an_owner_that_is_a_home_itself_asks_the_others_before_it_believes_itself(mesh):
+    frozen = mesh.claim(A)
+    mesh.down = {A}
+    run = mesh.claim(C)
+    mesh.settle(run, b"42")
+    mesh.down = set()
+    assert mesh.settle(frozen, b"late") == Known(b"42")
+    # And knows better now.
+    mesh.down = {B, C}
+    assert mesh.claim(D) == Known(b"42")
+
+
 def test_an_owner_that_thaws_keeps_its_own_answer_where_its_successor_is_gone_too(mesh):
     frozen = mesh.claim(C)
     mesh.down = {C}

@@ -92,6 +92,14 @@ def test_an_owner_that_thaws_learns_who_took_over(table):
     assert (reply.state, reply.claim, reply.answer) == (KeyState.ANSWERED, second, b"42")
 
 
+def test_of_two_answers_that_of_who_took_over_stays(table):
+    table.settle("k", "x", FIRST, 0, answer=b"late")
+    taken_over = Claim(B, "token-b", 2)
+    assert table.settle("k", "x", taken_over, 1, answer=b"42").claim == taken_over
+    reply = table.settle("k", "x", FIRST, 2, answer=b"late")
+    assert (reply.claim, reply.answer) == (taken_over, b"42")
+
+
 def test_an_owner_that_thaws_and_fails_does_not_free_its_successors_key(table):
     table.claim("k", "x", FIRST, 0)
     table.claim("k", "x", SECOND, 1, gone=FIRST.token)
@@ -169,7 +177,7 @@ OWNERS = [A, B, C]
     )
 )
 def test_whatever_comes_in_whatever_order_an_answer_once_given_stays(steps):
-    """One home. The first answer that it took is the only one it ever says, until its time is over; epochs never fall."""
+    """One home. The first answer of its epoch that it took is the only one that it says; epochs never fall."""
     table = KeyTable()
     said: set[bytes] = set()
     epoch, bodies = 0, set()

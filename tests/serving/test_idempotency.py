@@ -333,14 +333,16 @@ async def test_a_call_whose_node_died_is_run_by_who_repeats_it(three):
     assert await three.computes("c") == (0, "42")
 
 
-async def test_a_frozen_owner_is_passed_over_and_gives_its_successors_answer_when_it_thaws(three):
-    claim = await three.nodes["a"].claim_or_answer(call(), PARAMS)
+@pytest.mark.parametrize("key", [f"k{number}" for number in range(6)])
+async def test_a_frozen_owner_is_passed_over_and_gives_its_successors_answer_when_it_thaws(three, key):
+    """Whether it is the first, the second or no home of the key itself."""
+    claim = await three.nodes["a"].claim_or_answer(call(key), PARAMS)
     three.frozen = {"a"}
-    assert await three.computes("b", "of the successor") == (1, "of the successor")
+    assert await three.computes("b", "of the successor", key=key) == (1, "of the successor")
     three.frozen = set()
     assert (await claim.succeed(said("late"), 10)).model == "of the successor"
     for name in "abc":
-        assert await three.computes(name, "another") == (0, "of the successor")
+        assert await three.computes(name, "another", key=key) == (0, "of the successor")
 
 
 async def test_a_stream_that_was_frozen_ends_as_it_began(three):
