@@ -110,6 +110,12 @@ class NodeSection(Section):
         description="Highest priority coordinates; ties go to the smallest node id. Give it to the PC that stays on.",
     )
 
+    load_on_demand: bool = Field(
+        True,
+        description="A call that names a model which nobody deployed, and whose file is in the mesh, deploys it where there is room and "
+        "waits for it. It moves nothing that others run, and fetches nothing from outside; `tars remove` gives the memory back.",
+    )
+
     @field_validator("listen")
     @classmethod
     def _host_and_port(cls, value: str) -> str:

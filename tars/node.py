@@ -239,6 +239,7 @@ class Node:
             others=list if mesh is None else mesh.described,
             files=self.files,
             file_bytes_sent=(lambda: 0) if mesh is None else mesh.file_bytes_sent,
+            load_on_demand=config.node.load_on_demand,
         )
         rpc = rpc_options(config)
         self._listener, dispatcher = await self._listen(rpc, keys)

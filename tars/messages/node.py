@@ -174,6 +174,16 @@ class PeerCalls(Message):
     calls: int
 
 
+class AttemptCounts(Message):
+    """Replicas that this node asked for its callers' calls, since it started."""
+
+    why: str = Field(
+        description="`first`, `retry`, `hedge` (a second one beside a slow one) or `continuation` (of a broken answer)."
+    )
+    outcome: str = Field(description="`answered`, the kind of the error, `late`, `hedge_lost` or `cancelled`.")
+    attempts: int
+
+
 class NodeDescription(Message):
     """`node.describe`'s answer: everything that a peer or a status page needs."""
 
@@ -191,6 +201,9 @@ class NodeDescription(Message):
     recent_errors: list[RecentError]
     sent_to_peers: list[PeerCalls] = Field(default_factory=list, description="Since the node started.")
     calls_from_peers: int = Field(0, description="Calls that peers sent here, since the node started.")
+    attempts: list[AttemptCounts] = Field(default_factory=list, description="Since the node started.")
+    retries_refused: int = Field(0, description="Further attempts that the node's retry budget did not allow.")
+    hedged_units: float = Field(0.0, description="Texts that were given to a second replica beside the first.")
     transfers: list[TransferDescription] = Field(
         default_factory=list, description="Model files on their way to this node."
     )

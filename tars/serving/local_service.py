@@ -43,6 +43,7 @@ from tars.messages.inference import (
 )
 from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
+    AttemptCounts,
     DeployParams,
     DeployResult,
     DrainResult,
@@ -98,6 +99,7 @@ class LocalNodeService:
         others: Callable[[], list[PeerDescription]] = list,
         files: FileStore | None = None,
         file_bytes_sent: Callable[[], int] = lambda: 0,
+        load_on_demand: bool = True,
         now: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ):
@@ -114,7 +116,8 @@ class LocalNodeService:
         self._file_bytes_sent = file_bytes_sent
         self._now = now
         self._calls = CallLog(wall_clock)
-        self._local = LocalFleet(coordinator, answers=RunningAnswers(KeptStates(coordinator.node_id), states, now))
+        answers = RunningAnswers(KeptStates(coordinator.node_id), states, now)
+        self._local = LocalFleet(coordinator, load_on_demand, answers=answers)
         self._fleet: LocalFleet | MeshFleet = self._local
         if peers is not None:
             self._fleet = MeshFleet(coordinator.node_id, self._local, peers, coordinator.catalogue.find)
@@ -191,6 +194,12 @@ class LocalNodeService:
                 for (peer, outcome), calls in sorted(self._router.calls_at_peers().items())
             ],
             calls_from_peers=self._router.calls_from_peers,
+            attempts=[
+                AttemptCounts(why=why, outcome=outcome, attempts=count)
+                for (why, outcome), count in sorted(self._router.attempts().items())
+            ],
+            retries_refused=self._router.state.retries.refused,
+            hedged_units=self._router.state.hedges.extra_units,
             transfers=[] if self._files is None else self._files.transfers(),
             file_bytes_received=0 if self._files is None else self._files.bytes_received,
             file_bytes_sent=self._file_bytes_sent(),

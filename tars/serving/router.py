@@ -14,6 +14,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
+from typing import cast
 
 from tars.core.call_effects import ANSWERED, DEADLINE, CallShape, Failure
 from tars.core.call_machine import CallMachine
@@ -26,9 +27,10 @@ from tars.messages.base import CallContext
 from tars.messages.inference import ChatParams, CompleteParams, GenerationParams
 from tars.serving.call_driver import CallDriver, Routed
 from tars.serving.call_record import CallRecords
-from tars.serving.continuation import seeded
+from tars.serving.continuation import Generation, seeded
 from tars.serving.demand import demand_of, prompt_text
 from tars.serving.fleet import Fleet, ServedModel, draining_error, no_replica_error
+from tars.serving.idempotency import seed_of
 from tars.serving.model_names import resolve
 from tars.workers.engine import Work
 
@@ -90,7 +92,7 @@ class Router:
         forwarded = call.hops > 0
         self._from_peers += forwarded
         if isinstance(work, ChatParams | CompleteParams) and not forwarded:
-            work = seeded(work)
+            work = _with_seed(work, call)
         name = model.name
         machine = CallMachine(
             CallShape(
@@ -220,3 +222,9 @@ class Router:
             + "; the work was stopped. Give it a larger timeout_ms.",
             details={} if last is None else {"cause": last.kind},
         )
+
+
+def _with_seed(work: Generation, call: CallContext) -> Generation:
+    """The same with a seed: every attempt draws the same numbers, and so does every computation under one idempotency key."""
+    seed = seed_of(call) if work.seed is None else None
+    return seeded(work) if seed is None else cast("Generation", work.model_copy(update={"seed": seed}))

@@ -82,6 +82,15 @@ def _calls(node: NodeDescription) -> Iterable[Family]:
     at_peers: list[Sample] = [({"peer": each.peer, "outcome": each.outcome}, each.calls) for each in node.sent_to_peers]
     yield "tars_peer_calls_total", "counter", "Calls sent to a peer, by outcome.", at_peers
     yield "tars_calls_from_peers_total", "counter", "Calls that peers sent here.", [({}, node.calls_from_peers)]
+    yield from _attempts(node)
+
+
+def _attempts(node: NodeDescription) -> Iterable[Family]:
+    each: list[Sample] = [({"why": one.why, "outcome": one.outcome}, one.attempts) for one in node.attempts]
+    yield "tars_attempts_total", "counter", "Replicas that were asked: first, retry, hedge or continuation.", each
+    refused = "Further attempts that the retry budget did not allow."
+    yield "tars_retries_refused_total", "counter", refused, [({}, node.retries_refused)]
+    yield "tars_hedged_units_total", "counter", "Texts given to a second replica.", [({}, node.hedged_units)]
 
 
 def _replicas(node: NodeDescription) -> Iterable[Family]:

@@ -258,6 +258,14 @@ async def test_the_callers_own_seed_is_kept_and_a_forwarded_call_gets_none():
     assert replica.works[2].seed is not None
 
 
+async def test_calls_under_one_key_draw_the_same_numbers():
+    replica = Replica("a", done())
+    for key in ("k", "k", "other"):
+        await collect(Router(Fleet(replica)), WORK, call(idempotency_key=key))
+    first, second, third = (each.seed for each in replica.works)
+    assert first == second != third
+
+
 async def test_a_forwarded_call_goes_on_where_its_gateway_says_and_breaks_there():
     from tars.messages.base import ResumeMeta
 

@@ -289,11 +289,13 @@ async def test_answers_leave_with_their_replica_at_a_drain_and_when_the_node_end
 
 
 async def test_a_call_for_a_model_on_disk_has_it_loaded(bench, service):
+    await bench.coordinator.reconcile()
     calling = asyncio.create_task(chat(service))
     async with asyncio.timeout(10):
         while not bench.workers:
             await bench.coordinator.reconcile()
             await asyncio.sleep(0)
+    assert not calling.done()
     bench.workers[0].script = [DONE]
     bench.workers[0].loaded()
     items = await asyncio.wait_for(calling, 10)
@@ -305,6 +307,7 @@ async def test_where_it_is_off_only_deployed_models_are_served(bench):
     service = LocalNodeService(
         bench.coordinator, name="pc", redacted_config={}, wsl2=False, addresses=list, load_on_demand=False
     )
+    await bench.coordinator.reconcile()
     with pytest.raises(UnknownModel, match="no model 'tiny' is served here"):
         await chat(service)
     assert bench.deployments.wanted() == ()

@@ -89,6 +89,10 @@ async def test_calls_to_peers_are_counted_and_whoever_answers_is_heard_of(mesh):
     metrics = render(described, mesh.service.peers())
     assert f'tars_peer_calls_total{{peer="{mesh.big.id}",outcome="answered"}} 2' in metrics
     assert "tars_calls_from_peers_total 0" in metrics
+    assert [(each.why, each.outcome, each.attempts) for each in described.attempts] == [("first", "answered", 2)]
+    assert 'tars_attempts_total{why="first",outcome="answered"} 2' in metrics
+    assert "tars_retries_refused_total 0" in metrics
+    assert "tars_hedged_units_total 0" in metrics
     assert mesh.heard == [mesh.big.id] * 2
     assert mesh.service.load() == []
 
