@@ -140,15 +140,21 @@ class Answer:
         `pieces`: bytes of every token of the vocabulary.
         """
         shown: Delta | None = None
-        for count, token in enumerate(self.tokens[self.prompt_length :], 1):
+        begins_here = self.prompt_length + self._hidden
+        before = self.tokens[self.prompt_length : begins_here]
+        if before:
+            text = self._stream.shown_before(
+                before, b"".join([pieces[token] for token in before]), ended=self._was_whole
+            )
+            self._show(Released(text, before))
+        for token in self.tokens[begins_here:]:
+            if self._stream.stopped:
+                break
             piece = self._show(self._stream.push(token, pieces[token], None))
             if piece is not None:
                 shown = piece if shown is None else _joined(shown, piece)
-            if self._stream.stopped:
-                return self._ended_before(shown, "stop")
-            if count == self._hidden:
-                # What the caller has stays, whichever token comes next: it must not become a part of a stop string now.
-                self._show(self._stream.settle())
+        if self._stream.stopped:
+            return self._ended_before(shown, "stop")
         if self.generated >= self.call.most:
             return self._ended_before(shown, "length")
         if self._was_whole:

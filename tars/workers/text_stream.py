@@ -60,10 +60,17 @@ class TextStream(Generic[Extra]):
                 count = index + 1
         return self._release(count)
 
-    def settle(self) -> Released[Extra]:
-        """Release all whole characters' tokens: they were shown to somebody before, when tokens after them had made them certain."""
-        whole = [index for index, (_, _, _, whole) in enumerate(self._held, 1) if whole]
-        return self._release(whole[-1] if whole else 0)
+    def shown_before(self, token_ids: Sequence[int], data: bytes, *, ended: bool) -> str:
+        """Take the first tokens at once (`data`: the bytes of all); their text, which somebody has seen and which stays as it is.
+
+        What made it certain may not come again, so no stop string is looked for in it; unless it had `ended`, maybe by one.
+        """
+        assert not self._held, "only the first tokens"
+        text = self._decoder.decode(data, ended)
+        if ended and (starts := [start for stop in self._stop if (start := text.find(stop)) >= 0]):
+            self.stopped = True
+            text = text[: min(starts)]
+        return text
 
     def finish(self) -> Released[Extra]:
         """The generation is over without a stop string: everything held back, an unfinished character as U+FFFD."""

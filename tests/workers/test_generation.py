@@ -107,7 +107,9 @@ def test_an_answer_broken_off_anywhere_goes_on_without_a_lost_or_doubled_token(
     before = before[: round(shown_share * len(before))]
     handed_out = sum(len(delta.token_ids) for delta in before)
 
-    again = call_of(resume=Resume(generated=[had], handed_out=[handed_out], seed=3), **params).answers[0]
+    ended = [0] if any(delta.ended for delta in before) else []
+    resume = Resume(generated=[had], handed_out=[handed_out], ended=ended, seed=3)
+    again = call_of(resume=resume, **params).answers[0]
     shown = again.replay(PIECES)
     after = [] if shown is None else [shown]
     after += run(again, tokens[len(had) :], to_the_end=True)
@@ -199,6 +201,13 @@ def test_what_was_shown_stays_where_another_token_comes_than_the_one_that_made_i
     assert again.replay(PIECES) is None
     after = run(again, then, to_the_end=True)
     assert "aX" + seen(after)[0] == again.choice().text == text
+    # Broken a second time it still reads so, although a stop string stands in it now.
+    third = call_of(stop=["XYZ"], resume=Resume(generated=[[0, 8, *then]], handed_out=[2 + len(then)], seed=3)).answers[
+        0
+    ]
+    assert third.replay(PIECES) is None
+    run(third, [0], to_the_end=True)
+    assert third.choice().text == text + "a"
 
 
 @pytest.mark.parametrize(

@@ -54,18 +54,33 @@ def test_held_tokens_are_released_at_the_end_without_a_stop() -> None:
     assert released[-1] == Released("X", [1], [-1])
 
 
-def test_what_somebody_has_seen_is_settled_and_no_part_of_a_stop_string_any_more() -> None:
-    stream: TextStream[int] = TextStream(["XYZ"])
-    assert stream.push(0, b"aX", 0) == Released()
-    assert stream.settle() == Released("aX", [0], [0])
-    assert stream.settle() == Released()
-    assert stream.push(1, b"YZ", 1) == Released("YZ", [1], [1])
+def test_what_somebody_has_seen_stays_and_is_no_part_of_a_stop_string_any_more() -> None:
+    stream: TextStream[int] = TextStream(["XYZ", "ab"])
+    assert stream.shown_before([0, 1], b"abX", ended=False) == "abX"
+    assert stream.push(2, b"YZ", 2) == Released("YZ", [2], [2])
     assert not stream.stopped
-    assert stream.push(2, b"X", 2) == Released()
-    assert stream.push(3, b"\xf0\x9f", 3) == Released()
-    assert stream.settle() == Released("X", [2], [2])
-    assert stream.settle() == Released(), "half a character was shown to nobody"
-    assert stream.push(4, b"\x99\x82", 4) == Released("🙂", [3, 4], [3, 4])
+    assert stream.push(3, b"XYZ", 3) == Released("", [3], [3])
+    assert stream.stopped
+
+
+def test_an_answer_that_had_ended_is_read_to_its_end_at_once() -> None:
+    stopped: TextStream[int] = TextStream(["XYZ", "Y"])
+    assert stopped.shown_before([0, 1], b"aXYZb", ended=True) == "a"
+    assert stopped.stopped
+    half: TextStream[int] = TextStream(["XYZ"])
+    assert half.shown_before([0, 1], b"aX\xf0\x9f", ended=True) == "aX\ufffd"
+    assert not half.stopped
+    assert half.finish() == Released()
+
+
+@given(st.lists(st.sampled_from([b"a", b"X", b"YZ", b"\xf0\x9f", b"\x99\x82", b"\xc3", b""]), max_size=12))
+def test_all_at_once_reads_as_one_after_the_other(pieces: list[bytes]) -> None:
+    one_by_one, stopped = run(pieces, ["XYZ", "aa"])
+    taken = [number for part in one_by_one for number in part.token_ids]
+    at_once: TextStream[int] = TextStream(["XYZ", "aa"])
+    data = b"".join(pieces[: len(taken)])
+    assert at_once.shown_before(taken, data, ended=True) == "".join(part.text for part in one_by_one)
+    assert at_once.stopped == stopped
 
 
 def test_an_empty_stop_string_is_a_mistake_of_the_program() -> None:
