@@ -505,6 +505,25 @@ async def test_the_callers_trace_is_kept(node, service):
     assert service.calls[0].trace_id == trace
 
 
+async def test_the_clients_idempotency_key_is_the_calls_and_its_request_id_the_calls_id(client, service):
+    answer = await client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "hi"}], extra_headers={"Idempotency-Key": "k"}
+    )
+    (call,) = service.calls
+    assert (call.idempotency_key, call.streamed) == ("k", False)
+    assert answer._request_id == call.trace_id
+    stream = await client.chat.completions.create(
+        model="demo",
+        messages=[{"role": "user", "content": "hi"}],
+        stream=True,
+        extra_headers={"Idempotency-Key": "k"},
+    )
+    async for _ in stream:
+        pass
+    assert (service.calls[1].idempotency_key, service.calls[1].streamed) == ("k", True)
+    assert stream.response.headers["X-Request-Id"] == service.calls[1].trace_id
+
+
 async def test_each_prompt_of_a_call_has_an_idempotency_key_of_its_own(node, service):
     headers = {"Idempotency-Key": "k"}
     async with node.http.post(f"{node.url}/v1/completions", json={"prompt": ["a", "b"]}, headers=headers) as response:
