@@ -85,6 +85,9 @@ class SavedState(Message):
     id: str = Field(max_length=64, description="Random: who knows it may have the file, once.")
     bytes: int = Field(ge=0)
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    layout: str = Field(
+        "", max_length=200, description="How the engine lays it out: only a replica of the same one can take it."
+    )
 
 
 class ResumeMeta(Message):

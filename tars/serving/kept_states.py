@@ -45,7 +45,7 @@ class KeptStates:
         """Files that wait for somebody."""
         return len(self._kept)
 
-    async def keep(self, path: Path) -> SavedState | None:
+    async def keep(self, path: Path, layout: str = "") -> SavedState | None:
         """Take a file over and say how it is had: under another name in its folder. None where it cannot be kept; then it stays."""
         try:
             sha256, size = await asyncio.to_thread(_digest, path)
@@ -59,7 +59,7 @@ class KeptStates:
         self._kept[name] = _Kept(path, size, timer)
         self._bytes += size
         self._none.clear()
-        return SavedState(node=self._node, id=name, bytes=size, sha256=sha256)
+        return SavedState(node=self._node, id=name, bytes=size, sha256=sha256, layout=layout)
 
     @contextmanager
     def taken(self, name: str) -> Iterator[Path | None]:

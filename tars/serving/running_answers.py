@@ -110,7 +110,11 @@ class RunningAnswers:
             if resume is not None:
                 if work.n == 1:
                     answer.tokens += resume.generated[0][: resume.handed_out[0]]
-                if state is not None and (path := await self._had(state, call)) is not None:
+                if (
+                    state is not None
+                    and state.layout == layout_of(worker)
+                    and (path := await self._had(state, call)) is not None
+                ):
                     resume = resume.model_copy(update={"path": str(path)})
             if answer.leaving is not None:
                 raise moved()  # meanwhile
@@ -211,7 +215,7 @@ class RunningAnswers:
         if generated[: len(answer.tokens)] != answer.tokens:
             log.error("a state of %s does not begin with what its caller has, so it was not used", answer.replica)
             return moved()
-        saved = await self.kept.keep(sequence.path)
+        saved = await self.kept.keep(sequence.path, layout_of(answer.worker))
         if saved is None:
             return moved()
         return moved({"saved": saved.model_dump(), "tokens": [generated]})
@@ -230,6 +234,17 @@ class RunningAnswers:
             why = error.kind if isinstance(error, TarsError) else type(error).__name__
             log.info("a state of %d bytes did not come (%s): its tokens are computed again", state.bytes, why)
             return None
+
+
+def layout_of(worker: ReplicaWorker) -> str:
+    """What must be equal for one engine to take another's state: llama.cpp refuses cells of another type, or that flash attention lays out
+    otherwise; and a state that is refused was fetched for nothing.
+    """
+    info = worker.info
+    if info is None:
+        return ""
+    build, _, _ = info.backend.partition(",")
+    return f"{build}, {worker.spec.kv_type}, flash attention {info.tuned.flash_attention}"
 
 
 def moved(details: dict[str, object] | None = None) -> Draining:

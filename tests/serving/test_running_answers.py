@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from types import SimpleNamespace
 
 import pytest
 
@@ -9,6 +10,7 @@ from tars.core.types import Deadline, ReplicaId
 from tars.errors import CallerError, DeadlineExceeded, Draining, PeerUnreachable
 from tars.messages.base import CallContext, SavedState
 from tars.messages.inference import CompleteParams, Delta, Generated, Timings, Usage
+from tars.messages.node import LoadedInfo, TunedSettings
 from tars.serving.kept_states import KeptStates
 from tars.serving.running_answers import FETCH_SECONDS, RunningAnswers
 from tars.workers.calls import CallHandle
@@ -27,6 +29,9 @@ END = Generated(
 
 class ScriptedWorker:
     """Says what is put into `events`; saves into a file as the real one does."""
+
+    info = None
+    spec = SimpleNamespace(kv_type="f16")
 
     def __init__(self, folder):
         self.folder = folder
@@ -312,6 +317,38 @@ async def test_without_the_state_the_tokens_are_computed_again(worker, folder, e
     answers = RunningAnswers(KeptStates("n"), Peers(folder, error))
     events = await resumed(answers, worker)
     assert worker.resume == RESUME
+    await events.aclose()
+
+
+def loaded(backend="llama.cpp (llama-cpp-python 0.3.36), CPU", flash_attention=True):
+    return LoadedInfo(
+        model_kind="chat",
+        memory_bytes=1,
+        load_seconds=1.0,
+        backend=backend,
+        tuned=TunedSettings(flash_attention=flash_attention),
+    )
+
+
+@pytest.mark.parametrize(
+    ("there", "had"),
+    [
+        (loaded(), True),
+        (loaded("llama.cpp (llama-cpp-python 0.3.36), CUDA"), True),
+        (loaded("llama.cpp (llama-cpp-python 0.4.0), CPU"), False),
+        (loaded(flash_attention=False), False),
+    ],
+)
+async def test_a_state_that_the_engine_would_refuse_is_not_fetched(answers, worker, folder, there, had):
+    worker.info = loaded()
+    events = await begun(answers, worker, PROMPT, 1, 2)
+    await answers.hand_over(everything)
+    saved = SavedState.model_validate((await broken(events))["saved"])
+    successor, peers = ScriptedWorker(folder), Peers(folder)
+    successor.info = there
+    others = RunningAnswers(KeptStates("other"), peers)
+    events = await resumed(others, successor, saved)
+    assert (len(peers.asked), successor.resume.path is not None) == (int(had), had)
     await events.aclose()
 
 
