@@ -8,22 +8,27 @@ import sys
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import simulate as command
 from breach import Breach
 from invariants import OperatorsWrites, why_not_settled
-from scenario import simulate
+from scenario import OVERLOAD_EVERY, simulate
 from virtual_executor import Conditions, VirtualExecutor
 from virtual_fleet import CARDS, MOST_ERROR, models, pc, really_taken
 from virtual_network import VirtualNetwork, Weather
 from virtual_time import VirtualTime
+from virtual_wire import Wire
 from world import World
 
+from tars.core.call_effects import Failure
+from tars.core.call_machine import CallMachine
 from tars.core.mesh_messages import Envelope, News, Ping, Record, Stamp
 from tars.core.placement import plan
 from tars.core.records import Wish
 from tars.core.replicated_map import DEPLOYMENT
+from tars.core.retry_budget import RetryBudget
 from tars.core.types import Bytes, Deployment, ModelKind, NodeId, NodeSnapshot, ReplicaState
 
 ROOT = Path(__file__).parents[1]
@@ -378,3 +383,192 @@ def test_what_was_only_on_a_lost_disk_may_be_gone():
     writes.check(Believer(second))  # a packet with it was still under way
     with pytest.raises(Breach, match="lost"):
         writes.check(Believer())
+
+
+# --- calls -------------------------------------------------------------------------------------------------------------
+
+
+def mesh(seed=1, nodes=2, model="qwen-0.5b"):
+    """A mesh of `nodes` PCs with cards, each with a replica of `model`, at rest."""
+    world = World(seed)
+    chosen = []
+    while len(chosen) < nodes:
+        node = world.new_node()
+        if any(device.compute_capability for device in node.pc.devices):
+            chosen.append(node)
+        else:
+            world.forget(node)
+    chosen[0].found()
+    world.time.run_until(1.0)
+    for node in chosen[1:]:
+        node.join(chosen[0])
+    world.time.run_until(3.0)
+    chosen[0].write(DEPLOYMENT + model, Wish(Deployment(model, replicas=nodes)))
+    world.time.run_until(20.0)
+    assert [len(node.executor.all()) for node in chosen] == [1] * nodes
+    return world, chosen
+
+
+def ask(world, gateway, length=20, model="qwen-0.5b", **more):
+    """A chat call at one gateway, whose tokens its caller sees."""
+    world.callers.dice = SimpleNamespace(choice=lambda nodes: gateway, random=lambda: 0.5, uniform=min, randint=max)
+    return world.callers.call(model, world.models[model].kind, length=length, **more)
+
+
+def serving(world, caller):
+    """The node whose engine works on the call."""
+    return next(node for node in world.running() if node.engine.busy())
+
+
+@pytest.mark.parametrize("how", ["crash", "pause", "worker dies", "worker freezes", "drained", "cut off"])
+def test_a_stream_goes_on_elsewhere_whatever_happens_to_who_served_it(how):
+    world, nodes = mesh(nodes=3)
+    gateway = nodes[0]
+    for _ in range(6):  # so that it is known how fast they are
+        ask(world, gateway, length=12)
+        world.time.run_until(world.time.now + 2.0)
+    gateway.set_draining(True)  # its own replica is asked last
+    world.time.run_until(world.time.now + 0.2)
+    gateway.executor.obey([])
+    world.time.run_until(world.time.now + 1.0)
+    caller = ask(world, gateway, length=40)
+    world.time.run_until(world.time.now + 0.7)
+    there = serving(world, caller)
+    assert there is not gateway
+    assert 0 < len(caller.got[0]) < 30
+    running = next(each for each in there.executor.all() if there.engine.load(each.assignment.replica)[0])
+    match how:
+        case "crash":
+            there.crash()
+        case "pause":
+            there.pause()
+        case "worker dies":
+            there.executor.worker_dies(running)
+        case "worker freezes":
+            there.engine.freeze(running.assignment.replica, 60.0)
+        case "drained":
+            there.executor.obey([])
+        case _:
+            world.network.cut([there.pc.address], [node.pc.address for node in nodes])
+    broke = world.time.now
+    while caller.outcome is None:
+        world.time.run_until(world.time.now + 0.05)
+    assert caller.outcome == "answered"
+    assert world.time.now - broke < 2.5 + 2.0  # the longest silence, the rest of the answer
+    assert world.callers.tally.continuations == 1
+
+
+def test_a_gateway_that_dies_leaves_nothing_computing_and_its_caller_asks_another_one():
+    world, nodes = mesh()
+    caller = ask(world, nodes[1], key="a key")
+    world.time.run_until(world.time.now + 0.3)
+    nodes[1].crash()
+    world.callers.dice.choice = lambda running: nodes[0]
+    world.time.run_until(world.time.now + 12.0)
+    assert caller.outcome == "answered"
+    assert not nodes[0].engine.busy()
+
+
+@pytest.mark.parametrize("change", [lambda ids: ids[1:], lambda ids: [*ids, ids[-1]]], ids=["loses", "doubles"])
+def test_an_answer_that_loses_or_doubles_a_token_is_a_breach(change):
+    world, nodes = mesh()
+    caller = ask(world, nodes[0])
+    gave = caller.gave
+    caller.gave = lambda index, ids, file: gave(index, change(ids), file)
+    with pytest.raises(Breach, match="token"):
+        world.time.run_until(world.time.now + 5.0)
+
+
+def test_a_second_answer_is_a_breach():
+    world, nodes = mesh()
+    caller = ask(world, nodes[0], length=1)
+    world.time.run_until(world.time.now + 2.0)
+    assert caller.outcome == "answered"
+    with pytest.raises(Breach, match="was answered"):
+        caller.answered()
+
+
+def test_a_call_that_nobody_takes_up_is_a_breach(monkeypatch):
+    monkeypatch.setattr(CallMachine, "fleet_changed", lambda self, now: ())
+    monkeypatch.setattr(CallMachine, "_next", lambda self, because, now: ())
+    world, nodes = mesh()
+    ask(world, nodes[0])
+    with pytest.raises(Breach, match="was not answered for"):
+        world.time.run_until(world.time.now + 20.0)
+
+
+def test_a_call_that_fails_though_somebody_could_answer_is_a_breach(monkeypatch):
+    world, nodes = mesh()
+    world.time.run_until(world.time.now + 5.0)
+    caller = ask(world, nodes[0])
+    caller.began = caller.live_since = world.callers.amiss_until = 1.0
+    with pytest.raises(Breach, match="failed"):
+        caller.failed(Failure("internal", retryable=False))
+
+
+def test_two_answers_under_one_key_are_a_breach():
+    world, nodes = mesh()
+    caller = ask(world, nodes[0], length=2, key="a key")
+    world.time.run_until(world.time.now + 3.0)
+    again = ask(world, nodes[1], key="a key", work=caller.work)
+    world.time.run_until(world.time.now + 3.0)
+    assert (caller.outcome, again.outcome, world.callers.tally.joined) == ("answered", "answered", 1)
+    with pytest.raises(Breach, match="another answer"):
+        again.same_answer(b"another one")
+
+
+def test_more_retries_than_the_budget_gives_are_a_storm(monkeypatch):
+    def call(self):
+        self._saved = min(100.0, self._saved + 0.5)
+
+    monkeypatch.setattr(RetryBudget, "call", call)
+    assert "retry storm" in simulate(OVERLOAD_EVERY - 1).failure
+
+
+def test_a_slow_embedding_is_hedged_and_the_loser_frees_its_slot():
+    world, nodes = mesh(model="minilm")
+    for node in nodes:
+        node.engine_dice = SimpleNamespace(random=lambda: 1.0)
+    nodes[0].engine_dice = SimpleNamespace(random=lambda: 0.0)  # every answer of the first one is slow
+    for _ in range(8):
+        ask(world, nodes[0], model="minilm", length=4)
+        world.time.run_until(world.time.now + 2.0)
+    assert world.callers.tally.hedges >= 1
+    assert world.callers.tally.answered == 8
+    assert not any(node.engine.busy() for node in nodes)
+
+
+@pytest.mark.parametrize("power", [True, False])
+def test_a_connection_keeps_its_order_and_hears_of_a_process_that_ended_but_not_of_a_dead_pc(power):
+    time = VirtualTime()
+    network = VirtualNetwork(time, random.Random(1))
+    network.weather = Weather(jitter=0.5, loss=0.3)
+    wire = Wire(time, network, random.Random(2))
+    heard, lost, ends = [], [], []
+    wire.serve("b", lambda end, request: ends.append(end), lambda question, reply: None)
+    wire.connect("a", "b", "hello", heard.append, lost.append)
+    time.run_until(20.0)
+    for number in range(30):
+        ends[0].say(number)
+    time.run_until(40.0)
+    assert heard == list(range(30))
+    wire.ended("b", power=power)
+    time.run_until(60.0)
+    assert lost == ([True] if power else [])
+
+
+def test_who_cannot_be_reached_is_said_to_be_so():
+    time = VirtualTime()
+    network = VirtualNetwork(time, random.Random(1))
+    wire = Wire(time, network, random.Random(2))
+    lost = []
+    wire.connect("a", "b", "hello", lambda body: None, lost.append)  # nobody listens
+    time.run_until(1.0)
+    assert lost == [False]
+    wire.serve("b", lambda end, request: None, lambda question, reply: None)
+    network.cut(["b"], ["a"])
+    wire.connect("a", "b", "hello", lambda body: None, lost.append)
+    time.run_until(5.0)
+    assert lost == [False]
+    time.run_until(8.0)
+    assert lost == [False, False]

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from breach import Breach
+from steady_overload import Overload
 from virtual_fleet import Pc
 from virtual_network import Weather
 from virtual_node import Power, VirtualNode
@@ -26,6 +27,8 @@ QUIET_SECONDS = 12.0
 """With the quiet that `World.settle` waited for it is longer than every patience of `world.QUICK`."""
 LONG_QUIET_SECONDS = 60.0
 LONG_QUIET_SHARE = 0.05
+OVERLOAD_EVERY = 16
+"""So many seeds have one with a steady overload in place of troubles."""
 
 
 def simulate(seed: int, *, trace: bool = False, packets: bool = False) -> Outcome:
@@ -33,12 +36,16 @@ def simulate(seed: int, *, trace: bool = False, packets: bool = False) -> Outcom
     world = World(seed, trace=trace or packets, packets=packets)
     failure, settled_after = None, 0.0
     try:
-        scenario = Scenario(world)
-        scenario.trouble()
-        scenario.heal()
+        long = random.Random(f"{seed}/quiet").random() < LONG_QUIET_SHARE
+        if seed % OVERLOAD_EVERY == OVERLOAD_EVERY - 1:
+            Overload(world).run()
+        else:
+            scenario = Scenario(world)
+            scenario.trouble()
+            scenario.heal()
         settled_after = world.settle()
         world.log("***", "settled after %.0f s", settled_after)
-        world.stay_settled(LONG_QUIET_SECONDS if scenario.dice.random() < LONG_QUIET_SHARE else QUIET_SECONDS)
+        world.stay_settled(LONG_QUIET_SECONDS if long else QUIET_SECONDS)
         world.callers.check_over()
     except Breach as breach:
         failure = str(breach)

@@ -108,6 +108,11 @@ class World:
         self.register(bought)
         return node
 
+    def forget(self, node: VirtualNode) -> None:
+        """It is given back before it ran."""
+        self.nodes.remove(node)
+        self.ever.discard(node.id)
+
     def register(self, bought: Pc) -> None:
         self._names[bought.node] = bought.name
         self._addresses[bought.node] = bought.address
