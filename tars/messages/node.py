@@ -164,6 +164,10 @@ class CallCounters(Message):
     failed: int = 0
     active: int = 0
     by_method: dict[str, int] = Field(default_factory=dict)
+    with_key: dict[str, int] = Field(
+        default_factory=dict,
+        description="Calls with an idempotency key: `run` here, `repeated` (an earlier answer was given), `refused` (another body).",
+    )
 
 
 class PeerCalls(Message):

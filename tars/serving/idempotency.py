@@ -16,7 +16,7 @@ import hashlib
 import logging
 import random
 import secrets
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -161,17 +161,6 @@ class Claim:
             self._answers.failed(self._key, self._entry)
 
 
-@dataclass(slots=True)
-class IdempotencyCounters:
-    """Since the node started."""
-
-    claimed: int = 0
-    """Calls with a key that this node ran."""
-    repeated: int = 0
-    """And those that got an earlier call's answer, or joined it."""
-    refused: int = 0
-
-
 class IdempotentAnswers:
     """See the module's law. One per node; `now` is the monotonic clock."""
 
@@ -186,7 +175,9 @@ class IdempotentAnswers:
         self._table = KeyTable()
         self._live: frozenset[NodeId] = frozenset()
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.counters = IdempotencyCounters()
+        self.outcomes: Counter[str] = Counter()
+        """Calls with a key since the node started: those that it `run`s, that were `repeated` (an earlier answer, or a running call's), and
+        `refused` (another body)."""
 
     # --- this node's calls -------------------------------------------------------------------------------------------
 
@@ -208,7 +199,7 @@ class IdempotentAnswers:
                 self._refuse()
             answer = await asyncio.shield(entry.answer)
             if answer is not None:
-                self.counters.repeated += 1
+                self.outcomes["repeated"] += 1
                 return answer
         return await self._claimed(key, body, call.method)
 
@@ -229,7 +220,7 @@ class IdempotentAnswers:
             raise
         if isinstance(outcome, Run):
             entry.run = outcome
-            self.counters.claimed += 1
+            self.outcomes["run"] += 1
             return Claim(self, key, entry)
         # The homes, or the owner, keep it: nothing is to be told.
         entry.told = True
@@ -238,7 +229,7 @@ class IdempotentAnswers:
             self._refuse()
         if answer is None:
             return Claim()
-        self.counters.repeated += 1
+        self.outcomes["repeated"] += 1
         return answer
 
     async def succeeded(self, key: str, entry: _Entry, answer: Message, size: int, shown: bool) -> Message:
@@ -396,7 +387,7 @@ class IdempotentAnswers:
         self._bytes -= self._entries.pop(key).size
 
     def _refuse(self) -> None:
-        self.counters.refused += 1
+        self.outcomes["refused"] += 1
         raise IdempotencyConflict(
             "this idempotency key was used for a call with other params; use a new key for a new call"
         )

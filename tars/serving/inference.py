@@ -124,7 +124,7 @@ class Inference:
             seed = seed_of(call) if params.seed is None and not call.hops else None
             try:
                 # By its full name: the engine reads the adapter behind the colon, and an alias may hold one too.
-                work = params.model_copy(update={"model": name, "seed": params.seed if seed is None else seed})
+                work = params.model_copy(update={"model": name} if seed is None else {"model": name, "seed": seed})
                 async with aclosing(self._router.run(model, work, call)) as events:
                     async for event, served_by in events:
                         if isinstance(event, Progress):

@@ -187,7 +187,7 @@ class LocalNodeService:
             wsl2=self._wsl2,
             devices=[describe_device(device) for device in snapshot.devices],
             replicas=self._replicas(),
-            calls=self._calls.counters(),
+            calls=self._calls.counters().model_copy(update={"with_key": dict(self.keys.outcomes)}),
             recent_errors=self._calls.recent_errors(),
             sent_to_peers=[
                 PeerCalls(peer=peer, outcome=outcome, calls=calls)

@@ -79,6 +79,8 @@ def _calls(node: NodeDescription) -> Iterable[Family]:
     yield "tars_calls_active", "gauge", "Calls being answered now.", [({}, calls.active)]
     by_method: list[Sample] = [({"method": method}, count) for method, count in sorted(calls.by_method.items())]
     yield "tars_method_calls_total", "counter", "Calls by method.", by_method
+    with_key: list[Sample] = [({"outcome": outcome}, count) for outcome, count in sorted(calls.with_key.items())]
+    yield "tars_idempotency_key_calls_total", "counter", "Calls with an idempotency key, by outcome.", with_key
     at_peers: list[Sample] = [({"peer": each.peer, "outcome": each.outcome}, each.calls) for each in node.sent_to_peers]
     yield "tars_peer_calls_total", "counter", "Calls sent to a peer, by outcome.", at_peers
     yield "tars_calls_from_peers_total", "counter", "Calls that peers sent here.", [({}, node.calls_from_peers)]

@@ -288,6 +288,16 @@ async def test_a_key_is_computed_once_wherever_it_is_repeated(three):
         await three.computes("b", body=TokenizeParams(text="b"))
 
 
+async def test_calls_with_a_key_are_counted_by_what_came_of_them(three):
+    await three.computes("a")
+    for name in "aab":
+        await three.computes(name)
+    with pytest.raises(IdempotencyConflict):
+        await three.computes("b", body=TokenizeParams(text="b"))
+    assert dict(three.nodes["a"].outcomes) == {"run": 1, "repeated": 2}
+    assert dict(three.nodes["b"].outcomes) == {"repeated": 1, "refused": 1}
+
+
 async def test_a_call_that_runs_elsewhere_is_joined(three):
     claim = await three.nodes["a"].claim_or_answer(call(), PARAMS)
     joined = [asyncio.create_task(three.computes(name)) for name in "bc"]

@@ -8,7 +8,15 @@ import pytest
 
 from tars.core.routing import Candidate
 from tars.core.types import Deadline, ModelKind, ReplicaId, ReplicaState
-from tars.errors import DeadlineExceeded, DoesNotFit, Draining, InternalError, WorkerCrashed, WrongModelKind
+from tars.errors import (
+    DeadlineExceeded,
+    DoesNotFit,
+    Draining,
+    IdempotencyConflict,
+    InternalError,
+    WorkerCrashed,
+    WrongModelKind,
+)
 from tars.messages.base import CallContext
 from tars.messages.inference import (
     ChatMessage,
@@ -31,6 +39,7 @@ from tars.messages.inference import (
     Usage,
 )
 from tars.rpc.envelope import encode_result
+from tars.serving.idempotency import seed_of
 from tars.serving.inference import Inference
 from tars.serving.router import Router, ServedModel
 
@@ -306,3 +315,74 @@ async def test_a_refused_model_answers_with_the_plans_reason():
     with pytest.raises(DoesNotFit):
         await everything(Inference(router).chat(CHAT, call()))
     assert router.runs == 0
+
+
+def kept(inference):
+    """(outcome, model, call it repeats) of each record."""
+    return [(each.outcome, each.model, each.repeats) for each in inference.records.find("t")]
+
+
+async def test_every_call_leaves_a_record_however_it_ends():
+    inference = Inference(FakeRouter(Delta(text="h"), DONE))
+    await everything(inference.chat(CHAT, call()))
+    running = inference.chat(CHAT, call())
+    await anext(running)
+    assert kept(inference)[1] == ("running", "c", "")
+    await running.aclose()
+    with pytest.raises(WrongModelKind):
+        await inference.embed(EmbedParams(model="c", input="a"), call())
+    await everything(inference.chat(CHAT, call("k")))
+    await everything(inference.chat(CHAT, call("k")))
+    with pytest.raises(IdempotencyConflict):
+        await everything(inference.chat(CHAT.model_copy(update={"seed": 1}), call("k")))
+    assert kept(inference) == [
+        ("answered", "c", ""),
+        ("cancelled", "c", ""),
+        ("wrong_model_kind", "c", ""),
+        ("answered", "c", ""),
+        ("repeated", "c", "t"),
+        ("idempotency_conflict", "c", ""),
+    ]
+
+
+async def test_embeddings_reranks_and_counts_leave_theirs_too():
+    vector = base64.b64encode(struct.pack("<f", 1.0)).decode()
+    for router, ask in (
+        (
+            FakeRouter(Embedded(vectors=[vector], dimensions=1, prompt_tokens=3, timings=Timings())),
+            lambda inference: inference.embed(EmbedParams(input="x"), call("k")),
+        ),
+        (
+            FakeRouter(reranked(0.5)),
+            lambda inference: inference.rerank(RerankParams(query="q", documents=["a"]), call("k")),
+        ),
+        (FakeRouter(Tokenized(tokens=[1])), lambda inference: inference.tokenize(TokenizeParams(text="x"), call("k"))),
+        (FakeRouter(WorkerCrashed("died")), lambda inference: inference.embed(EmbedParams(input="x"), call("k"))),
+    ):
+        inference = Inference(router)
+        try:
+            await ask(inference)
+            ended = "answered"
+        except WorkerCrashed:
+            ended = "worker_crashed"
+        assert [outcome for outcome, _, _ in kept(inference)] == [ended]
+
+
+async def test_a_call_with_a_key_and_without_a_seed_gets_the_keys_own_seed():
+    router = FakeRouter(DONE)
+    for key, given in (("k", None), ("k2", None), (None, None), ("k3", 7)):
+        await everything(Inference(router).chat(CHAT.model_copy(update={"seed": given}), call(key)))
+    first, second, without, chosen = (work.seed for work in router.works)
+    assert first == seed_of(call("k"))
+    assert second == seed_of(call("k2")) != first
+    assert without is None
+    assert chosen == 7
+
+
+async def test_an_attempt_that_a_peer_sent_claims_nothing_and_keeps_the_gateways_seed():
+    router = FakeRouter(DONE)
+    inference = Inference(router)
+    for _ in range(2):
+        attempt = CallContext(Deadline(1e9), "t", method="inference.chat", idempotency_key="k", hops=1, peer="n2")
+        await everything(inference.chat(CHAT, attempt))
+    assert [work.seed for work in router.works] == [None, None]

@@ -408,7 +408,13 @@ def describe_node(**changes: object) -> NodeDescription:
         "wsl2": False,
         "devices": [describe_device(), simulated],
         "replicas": [describe_replica(), loading],
-        "calls": CallCounters(total=312, failed=3, active=1, by_method={"inference.chat": 300, "inference.embed": 12}),
+        "calls": CallCounters(
+            total=312,
+            failed=3,
+            active=1,
+            by_method={"inference.chat": 300, "inference.embed": 12},
+            with_key={"run": 7, "repeated": 2},
+        ),
         "recent_errors": [
             RecentError(
                 at=1_760_008_000.0,

@@ -36,6 +36,7 @@ def test_calls_replicas_and_device_memory_are_there(node):
     assert "tars_calls_failed_total 3\n" in text
     assert "tars_calls_active 1\n" in text
     assert 'tars_method_calls_total{method="inference.chat"} 300\n' in text
+    assert 'tars_idempotency_key_calls_total{outcome="repeated"} 2\n' in text
     assert 'tars_replicas{state="ready"} 1\n' in text
     assert 'tars_replicas{state="loading"} 1\n' in text
     assert 'tars_replicas{state="failed"} 0\n' in text
