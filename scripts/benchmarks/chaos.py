@@ -365,7 +365,11 @@ def main() -> int:
     end_on_signals()
     console = Console(width=130, highlight=False)
     run = Run(options, console)
-    asyncio.run(run.run())
+    try:
+        asyncio.run(run.run())
+    except KeyboardInterrupt:
+        console.print("interrupted: every node is ended")
+        return 130
     summary = run.summary()
     if summary is not None:
         show(summary, console)
