@@ -30,7 +30,7 @@ from tars.messages.node import NodeDescription
 
 NAMES, GATEWAYS = ("a", "b", "c"), ("a", "b")
 REPLICAS = 2
-MEMORY_MIB = {"a": 800, "b": 4000, "c": 4000}
+MEMORY_MIB = {"a": 600, "b": 4000, "c": 4000}
 READY_SECONDS = 240.0
 LOOK_SECONDS = 0.25
 _ENGINE_OF = {CHAT_MODEL: "chat worker", EMBEDDING_MODEL: "embedding worker"}

@@ -33,6 +33,8 @@ from mesh_processes import Pc, assemble, stopping
 AIM_ADDED_MS, AIM_SHARE = 1.5, 0.9
 CONNECTIONS = 32
 WARM_CALLS = 40
+READY_SECONDS = 240.0
+"""For the models to be loaded, also where the machine has something else to do."""
 CALLS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tokenize": ("inference.tokenize", {"model": CHAT_MODEL, "text": "What is TARS?"}),
     "embed, one short text": ("inference.embed", {"model": EMBEDDING_MODEL, "input": "What is TARS?", "encoding_format": "base64"}),
@@ -98,13 +100,13 @@ async def measure(folder: Path, rounds: int, calls: int, seconds: float, say: Ca
     """Start the two nodes, measure, end them."""
     deploy = "".join(f'[[deploy]]\nmodel = "{model}"\n' for model in (CHAT_MODEL, EMBEDDING_MODEL))
     # Too small for any model: it can only send its calls on.
-    gateway = Pc(folder, "gateway", memory_mib=520, more=deploy, mesh="mdns = false", priority=10)
+    gateway = Pc(folder, "gateway", memory_mib=300, more=deploy, mesh="mdns = false", priority=10)
     serving = Pc(folder, "serving", memory_mib=4000, more=deploy, mesh="mdns = false")
     measured = []
     async with stopping([gateway, serving]):
         await assemble([gateway, serving])
-        await serving.holds(*sorted((CHAT_MODEL, EMBEDDING_MODEL)))
-        await gateway.answered_by(serving)
+        await serving.holds(CHAT_MODEL, EMBEDDING_MODEL, seconds=READY_SECONDS)
+        await gateway.answered_by(serving, seconds=60.0)
         say("two nodes are up; one has the models")
         async with AsyncExitStack() as stack:
             ways = [
