@@ -7,7 +7,7 @@ before anything is sent.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Generic, Literal, TypedDict, TypeVar, Unpack, cast
 
@@ -32,6 +32,7 @@ from tars.messages.inference import (
     CompleteResult,
     Delta,
     EmbedResult,
+    Progress,
     RerankResult,
     TokenizeResult,
     Tool,
@@ -88,9 +89,13 @@ class GenerationOptions(CallOptions, total=False):
 
 
 class ResultStream(Generic[ResultT]):
-    """A streamed answer: iterate it for the deltas, then read `result`. Leaving it early (`aclose`, `async with`) cancels the work."""
+    """A streamed answer: iterate it for the deltas, then read `result`. Leaving it early (`aclose`, `async with`) cancels the work.
+
+    `on_progress` may be set: while the call waits for its model to be loaded, it hears how far that is.
+    """
 
     def __init__(self, spec: MethodSpec, events: AsyncIterator[tuple[str | None, Any]]) -> None:
+        self.on_progress: Callable[[Progress], object] | None = None
         self._spec = spec
         self._events = cast("AsyncGenerator[tuple[str | None, Any], None]", events)
         self._result: ResultT | None = None
@@ -106,6 +111,8 @@ class ResultStream(Generic[ResultT]):
                 break
             if notification == self._spec.delta_notification:
                 return cast(Delta, _message(self._spec.delta, payload))
+            if notification == self._spec.progress_notification and self.on_progress is not None:
+                self.on_progress(cast(Progress, _message(self._spec.progress, payload)))
         raise StopAsyncIteration
 
     async def __aenter__(self) -> ResultStream[ResultT]:

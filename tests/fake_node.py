@@ -34,6 +34,7 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    Progress,
     RerankParams,
     RerankResult,
     Scored,
@@ -120,6 +121,8 @@ class FakeNode:
     def __init__(self) -> None:
         self.mesh = FakeMesh()
         self.keys = FakeKeys()
+        self.loads: list[Progress] = []
+        """Told before the first piece."""
         self.pieces = ["Hel", "lo"]
         self.error: Exception | None = None
         self.late_error: Exception | None = None
@@ -235,7 +238,9 @@ class FakeNode:
             raise UnknownModel("no such model", details={"known": ["demo"]})
         return RemoveResult(model=model, removed=True)
 
-    async def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
+    async def chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | Progress | ChatResult]:
+        for progress in self.loads:
+            yield progress
         async for delta in self._pieces(params, call):
             yield delta
         message = ChatMessage(role="assistant", content="".join(self.pieces))

@@ -14,7 +14,7 @@ from fake_node import FakeNode
 
 from tars.client import BatchCall, CallOptions, Client, GenerationOptions
 from tars.errors import BadPeerAnswer, InvalidParams, StillLoading, UnknownModel
-from tars.messages.inference import ChatMessage, ChatResult, CompleteResult, Delta, GenerationParams
+from tars.messages.inference import ChatMessage, ChatResult, CompleteResult, Delta, GenerationParams, Progress
 from tars.rpc.access import Access, access_middleware
 from tars.rpc.http_server import add_rpc_routes, refusal_renderer
 from tars.rpc.listener import listen
@@ -139,6 +139,16 @@ async def test_a_stream_is_deltas_and_then_the_result(client: Client) -> None:
     async with client.complete_stream("once") as completing:
         assert "".join([delta.text async for delta in completing]) == "Hello"
         assert type(completing.result) is CompleteResult
+
+
+async def test_whoever_reads_a_stream_can_hear_how_far_the_load_is(client: Client, node: FakeNode) -> None:
+    node.loads = [Progress(stage="load", percent=percent, node="pc2") for percent in (10.0, 60.0)]
+    heard: list[Progress] = []
+    stream = client.chat_stream("hello")
+    stream.on_progress = heard.append
+    assert "".join([delta.text async for delta in stream]) == "Hello"
+    assert heard == node.loads
+    assert (await client.chat("hello")).message.content == "Hello", "where there is no stream it is only waited"
 
 
 async def test_leaving_a_stream_early_cancels_the_work(client: Client, node: FakeNode) -> None:

@@ -31,7 +31,7 @@ from tars.cli.connection import (
 from tars.cli.output import chat_footer, plain
 from tars.client import Client, GenerationOptions
 from tars.errors import TarsError
-from tars.messages.inference import ChatMessage, ChatResult
+from tars.messages.inference import ChatMessage, ChatResult, Progress
 from tars.rpc.http_client import NodeNotReachable
 
 GREETING = "Ask; Ctrl-C cancels an answer, Ctrl-D leaves, /new forgets the conversation."
@@ -64,6 +64,7 @@ async def answer(
 ) -> ChatResult:
     """Stream one answer, handing each piece to `written`. Cancelling it stops the work on the node. Raises `TarsError`."""
     async with client.chat_stream(messages, **settings) as stream:
+        stream.on_progress = written.wait
         async for delta in stream:
             written.think(delta.reasoning)
             written(delta.text)
@@ -163,11 +164,29 @@ class Written:
         self.text = ""
         self.silent = silent
         self._thought = ""
+        self._waits = False
+
+    def wait(self, progress: Progress) -> None:
+        """How far the load is that the answer waits for; only for a person, on the line where the answer will begin."""
+        if self.silent or not (sys.stdout.isatty() and sys.stderr.isatty()):
+            return
+        where = f" on {plain(progress.node)}" if progress.node else ""
+        sys.stderr.write(f"\r\x1b[Kloading{where}: {plain(progress.stage)}, {progress.percent:.0f} %")
+        sys.stderr.flush()
+        self._waits = True
+
+    def _begin(self) -> None:
+        """Something is written: what was said of the load makes room."""
+        if self._waits:
+            self._waits = False
+            sys.stderr.write("\r\x1b[K")
+            sys.stderr.flush()
 
     def think(self, text: str) -> None:
         """A piece of reasoning."""
         if not text or self.silent or not sys.stdout.isatty():
             return
+        self._begin()
         self._thought += text
         # https://no-color.org: any value but an empty one. Each piece ends its own style: Ctrl-C may come between two.
         shown = plain(text)
@@ -176,6 +195,7 @@ class Written:
 
     def __call__(self, text: str) -> None:
         """A piece of the answer."""
+        self._begin()
         if text and not self.text and self._thought:
             _write("\n\n")
         self.text += text
@@ -184,6 +204,7 @@ class Written:
 
     def end_line(self) -> None:
         """Leave the cursor where the next line begins."""
+        self._begin()
         if (shown := self.text or self._thought) and not self.silent and not shown.endswith("\n"):
             _write("\n")
 

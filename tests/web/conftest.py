@@ -27,6 +27,7 @@ from tars.messages.inference import (
     Delta,
     EmbedParams,
     EmbedResult,
+    Progress,
     RerankParams,
     RerankResult,
     Scored,
@@ -79,6 +80,8 @@ class FakeService:
         self.error: TarsError | Exception | None = None
         """Raised before the first piece."""
         self.late_error: TarsError | Exception | None = None
+        self.loads: list[Progress] = []
+        """How far the model is, told before its first piece."""
         """Raised after the last piece, instead of the result."""
         self.gate: asyncio.Event | None = None
         """Waited for after the first piece."""
@@ -163,7 +166,7 @@ class FakeService:
     async def _chat(self, params: ChatParams, call: CallContext) -> AsyncIterator[Delta | ChatResult]:
         async with aclosing(self._generate(params, call)) as items:
             async for item in items:
-                if isinstance(item, Delta):
+                if isinstance(item, Delta | Progress):
                     yield item
                 else:
                     said = ChatMessage(
@@ -177,7 +180,7 @@ class FakeService:
     async def _complete(self, params: CompleteParams, call: CallContext) -> AsyncIterator[Delta | CompleteResult]:
         async with aclosing(self._generate(params, call)) as items:
             async for item in items:
-                if isinstance(item, Delta):
+                if isinstance(item, Delta | Progress):
                     yield item
                 else:
                     yield CompleteResult(model="help-desk", text="".join(self.pieces), **item)
@@ -190,6 +193,8 @@ class FakeService:
         if params.model not in (None, "help-desk", "demo"):
             raise UnknownModel("no such model", details={"known": ["help-desk"]})
         try:
+            for progress in self.loads:
+                yield progress
             if self.reasoning is not None:
                 for answer in range(params.n):
                     yield Delta(text="", index=answer, reasoning=self.reasoning)

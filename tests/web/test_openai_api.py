@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from tars.errors import Draining, Overloaded, ReplicaFailed, StillLoading, WorkerCrashed
-from tars.messages.inference import ChatMessage, ToolCall
+from tars.messages.inference import ChatMessage, Progress, ToolCall
 from tars.rpc.options import EnvelopeLimits, RpcOptions
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -325,6 +325,20 @@ async def test_the_client_tries_again_by_itself_where_that_can_help(node, servic
         answer = await client.chat.completions.create(model="help-desk", messages=HELLO)
     assert answer.choices[0].message.content == "Hello, wörld"
     assert len(service.calls) == 2
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"), [("/v1/chat/completions", {"messages": HELLO}), ("/v1/completions", {"prompt": "Hello"})]
+)
+async def test_a_stream_that_waits_for_a_load_says_how_far_it_is_in_comments(node, client, service, path, asked):
+    service.loads = [Progress(stage="load", percent=percent, node="pc2\n: x") for percent in (10.0, 60.0)]
+    response = await node.http.post(node.url + path, json={"model": "help-desk", "stream": True, **asked})
+    lines = (await response.text()).split("\n\n")
+    assert lines[:2] == [f": the model is being loaded on pc2 : x: load, {percent} %" for percent in (10, 60)]
+    assert lines[2].startswith("data: {")
+    assert "data: [DONE]" in lines
+    stream = await client.chat.completions.create(model="help-desk", messages=HELLO, stream=True)
+    assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "Hello, wörld"
 
 
 async def test_an_error_after_the_stream_began_reaches_the_client_and_ends_it(client, service):

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from tars.errors import StillLoading, WorkerCrashed
-from tars.messages.inference import ChatResult, Delta, ToolCall
+from tars.messages.inference import ChatResult, Delta, Progress, ToolCall
 
 BOUND = 5.0
 
@@ -73,6 +73,16 @@ async def test_a_stream_is_deltas_and_then_the_result(node):
         events = events_of(await response.text())
     assert [name for name, _ in events] == ["message"] * 3 + ["result"]
     assert "".join(body["text"] for _, body in events[:-1]) == events[-1][1]["text"] == "Hello, wörld"
+
+
+async def test_a_stream_that_waits_for_a_load_says_how_far_it_is(node, service):
+    service.loads = [Progress(stage="load", percent=10.0, node="pc2")]
+    async with node.http.post(f"{node.url}/inference", json={"prompt": "a", "stream": True}) as response:
+        events = events_of(await response.text())
+    assert events[0] == ("progress", {"stage": "load", "percent": 10.0, "node": "pc2"})
+    assert [name for name, _ in events] == ["progress"] + ["message"] * 3 + ["result"]
+    async with node.http.post(f"{node.url}/inference", json={"prompt": "a"}) as response:
+        assert (await response.json())["text"] == "Hello, wörld"
 
 
 async def test_a_stream_that_breaks_ends_with_an_error_event(node, service):
