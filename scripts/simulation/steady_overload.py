@@ -22,7 +22,7 @@ MODEL = "qwen-0.5b"
 LENGTH = 6
 READY_SECONDS = 30.0
 PATIENCE_SECONDS = 4.0
-LASTS_SECONDS = 5.0
+LASTS_SECONDS = 4.0
 TIMES_CAPACITY = (2.0, 5.0)
 LEAST_PART = 0.8
 """Of what the replicas could answer in the time."""

@@ -228,25 +228,26 @@ class CallMachine:
         if now >= self._shape.deadline:
             return self._fail(DEADLINE, now)
         choice = self._choose(now)
-        if choice.reservation is None and self._progress.begun and not self._shape.shown:
-            # Two unlike PCs have the same model in different files: a whole answer of the other one is worth more than a wait.
-            choice = self._choose_among(self._candidates(), now)
-            if choice.reservation is not None:
-                self._progress.begin_anew()
-                because = f"begun anew {because}"
         return self._wait(now) if choice.reservation is None else self._start(choice, because, now)
 
     def _choose(self, now: float, *also_without: ReplicaId) -> Choice:
-        return self._choose_among(self._progress.able(self._candidates()), now, *also_without)
-
-    def _choose_among(self, candidates: Sequence[Candidate], now: float, *also_without: ReplicaId) -> Choice:
         shape, tried = self._shape, self._progress.tried
         without = {*tried, *also_without} if also_without else tried
-        return self._state.ledger.choose(candidates, shape.key, now, shape.demand, shape.blocks, without)
+        candidates = self._candidates()
+        able = self._progress.able(candidates)
+        choice = self._state.ledger.choose(able, shape.key, now, shape.demand, shape.blocks, without)
+        if choice.reservation is None and self._progress.begun and not shape.shown:
+            # Two unlike PCs have the same model in different files: a whole answer of the other one is worth more than a wait.
+            choice = self._state.ledger.choose(candidates, shape.key, now, shape.demand, shape.blocks, without)
+        return choice
 
     def _start(self, choice: Choice, because: str, now: float, *, hedge: bool = False) -> list[Effect]:
         reservation, shape, deadlines = choice.reservation, self._shape, self._state.deadlines
         assert reservation is not None
+        candidate = next(each for each in choice.ranked.candidates if each.replica == reservation.replica)
+        if not self._progress.able([candidate]):
+            self._progress.begin_anew()
+            because = f"begun anew {because}"
         continues = self._progress.begun
         if continues:
             self.continuations += 1
@@ -263,7 +264,6 @@ class CallMachine:
             if not shape.streams and not hedge:
                 usual = deadlines.answer_p95(shape.model, reservation.units, now)
                 self._hedge_at = inf if usual is None else now + usual
-        candidate = next(each for each in choice.ranked.candidates if each.replica == reservation.replica)
         self._running[number] = _Attempt(number, reservation, record, candidate, now, patience)
         self._again_at = inf
         self._asked_to_load = False
@@ -285,7 +285,7 @@ class CallMachine:
         if self._shape.forwarded:
             return self._fail(self._last or NO_REPLICA, now)
         progress, remaining = self._progress, self._shape.deadline - now
-        able = progress.able(self._candidates())
+        able = progress.able(self._candidates()) if self._shape.shown else self._candidates()
         ready = [each.replica for each in able if each.state is ReplicaState.READY and standing_of(each) <= 3]
         if ready:
             soonest = progress.again_from(ready, now) - now

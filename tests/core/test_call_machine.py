@@ -320,6 +320,16 @@ def test_what_nobody_has_seen_is_begun_anew_in_another_file_rather_than_waited_f
     assert call.until(Start).file_sha256 == "another"
 
 
+def test_what_nobody_has_seen_leaves_a_replica_that_fell_silent_for_another_file_too():
+    call = Call(replica("a"), shown=False, state=taught("a", "b"))
+    call.begin()
+    call.tokens(0, 1)
+    call.fleet.append(replica("b", file="another"))
+    call.until(Stop)
+    assert call.now < 1.3
+    assert call.started() == ("b", None)
+
+
 def test_a_forwarded_continuation_goes_on_only_in_the_file_that_its_gateway_names():
     call = Call(replica("a", file="one"), replica("b", file="another"), forwarded=True, file_sha256="another")
     call.begin()
@@ -404,6 +414,17 @@ def test_the_first_stream_of_a_replica_learns_its_own_gap_as_it_goes():
         call.tokens(0, number)
     call.until(Stop)
     assert 1.0 <= call.now < 1.3, "nobody had measured it before"
+
+
+def test_one_that_was_late_for_a_call_and_gives_tokens_to_others_is_taken_for_late_no_more():
+    state = taught("a", "b")
+    other = Call(replica("a"), state=state)
+    other.begin()
+    other.tokens(0, 1)
+    state.ledger.failed(ReplicaId("a"), 2.0, 0.0, late=True)
+    other.now = 0.1
+    other.tokens(0, 2)
+    assert state.ledger.breaker(ReplicaId("a"), 0.1) == "closed"
 
 
 def test_a_first_token_that_is_late_is_asked_of_another_one():
