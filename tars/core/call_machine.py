@@ -123,6 +123,7 @@ class CallMachine:
             running.record.tokens += len(ids)
         if running.began:
             self._state.deadlines.saw_gap(running.reservation.replica, now - running.since, now)
+            self._state.ledger.heard(running.reservation.replica)
             running.since = now
             running.gaps += 1
             if running.gaps not in LEARNED_AFTER or self._shape.forwarded:
@@ -372,7 +373,7 @@ class CallMachine:
             ledger.cache_lost(reservation.replica)
             self._state.deadlines.forget(reservation.replica)
         who = reservation.node if lesson.blame is Blame.NODE else reservation.replica
-        ledger.failed(who, lesson.seconds, now)
+        ledger.failed(who, lesson.seconds, now, late=failure.kind == LATE)
 
     def _end(self, running: _Attempt, outcome: str, now: float) -> None:
         del self._running[running.number]

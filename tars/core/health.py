@@ -35,7 +35,7 @@ class Uniform(Protocol):
 class Breaker:
     """One replica's, or one node's. `rng` spreads cooldowns; without it they are exact."""
 
-    __slots__ = ("_failures", "_probing_since", "_rng", "_until")
+    __slots__ = ("_failures", "_probing_since", "_rng", "_until", "by_lateness")
 
     def __init__(self, rng: Uniform | None = None):
         self._rng = rng
@@ -43,6 +43,8 @@ class Breaker:
         """In a row; 0 is closed."""
         self._until = float("-inf")
         self._probing_since: float | None = None
+        self.by_lateness = False
+        """Nothing but silence opened it, so that any sign of life closes it."""
 
     @property
     def failures(self) -> int:
@@ -84,11 +86,13 @@ class Breaker:
         self._until = float("-inf")
         self._probing_since = None
 
-    def failed(self, seconds: float, now: float) -> None:
+    def failed(self, seconds: float, now: float, *, late: bool = False) -> None:
         """A call failed there: open for `seconds`, twice as long for each time in a row, at most `COOLDOWN_MOST_SECONDS`.
 
         Failures while it is open count as the one that opened it: ten calls that break in one moment are one failure of the replica.
+        `late`: it did not answer in time, and that is all.
         """
+        self.by_lateness = late and (self.by_lateness or not self._failures)
         if self.state(now) is not BreakerState.OPEN:
             self._failures += 1
         length = seconds * 2.0 ** min(self._failures - 1, 10)

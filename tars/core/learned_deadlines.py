@@ -4,6 +4,8 @@ Law of this file: pure; time comes as an argument. The estimator is TCP's (Jacob
 deviation, and late is what exceeds mean + 4 deviations. Where something was given up as late, the bound doubles until the next measurement
 (Karn and Partridge, 1987): what was cut off was not measured, and a replica that has become slower would be cut off for ever.
 
+With a token each 10 ms that estimator forgets within 0.1 s, so the slowest of late counts as well, half of it 30 s later.
+
 Late is no verdict: a late attempt is given up only for a better one, which is the caller's to see.
 """
 
@@ -22,6 +24,9 @@ PREDICTION_FACTOR = 2.0
 """A predicted queue may take twice as long before that alone is late: the calls ahead are only guessed."""
 GAP_LEAST_SECONDS, GAP_UNKNOWN_SECONDS, GAP_MOST_SECONDS = 1.0, 5.0, 10.0
 """Between two tokens: an engine that computes others' prompts pauses 0.1 to 0.4 s (field notes); a step of a slow CPU; its longest one."""
+FIRST_SLOW_SECONDS, GAP_SLOW_SECONDS = 10.0, 2.0
+"""What took longer was a stop (frozen, preempted), which does not make the next stop more usual."""
+SLOW_FACTOR, SLOW_HALF_LIFE = 1.5, 30.0
 DEVIATIONS = 4.0
 MEAN_WEIGHT, DEVIATION_WEIGHT = 1 / 8, 1 / 4
 """RFC 6298."""
@@ -40,12 +45,20 @@ MOST_SIZES = 1024
 
 @dataclass(slots=True)
 class _Estimate:
-    """A moving mean and deviation, in seconds."""
+    """A moving mean and deviation, in seconds. `least`, `unknown` and `most` are the bound's; `slow`: what is longer was a stop."""
 
+    least: float
+    unknown: float
+    most: float
+    slow: float
     mean: float = 0.0
     deviation: float = 0.0
     at: float = float("-inf")
+    slowest: float = 0.0
+    slowest_at: float = 0.0
     given_up: int = 0
+    said: float = 0.0
+    """The last bound."""
 
     def saw(self, seconds: float, now: float) -> None:
         if now - self.at > MEASURED_SECONDS:
@@ -54,22 +67,39 @@ class _Estimate:
             self.deviation += DEVIATION_WEIGHT * (abs(seconds - self.mean) - self.deviation)
             self.mean += MEAN_WEIGHT * (seconds - self.mean)
         self.at = now
-        self.given_up = 0
+        if self.given_up:
+            # It goes on for others: what was given up was slow, and not at its end.
+            self.given_up = 0
+            seconds = max(seconds, self.said)
+        if self.slow >= seconds >= self._slowest(now):
+            self.slowest, self.slowest_at = seconds, now
 
-    def bound(self, least: float, unknown: float, most: float, now: float) -> float:
-        measured = now - self.at <= MEASURED_SECONDS
-        learned = max(least, self.mean + DEVIATIONS * self.deviation) if measured else unknown
-        return float(min(most, learned * 2.0 ** min(self.given_up, 10)))
+    def bound(self, now: float) -> float:
+        if now - self.at <= MEASURED_SECONDS:
+            learned = max(self.least, self.mean + DEVIATIONS * self.deviation, SLOW_FACTOR * self._slowest(now))
+        else:
+            learned = self.unknown
+        self.said = float(min(self.most, learned * 2.0 ** min(self.given_up, 10)))
+        return self.said
+
+    def _slowest(self, now: float) -> float:
+        return float(self.slowest * 0.5 ** ((now - self.slowest_at) / SLOW_HALF_LIFE))
 
 
 @dataclass(slots=True)
 class _Book:
-    first: _Estimate = field(default_factory=_Estimate)
-    gap: _Estimate = field(default_factory=_Estimate)
+    first: _Estimate = field(
+        default_factory=lambda: _Estimate(
+            FIRST_LEAST_SECONDS, FIRST_UNKNOWN_SECONDS, FIRST_MOST_SECONDS, FIRST_SLOW_SECONDS
+        )
+    )
+    gap: _Estimate = field(
+        default_factory=lambda: _Estimate(GAP_LEAST_SECONDS, GAP_UNKNOWN_SECONDS, GAP_MOST_SECONDS, GAP_SLOW_SECONDS)
+    )
 
 
 _UNKNOWN = _Book()
-"""Of whom nothing was measured; never written to."""
+"""Of whom nothing was measured; nothing is learned in it."""
 
 
 @dataclass(slots=True)
@@ -136,13 +166,12 @@ class LearnedDeadlines:
         """Seconds from the start of an attempt until it is late with its first event. `predicted`: until then, in seconds (queue and
         prefill; of a call without a stream all of it)."""
         book = self._books.get(replica, _UNKNOWN)
-        extra = book.first.bound(FIRST_LEAST_SECONDS, FIRST_UNKNOWN_SECONDS, FIRST_MOST_SECONDS, now)
-        return PREDICTION_FACTOR * max(0.0, predicted) + extra
+        return PREDICTION_FACTOR * max(0.0, predicted) + book.first.bound(now)
 
     def gap(self, replica: ReplicaId, now: float) -> float:
         """Seconds from one piece of a stream until the next is late."""
         book = self._books.get(replica, _UNKNOWN)
-        return book.gap.bound(GAP_LEAST_SECONDS, GAP_UNKNOWN_SECONDS, GAP_MOST_SECONDS, now)
+        return book.gap.bound(now)
 
     def answer_p95(self, model: str, units: float, now: float) -> float | None:
         """Seconds within which 95 of 100 answers about this large came; None until `HEDGE_SAMPLES` were seen. Nearest rank."""

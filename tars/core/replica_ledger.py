@@ -235,15 +235,20 @@ class ReplicaLedger:
         self.works(reservation.replica)
         self.works(reservation.node)
 
-    def failed(self, who: ReplicaId | NodeId, seconds: float, now: float) -> None:
+    def failed(self, who: ReplicaId | NodeId, seconds: float, now: float, *, late: bool = False) -> None:
         """Its breaker opens: ask others first for `seconds`, longer for each failure in a row; see `health.Breaker.failed`."""
         breaker = self._breakers.get(who)
         if breaker is None:
             breaker = self._breakers[who] = Breaker(self._rng)
-        breaker.failed(seconds, now)
+        breaker.failed(seconds, now, late=late)
         self._breakers.move_to_end(who)
         while len(self._breakers) > MOST_BOOKS:
             self._breakers.popitem(last=False)
+
+    def heard(self, replica: ReplicaId) -> None:
+        """A further piece of an answer came: who was only late is not any more. One that is full or broken for others stays so."""
+        if self._breakers and (breaker := self._breakers.get(replica)) is not None and breaker.by_lateness:
+            del self._breakers[replica]
 
     def works(self, who: ReplicaId | NodeId) -> None:
         """Its breaker closes: it answered, or it was heard of again."""

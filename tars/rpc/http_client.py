@@ -68,7 +68,8 @@ class BatchCall:
 class RpcConnection:
     """Calls one node. `timeout` is each call's budget in seconds where the call names none. Close it, or use it in `async with`.
 
-    `tls` is for a peer (`mesh.identity.Identity.client_context`); then `connect_seconds` bounds the TLS handshake too. `keep_seconds`: how
+    `tls` is for a peer (`mesh.identity.Identity.client_context`); then `handshake_seconds` (`connect_seconds` where it is None) bounds the
+    connection with its TLS handshake, which the other process makes and not its kernel. `keep_seconds`: how
     long a connection is kept that nothing needs. `silent_seconds`: how long the other PC's kernel may acknowledge nothing before its calls
     end with `PeerUnreachable`, however long the answer itself may take; None: as long as the system does.
     """
@@ -81,6 +82,7 @@ class RpcConnection:
         timeout: float = 300.0,
         tls: ssl.SSLContext | None = None,
         connect_seconds: float = _CONNECT_SECONDS,
+        handshake_seconds: float | None = None,
         keep_seconds: float = _KEEP_SECONDS,
         silent_seconds: float | None = None,
     ) -> None:
@@ -89,6 +91,7 @@ class RpcConnection:
         self._timeout = timeout
         self._tls = tls
         self._connect_seconds = connect_seconds
+        self._handshake_seconds = connect_seconds if handshake_seconds is None else handshake_seconds
         self._keep_seconds = keep_seconds
         self._socket_factory = None if silent_seconds is None else partial(_watched_socket, silent_seconds)
         self._headers = {"Content-Type": "application/json"}
@@ -233,7 +236,7 @@ class RpcConnection:
                     total=None,
                     sock_connect=self._connect_seconds,
                     # A frozen peer's kernel takes the connection, and then nobody shakes hands.
-                    connect=None if self._tls is None else self._connect_seconds,
+                    connect=None if self._tls is None else self._handshake_seconds,
                 ),
                 # A service that calls many at once must not queue behind its own client.
                 connector=aiohttp.TCPConnector(
@@ -251,7 +254,13 @@ class RpcConnection:
                 yield response
         except aiohttp.ServerTimeoutError:
             raise NodeNotReachable(
-                f"Nothing at {self._url} takes a connection within {self._connect_seconds:g} s: a firewall, or a machine that is asleep."
+                f"Nothing at {self._url} takes a connection within {self._connect_seconds:g} s"
+                + (
+                    f" and shakes hands within {self._handshake_seconds:g} s"
+                    if self._handshake_seconds != self._connect_seconds
+                    else ""
+                )
+                + ": a firewall, or a machine that is asleep."
             ) from None
         except (aiohttp.ClientError, ConnectionError, ssl.SSLError) as fault:
             if (distrust := _distrust(fault, self._root)) is not None:

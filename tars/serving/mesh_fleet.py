@@ -6,11 +6,13 @@ own word, and whether it lives is membership's: a node that is dead or has left 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from tars.core.coordination_view import FETCH
+from tars.core.health import BreakerState
 from tars.core.mesh_messages import MemberState
 from tars.core.records import NodeAdvert, ReplicaReport, Wish
 from tars.core.replica_ledger import ReplicaLedger
@@ -125,6 +127,8 @@ class MeshFleet:
         self._index = _Index(None, {}, {}, {}, {})
         self.pulses = PeerPulses(self._ping, name=self._name)
         """Which of the peers that have calls of this node live."""
+        self._ledger = ReplicaLedger()
+        self._now: Callable[[], float] = time.monotonic
 
     def models(self) -> list[ServedModel]:
         """What is wanted anywhere. A model that cannot be loaded here is still served where a peer has it."""
@@ -170,11 +174,15 @@ class MeshFleet:
             device=remote.report.assignment.device if device is None else device.name,
             simulated=device is not None and device.simulated,
         )
-        lifeline = self.pulses.lifeline(remote.node)
-        return PeerTarget(served_by, remote.advert.node.name, self._peers.connection(remote.node), lifeline)
+        lifeline, connection = self.pulses.lifeline(remote.node), self._peers.connection(remote.node)
+        return PeerTarget(
+            served_by, remote.advert.node.name, connection, lifeline, spare=lambda: self._has_spare(remote)
+        )
 
     def tell(self, ledger: ReplicaLedger, now: Callable[[], float]) -> None:
         """Have a peer's breaker open while the peer is silent."""
+        self._ledger = ledger
+        self._now = now
         self.pulses.silent = lambda node: ledger.failed(node, SILENT_SECONDS, now())
         self.pulses.heard = ledger.works
 
@@ -220,6 +228,19 @@ class MeshFleet:
         await self.pulses.close()
 
     # --- inside ------------------------------------------------------------------------------------------------------
+
+    def _has_spare(self, remote: _Remote) -> bool:
+        """Whether another replica of the same file, in good standing and on a node that is heard, could take a call from this one."""
+        file, now = remote.report.file_sha256, self._now()
+        return any(
+            each.state is ReplicaState.READY
+            and each.node != remote.node
+            and each.standing is MemberState.ALIVE
+            and (file is None or each.file_sha256 in (None, file))
+            and not self.pulses.is_silent(each.node)
+            and BreakerState.OPEN not in (self._ledger.breaker(each.replica, now), self._ledger.breaker(each.node, now))
+            for each in self.candidates(remote.report.assignment.model)
+        )
 
     async def _ping(self, node: NodeId) -> object:
         return await self._peers.connection(node).call("node.ping", timeout=PING_SECONDS)

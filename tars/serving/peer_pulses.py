@@ -122,13 +122,15 @@ class _Watched:
         for effect in effects:
             match effect:
                 case SendPing(number):
+                    if self.pulse.silent:
+                        self.lifeline.sweep()
                     task = asyncio.get_running_loop().create_task(self._ask(number))
                     self._pings.add(task)
                     task.add_done_callback(self._pings.discard)
                 case Cut(seconds):
                     self._owner.times_silent += 1
                     log.warning(
-                        "node %s says nothing since %.1f s, although it was asked: its %d calls go on elsewhere",
+                        "node %s says nothing since %.1f s, although it was asked: its %d calls go on elsewhere where they can",
                         self._owner.name(self._node),
                         seconds,
                         self.pulse.calls,

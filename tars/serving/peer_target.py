@@ -101,7 +101,7 @@ class PeerConnection(Protocol):
 
 class PeerTarget:
     """Runs one call at one peer; see `targets.Target`. `served_by` is the replica that was chosen, and once the answer came, the one that
-    answered. `name` is the peer's, for people.
+    answered. `name` is the peer's, for people; `spare` says whether another replica could take the call.
     """
 
     def __init__(
@@ -111,11 +111,13 @@ class PeerTarget:
         connection: PeerConnection,
         lifeline: Lifeline | None = None,
         now: Callable[[], float] = time.monotonic,
+        spare: Callable[[], bool] = lambda: True,
     ):
         self.served_by = served_by
         self._name = name
         self._connection = connection
         self._lifeline = lifeline or Lifeline()
+        self._spare = spare
         self._now = now
 
     async def run(self, work: Work, call: CallContext, resume: ResumeMeta | None = None) -> AsyncGenerator[Event]:
@@ -127,8 +129,7 @@ class PeerTarget:
         budget = remaining - min(SHARE_MOST_SECONDS, remaining * SHARE_PART)
         if budget <= 0:
             raise DeadlineExceeded("the call's time budget ran out on the way to a peer; allow more time")
-        if self._lifeline.why is not None:
-            # Where there is no other replica the call comes here again and again, and waits between two tries.
+        if self._lifeline.broken_for(self._spare):
             raise self._cut(sent=False)
         meta = meta_of(call, self.served_by.replica)
         if resume is not None:
@@ -142,7 +143,7 @@ class PeerTarget:
                     # Not `async for`: the line is held while the peer is waited for, and not while the caller reads.
                     while not ended:
                         try:
-                            name, body = await self._lifeline.hold(anext(messages))
+                            name, body = await self._lifeline.hold(anext(messages), self._spare)
                         except StopAsyncIteration:
                             raise PeerUnreachable("the stream ended without an answer") from None
                         if name is None:
@@ -156,7 +157,7 @@ class PeerTarget:
                             yield delta
             else:
                 calling = self._connection.call(method, params_of(work), timeout=budget, **meta)
-                yield self._finished(work, await self._lifeline.hold(calling))
+                yield self._finished(work, await self._lifeline.hold(calling, self._spare))
         except LineCut:
             raise self._cut(sent=True, partial=began) from None
         except PeerUnreachable as lost:

@@ -60,6 +60,16 @@ def test_calls_that_break_together_are_one_failure():
     assert breaker.cooldown(0.09) == pytest.approx(2.0), "from the last of them"
 
 
+def test_it_was_opened_by_lateness_alone_until_something_worse_happens():
+    breaker = Breaker()
+    breaker.failed(2.0, 0.0, late=True)
+    assert breaker.by_lateness
+    breaker.failed(2.0, 1.0)
+    assert not breaker.by_lateness
+    breaker.failed(2.0, 1.5, late=True)
+    assert not breaker.by_lateness, "what was worse is not forgotten"
+
+
 def test_a_shorter_failure_does_not_shorten_what_is_open():
     breaker = Breaker()
     breaker.failed(5.0, 0.0)

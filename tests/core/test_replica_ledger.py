@@ -289,6 +289,16 @@ def test_one_call_finds_out_whether_it_works_again_and_the_others_go_elsewhere_m
     assert ledger.choose([one, other], "k", 3.2).reservation.replica == "a"
 
 
+def test_a_token_from_one_that_was_only_late_closes_its_breaker_and_of_one_that_is_full_does_not():
+    ledger, late, full = ReplicaLedger(), candidate("a"), candidate("b")
+    ledger.failed(late.replica, 2.0, 0.0, late=True)
+    ledger.failed(full.replica, 2.0, 0.0)
+    for each in (late, full):
+        ledger.heard(each.replica)
+    assert ledger.breaker(late.replica, 0.1) is BreakerState.CLOSED
+    assert ledger.breaker(full.replica, 0.1) is BreakerState.OPEN
+
+
 def test_a_probe_whose_caller_left_leaves_the_place_to_the_next_one():
     ledger, one, other = ReplicaLedger(), candidate("a"), candidate("b", speed=1.0)
     ledger.failed(one.node, 2.0, 0.0)

@@ -403,9 +403,9 @@ async def test_whoever_takes_the_connection_and_does_not_shake_hands_costs_the_c
     async with (
         asyncio.timeout(10),
         raw_server(silent) as port,
-        RpcConnection(f"https://127.0.0.1:{port}", tls=unverified(), connect_seconds=0.1) as connection,
+        RpcConnection(f"https://127.0.0.1:{port}", tls=unverified(), handshake_seconds=0.1) as connection,
     ):
-        with pytest.raises(NodeNotReachable, match=r"within 0\.1 s"):
+        with pytest.raises(NodeNotReachable, match=r"shakes hands within 0\.1 s"):
             await connection.call("node.ping", timeout=60)
 
 

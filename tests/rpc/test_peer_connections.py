@@ -189,7 +189,7 @@ async def test_nobody_there_and_somebody_silent_are_told_apart_and_soon(
     await two.listener.close()
     with pytest.raises(NodeNotReachable):
         await one.peers.exchange(address, two.id, one.ping())
-    monkeypatch.setattr(peer_connections, "CONNECT_SECONDS", 0.2)
+    monkeypatch.setattr(peer_connections, "HANDSHAKE_SECONDS", 0.2)
     async with raw_server(silent) as port:
         started = time.monotonic()
         with pytest.raises((NodeNotReachable, DeadlineExceeded)):

@@ -79,3 +79,31 @@ async def test_only_what_came_is_a_sign_of_life():
     with pytest.raises(KeyError):
         await line.hold(broken())
     assert watch.heard_times == 1
+
+
+async def test_a_call_that_nobody_else_can_take_stays_with_a_silent_peer_until_somebody_can():
+    line, cancelled, others = Lifeline(), asyncio.Event(), []
+    before = asyncio.create_task(line.hold(forever(cancelled), lambda: bool(others)))
+    await asyncio.sleep(0)
+    line.cut("says nothing", dead=False)
+    assert not line.broken_for(lambda: bool(others))
+    after = asyncio.create_task(line.hold(forever(cancelled), lambda: bool(others)))
+    await asyncio.wait({before, after}, timeout=LAST_WORDS_SECONDS / 5)
+    assert not before.done()
+    assert not after.done()
+    others.append("one")
+    line.sweep()
+    for waiting in (before, after):
+        with pytest.raises(LineCut):
+            await asyncio.wait_for(waiting, LAST_WORDS_SECONDS / 2)
+
+
+async def test_a_sweep_of_a_line_that_holds_breaks_nothing_and_of_the_dead_all_is_broken():
+    line, cancelled = Lifeline(), asyncio.Event()
+    waiting = asyncio.create_task(line.hold(forever(cancelled), lambda: False))
+    await asyncio.sleep(0)
+    line.sweep()
+    assert not waiting.done()
+    line.cut("is dead", dead=True)
+    with pytest.raises(LineCut):
+        await asyncio.wait_for(waiting, 5)

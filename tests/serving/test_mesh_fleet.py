@@ -5,8 +5,10 @@ import asyncio
 import pytest
 from mesh_nodes import ScriptedReplica, report_of
 
+from tars.core.health import BreakerState
 from tars.core.mesh_messages import MemberState, Record, Stamp
 from tars.core.records import Member, NodeAdvert, Wish
+from tars.core.replica_ledger import ReplicaLedger
 from tars.core.replicated_map import ReplicatedMap
 from tars.core.routing import Candidate
 from tars.core.types import (
@@ -201,6 +203,42 @@ def test_a_replica_of_a_node_that_died_meanwhile_is_gone():
     peers.states[BIG] = MemberState.DEAD
     with pytest.raises(KeyError):
         mesh.target("b")
+
+
+def test_a_silent_peers_breaker_is_open_until_it_is_heard():
+    mesh, ledger = fleet(Own(), Known(advert(BIG, scripted("b")))), ReplicaLedger()
+    mesh.tell(ledger, lambda: 5.0)
+    mesh.pulses.silent(BIG)
+    assert ledger.breaker(BIG, 5.1) is BreakerState.OPEN
+    mesh.pulses.heard(BIG)
+    assert ledger.breaker(BIG, 5.2) is BreakerState.CLOSED
+
+
+def test_a_call_leaves_a_silent_peer_only_for_a_replica_that_can_take_it(monkeypatch):
+    def spare(*others, own=()):
+        peers = Known(advert(BIG, scripted("b", file_sha256="ab" * 32)), *others)
+        mesh = fleet(Own(*own), peers)
+        mesh.tell(ledger, lambda: 0.0)
+        monkeypatch.setattr(mesh.pulses, "is_silent", lambda node: node in silent)
+        peers.states.update(states)
+        return mesh.target("b")._spare()
+
+    ledger, silent, states = ReplicaLedger(), {BIG}, {}
+    same = advert(SMALL, scripted("s", file_sha256="ab" * 32))
+    assert not spare()
+    assert spare(same)
+    assert spare(own=[local("own")])
+    assert not spare(advert(BIG, scripted("b"), scripted("b2"))), "on the same node"
+    assert not spare(advert(SMALL, scripted("s", file_sha256="cd" * 32))), "another file"
+    assert not spare(advert(SMALL, scripted("s", ReplicaState.LOADING)))
+    states[SMALL] = MemberState.SUSPECT
+    assert not spare(same)
+    states.clear()
+    silent.add(SMALL)
+    assert not spare(same)
+    silent.remove(SMALL)
+    ledger.failed(ReplicaId("s"), 1.0, 0.0)
+    assert not spare(same)
 
 
 # --- what is wanted anywhere is known everywhere ------------------------------------------------------------------------

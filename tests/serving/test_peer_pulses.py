@@ -101,6 +101,20 @@ async def test_a_peer_that_freezes_has_its_calls_broken_and_is_usable_at_its_fir
     assert len(bench.pings) == asked, "nobody waits for it"
 
 
+async def test_what_nobody_else_can_take_stays_until_another_replica_comes(bench):
+    line, others = bench.pulses.lifeline(BIG), []
+    line.watch.call_began()
+    waiting = asyncio.ensure_future(line.hold(never(), lambda: bool(others)))
+    bench.frozen.add(BIG)
+    await bench.to(10.0)
+    assert bench.pulses.is_silent(BIG)
+    assert not waiting.done()
+    others.append("another replica")
+    await bench.to(10.0 + INTERVAL + 0.02)
+    with pytest.raises(LineCut):
+        await waiting
+
+
 async def test_one_pulse_for_a_peer_however_many_calls_and_one_for_each_peer(bench):
     for node in (BIG, SMALL):
         for _ in range(20):

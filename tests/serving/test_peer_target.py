@@ -318,6 +318,15 @@ async def test_a_silent_peer_is_no_dead_one_and_gets_calls_again_once_it_is_hear
     assert [each async for each in one.run(CHAT, call())][-1].text == "hi"
 
 
+async def test_a_call_that_only_a_silent_peer_can_answer_is_sent_all_the_same():
+    lifeline = Lifeline()
+    lifeline.cut("says nothing", dead=False)
+    connection = Connection((None, ANSWER))
+    who = ServedBy(node="big", replica="r", device="card")
+    one = PeerTarget(who, "big-pc", connection, lifeline, lambda: 0.0, spare=lambda: False)
+    assert [each.text async for each in one.run(CHAT, call())] == ["hi"]
+
+
 async def test_whoever_watches_a_peer_is_told_of_each_call_and_each_piece():
     seen = []
 
