@@ -73,6 +73,7 @@ async def test_a_slow_reader_gets_the_same_in_fewer_pieces(answers: int) -> None
             calls = [ToolCallDelta(index=0, arguments="{")] if n == count - 1 else []
             delta = Delta(text=f"{n} ", token_ids=[n], index=index, logprobs=[logprob], reasoning="r", tool_calls=calls)
             call.add(row_of(1, delta if n % 2 else Delta(text=f"{n} ", token_ids=[n], index=index)))
+    call.add(row_of(1, Delta(text="", ended=True)))
     call.finish(END)
     deltas, end = await drain(call)
     assert end == END
@@ -84,3 +85,4 @@ async def test_a_slow_reader_gets_the_same_in_fewer_pieces(answers: int) -> None
         assert [one.token_id for delta in mine for one in delta.logprobs or ()] == list(range(1, count, 2))
         assert "".join(delta.reasoning for delta in mine) == "r" * (count // 2)
         assert sum(len(delta.tool_calls) for delta in mine) == 1
+        assert any(delta.ended for delta in mine) == (index == 0)

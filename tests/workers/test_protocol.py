@@ -37,10 +37,11 @@ def test_deltas_of_every_kind_survive_the_pipe() -> None:
         delta,
         Delta(text="", reasoning="hm", index=1),
         Delta(text="", token_ids=[1], tool_calls=[call]),
+        Delta(text="", index=2, ended=True),
     ]
     rows = [protocol.row_of(number, each) for number, each in enumerate(deltas)]
     [message] = Framer().feed(frame(protocol.notification(protocol.STEP, rows)))
-    assert [row[0] for row in message["params"]] == [0, 1, 2, 3, 4]
+    assert [row[0] for row in message["params"]] == [0, 1, 2, 3, 4, 5]
     assert [protocol.delta_of(row) for row in message["params"]] == deltas
 
 
