@@ -23,6 +23,8 @@ class TarsError(Exception):
         self.message = message
         self.retry_after_ms = retry_after_ms
         self.details = details or {}
+        self.trace_id = ""
+        """Of an error that a node sent: the id of its call, for `tars explain call ID`."""
 
     def to_json(self, *, node: str = "", trace_id: str = "") -> dict[str, Any]:
         """The JSON-RPC error object: `{code, message, data: {kind, retryable, retry_after_ms, node, trace_id, ...details}}`."""
@@ -343,6 +345,7 @@ def from_json(error: dict[str, Any]) -> TarsError:
         retry_after_ms=data.get("retry_after_ms"),
         details={key: value for key, value in data.items() if key not in known},
     )
+    made.trace_id = str(data.get("trace_id") or "")
     if type(made) is TarsError and isinstance(error.get("code"), int):
         made.code = error["code"]  # type: ignore[misc]  # an unknown kind keeps the sender's code on the instance
         made.kind = str(data.get("kind", "internal"))  # type: ignore[misc]  # likewise

@@ -41,6 +41,7 @@ def test_an_error_survives_the_wire_as_its_own_class(each):
     came = from_json(wire)
     assert type(came) is each
     assert (came.message, came.retry_after_ms, came.details) == (sent.message, 250, {"limit": 64})
+    assert (came.trace_id, sent.trace_id) == ("t1", "")
     assert came.retryable is each.retryable
 
 

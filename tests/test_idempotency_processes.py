@@ -106,6 +106,12 @@ async def test_a_key_is_computed_once_wherever_it_is_repeated_and_whoever_dies_o
         # Whoever asks a third time gets that one.
         assert await asks(c, "killed", LONG) == again
         assert (await settled(c, calls + 7))[0] == calls + 7
+        # Any node explains it, as the one that had its caller tells of it.
+        for pc in (b, c):
+            told = await pc.cli("explain", "call", again.served_by.call)
+            assert "at b; answered after" in told
+            assert f"asked c, Card of c ({again.served_by.replica}): first choice" in told
+            assert "TARS" not in told, "nothing of what was asked"
 
         # It freezes; another one runs the call and answers. Thawed, it gives its caller that answer and not its own.
         waiting = asyncio.create_task(asks(b, "frozen", LONG))

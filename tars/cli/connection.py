@@ -192,7 +192,7 @@ def report_failure(error: Exception, connection: Connection) -> Exit:
 
     if isinstance(error, TarsError):
         if connection.as_json:
-            print_json({"error": error.to_json()})
+            print_json({"error": error.to_json(trace_id=error.trace_id)})
         say(f"error: {error.message}")
         for line in _details(error):
             say(f"  {line}")
@@ -203,6 +203,8 @@ def report_failure(error: Exception, connection: Connection) -> Exit:
             say(HINTS[error.kind])
         if error.retryable and error.retry_after_ms:
             say(f"it is worth trying again in {error.retry_after_ms / 1000:.1f} s")
+        if error.trace_id and "attempts" in error.details:
+            say(f"`tars explain call {error.trace_id}` says what was tried")
         return Exit.USAGE if isinstance(error, ConfigError) else Exit.FAILED
     # What is left is a file that cannot be read, or a bug. Neither shows a traceback; TARS_DEBUG asks for one.
     if isinstance(error, OSError):

@@ -129,6 +129,18 @@ def test_a_peer_that_is_unreachable_is_not_the_node_being_away(answering: Any, t
     assert "pc2 does not answer" in ran.err
 
 
+def test_a_call_that_failed_at_several_replicas_says_how_it_is_explained(
+    answering: Any, tars: Callable[..., Any]
+) -> None:
+    tried = [{"replica": "m@a#0", "node": "a", "outcome": "overloaded"}] * 2
+    answering.answers["inference.embed"] = PeerUnreachable("nobody could", details={"attempts": tried})
+    assert "`tars explain call t1` says what was tried" in tars("embed", "x").err
+    said = orjson.loads(tars("embed", "x", "--json").out)
+    assert said["error"]["data"]["trace_id"] == "t1"
+    answering.answers["inference.embed"] = PeerUnreachable("nobody could")
+    assert "tars explain" not in tars("embed", "x").err
+
+
 @pytest.mark.parametrize(
     ("error", "words"),
     [
