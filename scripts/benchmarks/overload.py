@@ -49,7 +49,7 @@ VOCABULARY = (
 DEADLINE_PART = 3.0
 """Time-out of a call, in times that of an answer at full capacity."""
 CLOSED_CALLERS = 12
-AIM_FLAT, AIM_MODEST, AIM_LATE, AIM_BATCH = 0.9, 0.95, 0.02, 0.05
+AIM_FLAT, AIM_MODEST, AIM_LATE, AIM_BATCH = 0.9, 0.95, 0.05, 0.05
 REFUSED_SECONDS = 0.25
 """A refusal after more than this did not come at once: some wait, because their turn was expected sooner than it came."""
 LOAD_SECONDS = 600.0

@@ -23,6 +23,8 @@ HORIZON_SECONDS = 20.0
 OWN_WORD_UNITS = 128.0
 """The weight of what the replica said of itself: one answer is enough to correct it. Units and not seconds, because it is mostly too much
 (it was measured alone, on an idle PC, without what a call costs beside its tokens), and so it weighs the less the more it is wrong."""
+MOST_RATIO = 10.0
+"""One answer that took longer than this says no more than one that took this long."""
 LEAST_SECONDS = 0.25
 """Without any word of the replica nothing is predicted before so much saturation was seen."""
 
@@ -86,11 +88,45 @@ class ServiceRate:
         self._at = now
 
 
-def expected_wait(before: float, running_units: float, running: int, rate: float | None) -> float:
-    """Seconds until a new call is begun; see the module's law. 0 where no rate is known."""
-    if not rate:
-        return 0.0
-    return (before + (running_units / running if running else 0.0)) / rate
+def units_ahead(before: float, running_units: float, running: int) -> float:
+    """Units that are worked off until a new call is begun; see the module's law."""
+    return before + (running_units / running if running else 0.0)
+
+
+def seconds_of(units: float, rate: float | None) -> float:
+    """How long so much takes; 0 where no rate is known."""
+    return units / rate if rate else 0.0
+
+
+class Margin:
+    """How much longer than expected things take: the mean ratio and four times its mean deviation, as TCP reckons its time-outs (RFC 6298).
+
+    In a lasting overload every call that is let in begins as late as it may, so a margin of the mean alone would let half of them end late.
+    """
+
+    def __init__(self) -> None:
+        self._mean = 1.0
+        self._deviation = 0.25
+
+    @property
+    def mean(self) -> float:
+        """Times what was expected: half take no longer."""
+        return self._mean
+
+    @property
+    def most(self) -> float:
+        """Times what was expected: nearly all take no longer."""
+        return self._mean + 4 * self._deviation
+
+    def saw(self, expected: float, took: float, whole: bool = True) -> None:
+        """Something took so many seconds; not `whole`: at least so many, for it was broken off."""
+        if expected <= 0:
+            return
+        ratio = min(MOST_RATIO, took / expected)
+        if whole or ratio > self._mean:
+            # Half of TCP's gains: answers differ more from each other than round trips.
+            self._deviation += (abs(ratio - self._mean) - self._deviation) / 8
+            self._mean += (ratio - self._mean) / 16
 
 
 def latest_start(remaining: float, own_seconds: float) -> float:

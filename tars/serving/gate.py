@@ -25,8 +25,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 
-from tars.core.expected_wait import ServiceRate, Start, expected_wait, latest_start
-from tars.core.fair_queue import BATCH, INTERACTIVE, Entry, FairQueue, Priority
+from tars.core.expected_wait import Margin, ServiceRate, Start, latest_start, seconds_of, units_ahead
+from tars.core.fair_queue import BATCH, INTERACTIVE, WEIGHTS, Entry, FairQueue, Priority
 from tars.core.prefix_affinity import tokens_in
 from tars.core.routing import PREFILL_PART, UNITS_PER_CALL
 from tars.errors import Overloaded, TarsError
@@ -106,6 +106,10 @@ class Gate:
         self._now = now
         self._rng = rng or random.Random()
         self._rate = ServiceRate()
+        self._margin = Margin()
+        """Of an answer's time."""
+        self._waits = {priority: Margin() for priority in WEIGHTS}
+        """Of the waits: batch calls wait longer than their place in the queue says, for as long as interactive ones keep coming."""
         self._waiting: dict[Entry, Turn] = {}
         self._running: set[Turn] = set()
         self._room = 0.0
@@ -135,7 +139,9 @@ class Gate:
     def describe(self) -> WaitingDescription:
         """For `node.describe`."""
         capacity = self._capacity()
-        expected = 0.0 if capacity is None else self._expected("", INTERACTIVE, 0.0, capacity)
+        expected = 0.0
+        if capacity is not None:
+            expected = seconds_of(self._ahead("", INTERACTIVE, 0.0, capacity), self._per_second(capacity))
         now = self._now()
         return WaitingDescription(
             interactive=self._queue.waiting(INTERACTIVE),
@@ -168,9 +174,11 @@ class Gate:
             return
         remaining = turn.call.deadline.remaining(now)
         first_by = turn.call.first_by
-        rate = self._rate.per_second(capacity.own_word)
-        own = units / rate * max(1, len(self._running)) if rate else 0.0
-        wait, latest = self._expected(entry.caller, entry.priority, room, capacity), latest_start(remaining, own)
+        rate = self._per_second(capacity)
+        own = self._margin.most * seconds_of(self._shared(units), rate)
+        ahead = self._ahead(entry.caller, entry.priority, room, capacity)
+        waits = self._waits[entry.priority]
+        wait, latest = seconds_of(ahead, rate) * waits.mean, latest_start(remaining, own)
         if first_by is not None:
             # Its caller goes away before.
             remaining = min(remaining, first_by.remaining(now))
@@ -186,17 +194,20 @@ class Gate:
             self._drop(gone, wait)
         self._note(capacity, now)
         try:
-            # It may turn out to wait longer than was expected: half of what is kept for the answer is given up for that.
-            async with asyncio.timeout(remaining - (remaining - latest) / 2):
+            # It may turn out to wait longer than was expected.
+            async with asyncio.timeout(latest):
                 await turn.place
         except BaseException as left:
             self._queue.remove(entry)
             self._waiting.pop(entry, None)
             self._end(turn, None)
+            waits.saw(seconds_of(ahead, self._per_second(capacity)), self._now() - turn.came, whole=False)
             if isinstance(left, TimeoutError):
                 waited = self._now() - turn.came
                 raise self._refusal("late", _turned_late(waited, remaining), waited) from None
             raise
+        # By the rate that is known now: what is learned here is the order, and not the rate once more.
+        waits.saw(seconds_of(ahead, self._per_second(capacity)), self._now() - turn.came)
 
     def leave(self, turn: Turn, end: Finished | TarsError | None) -> None:
         """The engine has nothing more to do for it (again and again)."""
@@ -213,6 +224,15 @@ class Gate:
         self._running.add(turn)
         self._room += turn.room
         turn.start = self._rate.started(now)
+        if turn.entry is not None:
+            turn.shared = self._shared(turn.entry.units)
+
+    def _shared(self, units: float) -> float:
+        """Units that are worked off while a call's own are, beside those that run."""
+        return units * max(1, len(self._running))
+
+    def _per_second(self, capacity: Capacity) -> float | None:
+        return self._rate.per_second(capacity.own_word)
 
     def _end(self, turn: Turn, end: Finished | TarsError | None) -> None:
         if turn not in self._running:
@@ -224,6 +244,9 @@ class Gate:
         assert turn.entry is not None
         units = self._really(turn, end)
         self._rate.ended(turn.start, units, now)
+        if (capacity := self._capacity()) is not None:
+            expected = seconds_of(turn.shared, self._per_second(capacity))
+            self._margin.saw(expected, now - turn.start.at, whole=isinstance(end, Finished))
         # Who breaks its calls off pays for the place that they had.
         paid = units if isinstance(end, Finished) else max(units, turn.entry.units * LEFT_PART)
         self._queue.charge(turn.entry.caller, turn.entry.priority, paid - turn.entry.units)
@@ -262,16 +285,16 @@ class Gate:
         return Overloaded(
             message,
             retry_after_ms=int(min(RETRY_MOST_SECONDS, wait) * 1000),
-            details={"limit": self._queue.most, "queued": len(self._queue)},
+            details={"limit": self._queue.most, "queued": len(self._queue), "reason": why},
         )
 
-    def _expected(self, caller: str, priority: Priority, room: float, capacity: Capacity) -> float:
-        """Seconds until a call that comes now is begun."""
+    def _ahead(self, caller: str, priority: Priority, room: float, capacity: Capacity) -> float:
+        """Units that are worked off until a call that comes now is begun."""
         if not self._queue and self._fits(room, capacity):
             return 0.0
         running = sum(turn.entry.units for turn in self._running if turn.entry is not None) * LEFT_PART
         before = self._queue.units_before(caller, priority)
-        return expected_wait(before, running, len(self._running), self._rate.per_second(capacity.own_word))
+        return units_ahead(before, running, len(self._running))
 
     def _cost(self, work: Work, capacity: Capacity) -> tuple[float, float]:
         """What a call is expected to cost, and its room."""
@@ -310,7 +333,7 @@ class Gate:
 class Turn:
     """One call at the gate. Enter it once."""
 
-    __slots__ = ("_gate", "begun", "call", "came", "entry", "place", "room", "start", "tokens", "work")
+    __slots__ = ("_gate", "begun", "call", "came", "entry", "place", "room", "shared", "start", "tokens", "work")
 
     def __init__(self, gate: Gate, call: CallContext, work: Work, begun: bool) -> None:
         self._gate = gate
@@ -322,6 +345,8 @@ class Turn:
         self.start: Start | None = None
         self.room = 0.0
         self.came = 0.0
+        self.shared = 0.0
+        """Units that were expected to be worked off while it ran."""
         self.tokens = 0.0
         """Generated so far."""
 

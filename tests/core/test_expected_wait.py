@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tars.core.expected_wait import ServiceRate, expected_wait, latest_start
+from tars.core.expected_wait import Margin, ServiceRate, latest_start, seconds_of, units_ahead
 
 
 def run(rate, *, running, seconds_a_call, units, until, own=0.0, saturated=True):
@@ -21,7 +21,7 @@ def run(rate, *, running, seconds_a_call, units, until, own=0.0, saturated=True)
 
 def test_nothing_is_known_before_anything_was_measured():
     assert ServiceRate().per_second(None) is None
-    assert expected_wait(1000.0, 10.0, 1, None) == 0.0
+    assert seconds_of(1000.0, None) == 0.0
 
 
 def test_the_replica_s_own_word_counts_until_it_was_measured():
@@ -79,8 +79,32 @@ def test_calls_of_unlike_lengths_give_the_rate_of_all_of_them_together():
 
 
 def test_the_wait_is_what_goes_before_and_the_next_end():
-    assert expected_wait(100.0, 40.0, 4, 10.0) == pytest.approx(11.0)
-    assert expected_wait(0.0, 0.0, 0, 10.0) == 0.0
+    assert units_ahead(100.0, 40.0, 4) == 110.0
+    assert units_ahead(0.0, 0.0, 0) == 0.0
+    assert seconds_of(110.0, 10.0) == 11.0
+
+
+def test_the_margin_is_what_nearly_all_stay_under():
+    rng = random.Random(3)
+    margin = Margin()
+    assert margin.most == 2.0, "before anything was seen"
+    for _ in range(300):
+        margin.saw(10.0, 10.0 * rng.expovariate(1.0))
+    over = sum(rng.expovariate(1.0) > margin.most for _ in range(2000)) / 2000
+    assert over < 0.06
+    assert margin.mean == pytest.approx(1.0, abs=0.5)
+    for _ in range(300):
+        margin.saw(10.0, 10.0)
+    assert margin.most == pytest.approx(1.0, abs=0.05)
+
+
+def test_what_was_broken_off_raises_the_margin_and_never_lowers_it():
+    margin = Margin()
+    margin.saw(10.0, 1.0, whole=False)
+    margin.saw(0.0, 1.0)
+    assert margin.most == 2.0
+    margin.saw(10.0, 1000.0, whole=False)
+    assert 2.0 < margin.most < 10.0, "one says only so much"
 
 
 def test_room_is_kept_for_the_answer_but_at_most_half_of_the_time():

@@ -1,8 +1,10 @@
 """What an error of a target means to a call's machine."""
 
+import math
+
 import pytest
 
-from tars.core.retry_rules import may_go_on, may_have_killed
+from tars.core.retry_rules import lesson_of, may_go_on, may_have_killed
 from tars.errors import (
     BadGrammar,
     DeadlineExceeded,
@@ -55,6 +57,15 @@ def test_only_what_ran_and_ended_for_no_known_reason_may_have_killed_its_worker(
 def test_how_long_to_wait_is_in_seconds():
     assert failure_of(Overloaded("x", retry_after_ms=1500)).retry_after == 1.5
     assert failure_of(Overloaded("x")).retry_after is None
+
+
+def test_a_replica_that_would_begin_too_late_is_not_asked_again_by_the_same_call():
+    refused = Overloaded("x", retry_after_ms=300, details={"reason": "late"})
+    assert failure_of(refused).retry_after == math.inf
+    assert failure_of(from_json(refused.to_json())).retry_after == math.inf
+    lesson = lesson_of(failure_of(refused))
+    assert lesson is not None
+    assert lesson.seconds <= 1.0
 
 
 def test_a_saved_state_comes_with_its_tokens_also_from_a_peer():

@@ -159,12 +159,13 @@ async def test_a_call_that_would_begin_too_late_is_refused_at_once_and_told_when
     for _ in range(5):
         bench.call("a")
     await settled()
-    # Four wait, and the one that runs is taken to be half done: 4.5 s, and a second is kept for the answer.
+    # Four wait, and the one that runs is taken to be half done: 4.5 s, and two seconds are kept for the answer.
     late = bench.call("a", seconds=5.0)
     with pytest.raises(Overloaded, match=r"would wait about 4\.5 s .*4 calls wait") as caught:
         await late
-    assert 500 <= caught.value.retry_after_ms <= 750
-    bench.call("a", seconds=6.0)
+    assert 1500 <= caught.value.retry_after_ms <= 2250
+    assert caught.value.details["reason"] == "late"
+    bench.call("a", seconds=7.0)
     await settled()
     assert bench.gate.waiting == 5
     assert bench.gate.describe().refused == {"late": 1}
@@ -208,7 +209,7 @@ async def test_a_full_queue_refuses_and_says_how_full_it_is(clock):
     with pytest.raises(Overloaded, match="2 calls wait for this replica already") as caught:
         await asyncio.wait_for(tasks[3], 5)
     assert caught.value.retry_after_ms >= RETRY_LEAST_SECONDS * 1000
-    assert caught.value.details == {"limit": 2, "queued": 2}
+    assert caught.value.details == {"limit": 2, "queued": 2, "reason": "full"}
     for task in tasks[:3]:
         await bench.ended(task)
 
@@ -301,7 +302,7 @@ async def test_the_rate_is_what_the_replica_really_works_off(bench, clock):
     with pytest.raises(Overloaded) as caught:
         await bench.call("a", seconds=30.0)
     waited = float(caught.value.message.split("about ")[1].split(" s")[0])
-    assert waited == pytest.approx(47.5, rel=0.2)
+    assert waited == pytest.approx(47.5, rel=0.4)
     assert bench.gate.describe().expected_ms == pytest.approx(2500, rel=0.2)
 
 
