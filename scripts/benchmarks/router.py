@@ -2,6 +2,8 @@
 
 Law of this file: two real nodes of one mesh, of which only one has the models; the same calls by turns, so that heat and neighbours meet
 both. Median milliseconds at one connection; calls a second at 32. On loopback, with the mesh's TLS: what is measured is TARS, no network.
+Client, gateway, serving node and engine share this machine's processor, where two PCs would not: with fewer than four cores the throughput
+of calls that compute next to nothing says what the processor does, not the router; that of calls that compute says both.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -35,9 +38,13 @@ CONNECTIONS = 32
 WARM_CALLS = 40
 READY_SECONDS = 240.0
 """For the models to be loaded, also where the machine has something else to do."""
+TEXTS = [f"Which node answers question number {number}, and how does the caller know of it?" for number in range(16)]
+QUESTION = [{"role": "user", "content": "What is TARS?"}]
 CALLS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "tokenize": ("inference.tokenize", {"model": CHAT_MODEL, "text": "What is TARS?"}),
     "embed, one short text": ("inference.embed", {"model": EMBEDDING_MODEL, "input": "What is TARS?", "encoding_format": "base64"}),
+    "embed, 16 texts": ("inference.embed", {"model": EMBEDDING_MODEL, "input": TEXTS, "encoding_format": "base64"}),
+    "chat, 64 tokens": ("inference.chat", {"model": CHAT_MODEL, "messages": QUESTION, "max_tokens": 64, "temperature": 0.0}),
     "complete, one token": ("inference.complete", {"model": CHAT_MODEL, "prompt": "TARS is", "max_tokens": 1, "temperature": 0.0}),
 }  # fmt: skip
 
@@ -131,7 +138,9 @@ async def measure(folder: Path, rounds: int, calls: int, seconds: float, say: Ca
 
 def report(measured: list[Measured]) -> Table:
     """Medians of the rounds."""
-    table = Table(title=f"straight to the node that answers, and through another one; {CONNECTIONS} connections")
+    table = Table(
+        title=f"straight to the node that answers, and through another one; {CONNECTIONS} connections, {os.cpu_count()} cores"
+    )
     for heading in ("", "straight, ms", "through, ms", "added, ms", "straight, calls/s", "through, calls/s", "share"):
         table.add_column(heading, justify="right" if heading else "left")
     for each in measured:
@@ -170,6 +179,7 @@ def main() -> int:
     if options.json is not None:
         result = {
             "benchmark": "router",
+            "cores": os.cpu_count(),
             "calls": [{**asdict(each), "added_ms": each.added_ms, "share": each.share} for each in measured],
             "aims": [aim.to_json() for aim in aims],
         }
