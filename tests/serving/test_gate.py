@@ -352,6 +352,27 @@ async def test_texts_are_let_in_by_their_tokens_so_that_batches_stay_full(clock)
         await bench.ended(task)
 
 
+@pytest.mark.parametrize("budget", [512, 1024, 4096])
+@pytest.mark.parametrize(("callers", "texts"), [(8, 32), (60, 1)])
+async def test_the_callers_of_the_engine_benchmark_all_find_room_so_that_its_batches_are_as_full(
+    clock, budget, callers, texts
+):
+    info = LoadedInfo(
+        model_kind="embedding",
+        memory_bytes=1,
+        load_seconds=1.0,
+        max_input_tokens=256,
+        tuned=TunedSettings(batch_tokens=budget),
+    )
+    bench = Bench(clock, capacity_of(info, 64))
+    work = EmbedParams(input=["x" * 520] * texts)  # 130 tokens, the benchmark's mean
+    tasks = [bench.call("a", work=work) for _ in range(callers)]
+    await settled()
+    assert len(bench.inside) == callers
+    for task in tasks:
+        await bench.ended(task)
+
+
 async def test_a_worker_s_own_bound_is_never_reached_from_here(clock):
     bench = Bench(clock, Capacity(1000.0, 1000.0, 3, None, 256, generates=False))
     tasks = [bench.call("a", work=RerankParams(query="q", documents=["d"])) for _ in range(5)]
