@@ -241,6 +241,8 @@ class Answers:
     """What was answered under one key."""
 
     first: float
+    one_piece: bool
+    """All nodes saw each other when the first of them called."""
     given: bytes | None = None
 
 
@@ -281,7 +283,7 @@ class Callers:
         self.tally.sent += 1
         caller = Caller(self, work, key)
         if key is not None:
-            self._keys.setdefault(key, Answers(now))
+            self._keys.setdefault(key, Answers(now, self._one_piece()))
         self._open[caller] = None
         if not self._looks:
             self._looks = True
@@ -318,16 +320,20 @@ class Callers:
         tally.late += sum(each.outcome == LATE for each in machine.attempts)
 
     def answered_under_key(self, caller: Caller, answer: bytes) -> None:
-        """All who ask under a key get the same answer, unless the mesh was not well meanwhile."""
+        """All who ask under a key get the same answer, as long as the mesh is in one piece and nothing happens to it."""
         assert caller.key is not None
         known = self._keys[caller.key]
         if known.given is None:
             known.given = answer
         elif known.given != answer:
-            if self.amiss_until <= known.first:
+            if known.one_piece and self.amiss_until <= known.first:
                 raise Breach(f"{caller.work.id} got another answer under {caller.key} than was given before")
         else:
             self.tally.joined += 1
+
+    def _one_piece(self) -> bool:
+        running = {node.id for node in self.world.nodes if node.runs and not node.removed}
+        return all({node.id, *node.gateway.keys.others()} == running for node in self.world.running())
 
     def check_over(self) -> None:
         """In the end: nobody waits who could be answered, and nothing computes for nobody."""

@@ -176,7 +176,7 @@ class VirtualKeys:
 
     def members_changed(self) -> None:
         """As `IdempotentAnswers.members_changed`: new homes are told."""
-        before, after = self._live, frozenset(self._others())
+        before, after = self._live, frozenset(self.others())
         self._live = after
         if after == before:
             return
@@ -277,12 +277,13 @@ class VirtualKeys:
         self._gateway.ask(ask.node, ask.question, once)
         self._node.later(waits, lambda: once(None))
 
-    def _others(self) -> list[NodeId]:
+    def others(self) -> list[NodeId]:
+        """The other nodes that this one sees alive."""
         live = (MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING)
         return [each.node for each in self._node.machine.view().members.values() if each.state in live]
 
     def _homes(self, key: str) -> tuple[NodeId, ...]:
-        return homes_of(key, (self._node.id, *self._others()))
+        return homes_of(key, (self._node.id, *self.others()))
 
     def _lives(self, node: NodeId) -> bool:
-        return node in self._others() or node == self._node.id
+        return node in self.others() or node == self._node.id
