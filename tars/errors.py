@@ -152,7 +152,7 @@ class ServerStateError(TarsError):
 
 
 class Overloaded(ServerStateError):
-    """Queue or concurrency bound reached."""
+    """Queue or concurrency bound reached, or the call would begin too late for its deadline; `details["reason"]`."""
 
     code = -32010
     kind = "overloaded"
