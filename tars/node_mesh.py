@@ -325,6 +325,7 @@ class NodeMesh:
                         self._service.peer_died(node)
                     elif after is MemberState.ALIVE:
                         self._service.peer_lives(node)
+                        self.keys_at.heard(node)
                     self._service.keys.members_changed()
                 self._coordinator.wake()
                 self._say_whether_cut_off(before)

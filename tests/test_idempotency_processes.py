@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mesh_processes import HELP_DESK, Pc, assemble, stopping, until
+from mesh_processes import HELP_DESK, Pc, assemble, converge, stopping, until
+from network_namespaces import network, why_not
 
 from tars.errors import IdempotencyConflict, TarsError
 
@@ -126,3 +127,35 @@ async def test_a_key_is_computed_once_wherever_it_is_repeated_and_whoever_dies_o
         assert late.served_by.call == successors.served_by.call
         assert late == successors
         assert (await settled(c, calls + 9))[0] == calls + 9
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+async def test_a_mesh_in_two_parts_computes_a_key_once_in_each_and_never_again(tmp_path: Path) -> None:
+    with network(2) as lan:
+        pcs = a, b = [
+            Pc(tmp_path, name, host=host, priority=10 - number, memory_mib=4000, more=OFTEN)
+            for number, (name, host) in enumerate(zip("ab", lan.hosts, strict=True))
+        ]
+        async with stopping(pcs):
+            await assemble(pcs)
+            await a.client.deploy(HELP_DESK, replicas=2)
+            await asyncio.gather(*(pc.holds(HELP_DESK) for pc in pcs))
+            await asyncio.to_thread(b.host.silence)
+            # Each has a replica: nobody needs to have heard yet that the other one is gone.
+            before = await asyncio.gather(*(settled(pc, 0) for pc in pcs))
+            parted = await asyncio.gather(*(asks(pc, "parted") for pc in pcs))
+            assert [each.served_by.node for each in parted] == [pc.node_id() for pc in pcs]
+            for pc in pcs:
+                with pytest.raises(IdempotencyConflict):
+                    await asks(pc, "parted", text="What is a replica?")
+            await asyncio.to_thread(b.host.speak)
+            await converge(pcs)
+            assert await asyncio.gather(*(asks(pc, "parted") for pc in pcs)) == parted
+            for pc in pcs:
+                with pytest.raises(IdempotencyConflict):
+                    await asks(pc, "parted", text="What is a replica?")
+            # And together they are one again.
+            first, second = await asyncio.gather(*(asks(pc, "together") for pc in pcs))
+            assert first == second
+            after = await asyncio.gather(*(settled(pc, 0) for pc in pcs))
+            assert sum(calls for calls, _ in after) - sum(calls for calls, _ in before) == 3

@@ -88,6 +88,10 @@ class OtherNodes(Protocol):
         """What one of them says; None: nothing. Raises nothing."""
         ...
 
+    def heard(self, node: NodeId) -> None:
+        """It lives."""
+        ...
+
 
 class Alone:
     """A node without a mesh."""
@@ -101,6 +105,9 @@ class Alone:
     async def ask(self, node: NodeId, question: Question) -> KeyReply | None:
         """Nothing."""
         return None
+
+    def heard(self, node: NodeId) -> None:
+        """Nobody is."""
 
 
 def key_of(call: CallContext) -> str:
@@ -278,6 +285,7 @@ class IdempotentAnswers:
 
     async def asked(self, params: ClaimKeyParams | SettleKeyParams | AwaitAnswerParams, sender: str) -> KeyResult:
         """`mesh.claim`, `mesh.settle`, `mesh.await_answer`. Raises `InvalidParams`."""
+        self._others.heard(NodeId(sender))
         reply = await self._here(question_of(params, sender))
         return result_of(reply)
 

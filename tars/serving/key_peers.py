@@ -28,8 +28,8 @@ ASK_SECONDS = 1.0
 OWNER_SECONDS = 2.5
 """And for an owner's, beyond the time that it was told to keep the question: the longest silence of a living node (see the pulse). After it
 the call is run a second time."""
-SILENT_SECONDS = 5.0
-"""A home that did not answer is not asked for so long: membership knows by then whether it is dead."""
+SILENT_SECONDS = 2.0
+"""A home that did not answer is not asked for so long, unless it is heard of: membership knows within 5 s whether it is dead."""
 
 
 class KeysAtPeers:
@@ -49,6 +49,10 @@ class KeysAtPeers:
         self._now = now
         self._silent: dict[NodeId, float] = {}
 
+    def heard(self, node: NodeId) -> None:
+        """A sign of life: it is asked again at once."""
+        self._silent.pop(node, None)
+
     async def ask(self, node: NodeId, question: Question) -> KeyReply | None:
         """What a peer says; None where it says nothing that can be used."""
         waits = isinstance(question, AnswerQuestion)
@@ -67,7 +71,7 @@ class KeysAtPeers:
         except (TarsError, ValidationError) as error:
             log.debug("node %s does not take %s: %s", node, method, error)
             return None
-        self._silent.pop(node, None)
+        self.heard(node)
         return reply
 
 

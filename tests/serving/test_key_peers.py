@@ -110,6 +110,17 @@ async def test_a_silent_home_is_given_up_soon_and_not_asked_again_for_a_while(mo
     assert await keys.ask(PEER, CLAIM_QUESTION) == KeyReply(KeyState.CONFLICT)
 
 
+async def test_a_silent_home_of_which_something_is_heard_is_asked_at_once(monkeypatch):
+    monkeypatch.setattr(key_peers, "ASK_SECONDS", 0.01)
+    connection = Connection()
+    keys = at(connection)
+    assert await keys.ask(PEER, CLAIM_QUESTION) is None
+    connection.answer = {"state": "conflict"}
+    assert await keys.ask(PEER, CLAIM_QUESTION) is None
+    keys.heard(PEER)
+    assert await keys.ask(PEER, CLAIM_QUESTION) == KeyReply(KeyState.CONFLICT)
+
+
 async def test_an_owner_has_the_time_that_it_was_told_and_some_more(monkeypatch):
     monkeypatch.setattr(key_peers, "OWNER_SECONDS", 0.01)
     connection = Connection()
