@@ -26,6 +26,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+import psutil
 from engine_prompts import text_of
 from engine_results import Aim, quantile, verdict
 from rich.console import Console
@@ -83,6 +84,8 @@ class Load:
     """By caller: of its calls."""
     part_of_all: dict[str, float] = field(default_factory=dict)
     """By caller: of all answers."""
+    node_ms: float = 0.0
+    """Processor time of the node (without its worker) for each call, answered or refused."""
 
 
 def summarise(factor: float, seconds: float, seen: Sequence[Seen]) -> Load:
@@ -182,19 +185,28 @@ async def capacity_of(caller: Caller, seconds: float) -> tuple[float, float, flo
     return len(seen) / took, sum(each.units for each in seen) / took, typical
 
 
-async def offered(caller: Caller, factor: float, capacity: float, timeout_seconds: float, seconds: float) -> Load:
-    """`factor` times the capacity for so long."""
+async def offered(
+    caller: Caller, factor: float, capacity: float, timeout_seconds: float, seconds: float, process: psutil.Process
+) -> Load:
+    """`factor` times the capacity for so long. `process`: the node's."""
     rates = {"modest": MODEST_PART * capacity, "batch": BATCH_PART * capacity}
     rates["greedy"] = max(0.0, factor * capacity - sum(rates.values()))
     dice = random.Random(int(factor * 1000))
     arrivals = sorted(arrival for name, rate in rates.items() for arrival in _poisson(dice, name, rate, seconds))
-    began = time.perf_counter()
+    began, spent = time.perf_counter(), _spent(process)
     tasks: list[asyncio.Task[Seen]] = []
     for at, name in arrivals:
         if (wait := began + at - time.perf_counter()) > 0:
             await asyncio.sleep(wait)
         tasks.append(asyncio.create_task(caller.call(name, timeout_seconds)))
-    return summarise(factor, seconds, await asyncio.gather(*tasks))
+    load = summarise(factor, seconds, await asyncio.gather(*tasks))
+    load.node_ms = (_spent(process) - spent) * 1000 / max(1, len(tasks))
+    return load
+
+
+def _spent(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return float(times.user + times.system)
 
 
 def _poisson(dice: random.Random, name: str, rate: float, seconds: float) -> Iterator[tuple[float, str]]:
@@ -231,8 +243,9 @@ def _ready(models: int, url: str) -> bool:
     return sum(model["state"] == "ready" for model in found) == models
 
 
-async def measure(url: str, seconds: float, console: Console, what: Sequence[str]) -> dict[str, Any]:
+async def measure(server: Server, seconds: float, console: Console, what: Sequence[str]) -> dict[str, Any]:
     """All loads; what was seen."""
+    url, process = server.url, psutil.Process(server.pid)
     found: dict[str, Any] = {}
     aims: list[Aim] = []
     connector = aiohttp.TCPConnector(limit=0)
@@ -245,7 +258,7 @@ async def measure(url: str, seconds: float, console: Console, what: Sequence[str
             console.print(f"{each}: {capacity:.1f} answers/s, {units:.0f} tokens/s; time-out {timeout * 1000:.0f} ms")
             loads = []
             for factor in FACTORS:
-                loads.append(await offered(caller, factor, capacity, timeout, seconds))
+                loads.append(await offered(caller, factor, capacity, timeout, seconds, process))
                 await asyncio.sleep(min(2.0, timeout))
             _, after, _ = await capacity_of(caller, seconds)
             console.print(table_of(each, loads))
@@ -274,6 +287,7 @@ def table_of(what: str, loads: Sequence[Load]) -> Table:
         "refused",
         "in ms (p50, p99)",
         "late",
+        "node ms/call",
     ):
         table.add_column(column, justify="right")
     for caller in KEYS:
@@ -282,7 +296,7 @@ def table_of(what: str, loads: Sequence[Load]) -> Table:
         table.add_row(
             f"{load.factor:g}x", f"{load.offered:.1f}", f"{load.answered:.1f}", f"{load.units:.0f}",
             f"{load.accepted_p50_ms:.0f}", f"{load.accepted_p99_ms:.0f}", str(load.kinds.get("overloaded", 0)),
-            f"{load.refused_p50_ms:.0f}, {load.refused_p99_ms:.0f}", f"{load.late_part:.1%}",
+            f"{load.refused_p50_ms:.0f}, {load.refused_p99_ms:.0f}", f"{load.late_part:.1%}", f"{load.node_ms:.1f}",
             *(f"{load.part_answered.get(caller, 0):.0%}" for caller in KEYS),
         )  # fmt: skip
     return table
@@ -300,7 +314,7 @@ def main() -> None:
     if unknown := [each for each in what if each not in MODELS]:
         parser.error(f"--only knows {', '.join(MODELS)}, and not {unknown[0]}")
     with node([MODELS[each] for each in what]) as server:
-        found = asyncio.run(measure(server.url, given.seconds, console, what))
+        found = asyncio.run(measure(server, given.seconds, console, what))
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
