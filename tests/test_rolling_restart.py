@@ -212,7 +212,8 @@ async def test_a_rolling_restart_under_load_loses_no_call(tmp_path: Path, monkey
             load.go(pcs)
             await load.some(12, 3 * CALL_SECONDS)
         assert load.lost == []
-        print(dict(load.done), dict(load.moved), f"longest gap in a stream: {load.longest_gap:.2f} s")
+        states = sum(pc.output.count("goes on at") for pc in pcs)
+        print(f"{dict(load.done)} {dict(load.moved)} {states} with their states; longest gap {load.longest_gap:.2f} s")
         assert all(load.done[each] for each in ("chat_stream", "completion_stream", "completion", "embedding"))
         assert load.moved["draining after some tokens"], (
             "no answer was in the middle on any of the three: the test proves nothing"

@@ -116,6 +116,7 @@ class RunningAnswers:
                     and (path := await self._had(state, call)) is not None
                 ):
                     resume = resume.model_copy(update={"path": str(path)})
+                    log.info("an answer goes on at %s with its state, %d bytes", replica, state.bytes)
             if answer.leaving is not None:
                 raise moved()  # meanwhile
             async with aclosing(start(resume, answer.handle)) as events:
