@@ -23,7 +23,7 @@ from tars.messages.admission import (
     TokenRevokeResult,
     TokensResult,
 )
-from tars.messages.base import Message
+from tars.messages.base import Message, Priority
 from tars.messages.calls import ExplainCallResult
 from tars.messages.files import PullResult, TransfersResult
 from tars.messages.inference import (
@@ -65,6 +65,8 @@ class CallOptions(TypedDict, total=False):
     """Seconds; sent along as `_meta.timeout_ms`, so that the node stops work nobody waits for."""
     idempotency_key: str
     traceparent: str
+    priority: Priority
+    """`batch` for work that nobody waits for: it lets interactive calls go first."""
 
 
 class GenerationOptions(CallOptions, total=False):

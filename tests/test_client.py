@@ -39,6 +39,12 @@ async def client(node: FakeNode) -> AsyncIterator[Client]:
     await listener.close()
 
 
+async def test_how_urgent_a_call_is_goes_along(client: Client, node: FakeNode) -> None:
+    await client.embed("x", model="m", priority="batch")
+    await client.embed("x", model="m")
+    assert [context.priority for context in node.contexts] == ["batch", None]
+
+
 # The client's name for each row.
 CALLS = {
     "rpc.discover": ("discover", ()),
