@@ -169,7 +169,9 @@ class Run:
         with tempfile.TemporaryDirectory(prefix="tars-chaos-") as folder:
             if self._options.calls:
                 (home := Path(folder) / "mesh").mkdir()
-                async with running_mesh(home, self._options.mode, slots=4, loopback=self._options.loopback) as mesh:
+                async with running_mesh(
+                    home, self._options.mode, slots=4, loopback=self._options.loopback, logs=self._options.logs
+                ) as mesh:
                     await self._with(mesh, calls)
             if self._options.batch:
                 (home := Path(folder) / "batch").mkdir()
@@ -357,11 +359,14 @@ def main() -> int:
     parser.add_argument(
         "--loopback", action="store_true", help="no networks of their own for the nodes, also where they can be made"
     )
+    parser.add_argument("--logs", type=Path, metavar="FOLDER", help="keep what the nodes print in this folder")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to this file")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with a picture to this file")
     options = parser.parse_args()
     if options.calls < 0 or options.faults < 0 or options.batch < 0 or options.minutes <= 0:
         parser.error("--calls, --faults and --batch must not be negative, and --minutes must be more than 0")
+    if options.logs is not None:
+        options.logs.mkdir(parents=True, exist_ok=True)
     end_on_signals()
     console = Console(width=130, highlight=False)
     run = Run(options, console)

@@ -198,8 +198,12 @@ async def running_mesh(
     models: Sequence[str] = MODELS,
     cores: Mapping[str, set[int]] | None = None,
     loopback: bool = False,
+    logs: Path | None = None,
 ) -> AsyncIterator[ChaosMesh]:
-    """All PCs started, in one mesh, with every replica ready; ended again whatever happens. `cores`: the processors of each."""
+    """All PCs started, in one mesh, with every replica ready; ended again whatever happens.
+
+    `cores`: the processors of each. `logs`: a folder in which what each printed is kept.
+    """
     with ExitStack() as networks:
         network = networks.enter_context(lan(len(names) + 1, loopback=loopback))
         hosts = network.hosts if network is not None else [None] * (len(names) + 1)
@@ -231,6 +235,8 @@ async def running_mesh(
                 raise
             finally:
                 mesh.end_what_is_left()
+                for pc in pcs.values() if logs is not None else ():
+                    (logs / f"{pc.name}.log").write_text(pc.output, encoding="utf-8")
 
 
 async def _ended(pc: Pc) -> None:
