@@ -208,6 +208,7 @@ class NodeDescription(Message):
     attempts: list[AttemptCounts] = Field(default_factory=list, description="Since the node started.")
     retries_refused: int = Field(0, description="Further attempts that the node's retry budget did not allow.")
     hedged_units: float = Field(0.0, description="Texts that were given to a second replica beside the first.")
+    peers_silent: int = Field(0, description="How often a peer with calls of this node gave no sign of life any more.")
     transfers: list[TransferDescription] = Field(
         default_factory=list, description="Model files on their way to this node."
     )

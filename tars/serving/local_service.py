@@ -122,9 +122,7 @@ class LocalNodeService:
         if peers is not None:
             self._fleet = MeshFleet(coordinator.node_id, self._local, peers, coordinator.catalogue.find)
         records = CallRecords(now, wall_clock)
-        self._router = Router(
-            self._fleet, now, on_traffic, exact=coordinator.executor.engines.exact, records=records
-        )
+        self._router = Router(self._fleet, now, on_traffic, exact=coordinator.executor.engines.exact, records=records)
         if isinstance(self._fleet, MeshFleet):
             self._fleet.tell(self._router.state.ledger, now)
         self._inference = Inference(self._router, now, keys_at, records)
@@ -200,6 +198,7 @@ class LocalNodeService:
             ],
             retries_refused=self._router.state.retries.refused,
             hedged_units=self._router.state.hedges.extra_units,
+            peers_silent=self._fleet.pulses.times_silent if isinstance(self._fleet, MeshFleet) else 0,
             transfers=[] if self._files is None else self._files.transfers(),
             file_bytes_received=0 if self._files is None else self._files.bytes_received,
             file_bytes_sent=self._file_bytes_sent(),

@@ -93,6 +93,8 @@ def _attempts(node: NodeDescription) -> Iterable[Family]:
     refused = "Further attempts that the retry budget did not allow."
     yield "tars_retries_refused_total", "counter", refused, [({}, node.retries_refused)]
     yield "tars_hedged_units_total", "counter", "Texts given to a second replica.", [({}, node.hedged_units)]
+    silent = "Times that a peer with calls of this node fell silent: frozen, asleep, cut off, or far too busy."
+    yield "tars_peers_silent_total", "counter", silent, [({}, node.peers_silent)]
 
 
 def _replicas(node: NodeDescription) -> Iterable[Family]:

@@ -93,6 +93,7 @@ async def test_calls_to_peers_are_counted_and_whoever_answers_is_heard_of(mesh):
     assert 'tars_attempts_total{why="first",outcome="answered"} 2' in metrics
     assert "tars_retries_refused_total 0" in metrics
     assert "tars_hedged_units_total 0" in metrics
+    assert "tars_peers_silent_total 0" in metrics
     assert mesh.heard == [mesh.big.id] * 2
     assert mesh.service.load() == []
 
