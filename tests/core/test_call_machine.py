@@ -554,7 +554,7 @@ class Faulty:
 
     KINDS = ("stale_route", "overloaded", "peer_unreachable", "draining", "still_loading", "worker_crashed")
 
-    def __init__(self, scripts, files, exact, streams, deadline, forwarded, cancel_at):
+    def __init__(self, scripts, files, exact, streams, deadline, forwarded, cancel_at, shown=True):
         self.scripts, self.files, self.cancel_at = [list(each) for each in scripts], files, cancel_at
         self.state = RoutingState()
         if not streams:
@@ -564,7 +564,7 @@ class Faulty:
         self.down = {}
         self.time, self.heap, self.asked = 0.0, [], 0
         self.shape = CallShape(
-            "key", "m", deadline, streams, demand=Demand(units=4.0), exact=exact, forwarded=forwarded
+            "key", "m", deadline, streams, demand=Demand(units=4.0), exact=exact, forwarded=forwarded, shown=shown
         )
         self.machine = CallMachine(self.shape, self.state, self.candidates, random.Random(3))
         self.running, self.got, self.ends, self.wake, self.most_running = {}, [], [], inf, 0
@@ -605,6 +605,9 @@ class Faulty:
 
     def start(self, attempt, number, resume):
         assert number not in [each for each, _ in self.running.values()]
+        if resume is None and self.got:
+            assert not self.shape.shown, "what the caller has was forgotten"
+            self.got = []
         if self.got:
             assert resume == (tuple(self.got),), "tokens were lost or doubled"
             first = self.files[self.source]
@@ -690,15 +693,16 @@ fault = st.sampled_from([*Faulty.KINDS, "silent", "slow"]) | st.tuples(
     exact=st.booleans(),
     streams=st.booleans(),
     forwarded=st.booleans(),
+    shown=st.booleans(),
     deadline=st.sampled_from([0.5, 5.0, 100.0]),
     cancel_at=st.none() | st.floats(0.01, 2.0),
 )
 @settings(max_examples=80, deadline=None)
 def test_whatever_fails_every_call_ends_once_in_time_and_no_token_is_lost_or_doubled(
-    scripts, one_file, exact, streams, forwarded, deadline, cancel_at
+    scripts, one_file, exact, streams, forwarded, shown, deadline, cancel_at
 ):
     files = ["f" if one_file else f"f{number % 2}" for number in range(len(scripts))]
-    world = Faulty(scripts, files, exact, streams, deadline, forwarded, cancel_at)
+    world = Faulty(scripts, files, exact, streams, deadline, forwarded, cancel_at, shown)
     world.run()
     cancelled = cancel_at is not None and not world.ends
     assert world.machine.over
