@@ -217,7 +217,9 @@ class Gate:
 
     def _fits(self, room: float, capacity: Capacity) -> bool:
         running = len(self._running)
-        return not running or (self._room + room <= capacity.room and running < capacity.most_calls)
+        # A call of many answers does not wait until the slots for all of them are idle: nothing else is let in before they have theirs.
+        needed = min(room, capacity.full / 2) if capacity.generates else room
+        return not running or (self._room + max(1.0, needed) <= capacity.room and running < capacity.most_calls)
 
     def _start(self, turn: Turn, now: float) -> None:
         self._passed += 1

@@ -148,6 +148,22 @@ async def test_a_call_of_several_answers_takes_as_many_slots(bench):
     assert bench.inside == ["a", "b", "c"]
 
 
+async def test_a_call_of_many_answers_leaves_no_slot_idle_and_is_overtaken_by_nobody(bench):
+    bench.capacity = Capacity(room=5, full=4, most_calls=100, own_word=10.0)
+    ones = [bench.call("a") for _ in range(5)]
+    await settled()
+    bench.call("many", work=CompleteParams(prompt="", n=16))
+    bench.call("b")
+    await settled()
+    await bench.ended(ones[0])
+    assert bench.inside == ["a"] * 5
+    await bench.ended(ones[1])
+    assert bench.inside == [*["a"] * 5, "many"], "three run, and two of its answers find a slot"
+    for one in ones[2:]:
+        await bench.ended(one)
+    assert bench.gate.waiting == 1
+
+
 async def test_an_answer_of_more_slots_than_there_are_still_gets_its_turn(bench):
     bench.call("a", work=CompleteParams(prompt="", n=3))
     await settled()
