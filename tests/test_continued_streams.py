@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.model]
 
 ON = {"2": -100.0, "4": -100.0}
 """Tokens 2 and 4 end the tiny model's text."""
-LONG: dict[str, Any] = {"model": "tiny", "max_tokens": 600, "seed": 5, "logit_bias": ON, "timeout": 120.0}
+LONG: dict[str, Any] = {"model": "tiny", "max_tokens": 600, "seed": 5, "logit_bias": ON, "timeout": 240.0}
 """About two seconds of an idle machine."""
 KILLED_AFTER = 40
 """Pieces of the stream."""
@@ -64,26 +64,29 @@ async def served(pcs: Sequence[Pc]) -> None:
     await until(known, lambda seen: len(seen) == len(others) and None not in seen, 30, "the gateway knows the files")
 
 
-async def who_serves(pcs: Sequence[Pc]) -> Pc:
+async def who_serves(pcs: Sequence[Pc]) -> Pc | None:
+    """None: the stream is over already."""
     for pc in pcs:
         if any(each.active_calls for each in (await pc.client.describe()).replicas):
             return pc
-    raise AssertionError("nobody serves the stream: it was over too soon")
+    return None
 
 
 async def broken_once(gateway: Pc, others: Sequence[Pc], **params: Any) -> tuple[Heard, CompleteResult, Pc]:
-    """A stream whose serving node is killed in the middle; who that was."""
-    heard, killed, pieces = Heard(), None, 0
-    stream = gateway.client.complete_stream("Once upon a time", **{**LONG, **params})
-    async with stream:
-        async for delta in stream:
-            heard.take(delta)
-            pieces += 1
-            if pieces == KILLED_AFTER:
-                killed = await who_serves(others)
-                await killed.stop(signal.SIGKILL)
-    assert killed is not None
-    return heard, stream.result, killed
+    """A stream whose serving node is killed in the middle; who that was. On a very fast machine it takes several."""
+    for _ in range(20):
+        heard, killed, pieces = Heard(), None, 0
+        stream = gateway.client.complete_stream("Once upon a time", **{**LONG, **params})
+        async with stream:
+            async for delta in stream:
+                heard.take(delta)
+                pieces += 1
+                if pieces == KILLED_AFTER and (killed := await who_serves(others)) is not None:
+                    await killed.stop(signal.SIGKILL)
+        if killed is not None and len(stream.result.served_by.attempts) > 1:
+            return heard, stream.result, killed
+        assert killed is None, "it was serving the stream, and nobody went on with it"
+    raise AssertionError("every stream was over too soon")
 
 
 def tokens_so_far(result: CompleteResult) -> list[int]:
