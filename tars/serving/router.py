@@ -94,6 +94,14 @@ class Router:
         if isinstance(work, ChatParams | CompleteParams) and not forwarded:
             work = _with_seed(work, call)
         name = model.name
+        seen: Sequence[Candidate] | None = self._candidates(name, call)
+
+        def candidates() -> Sequence[Candidate]:
+            # The first look is the machine's, too: nothing happens in between.
+            nonlocal seen
+            found, seen = seen, None
+            return self._candidates(name, call) if found is None else found
+
         machine = CallMachine(
             CallShape(
                 key=call.trace_id,
@@ -101,7 +109,7 @@ class Router:
                 deadline=self._ends(call),
                 streams=isinstance(work, GenerationParams),
                 demand=demand_of(work),
-                blocks=blocks_of(prompt_text(work)) if len(self._candidates(name, call)) > 1 else (),
+                blocks=blocks_of(prompt_text(work)) if seen is not None and len(seen) > 1 else (),
                 answers=work.n if isinstance(work, GenerationParams) else 1,
                 forwarded=forwarded,
                 shown=call.streamed,
@@ -109,7 +117,7 @@ class Router:
                 exact=self._exact,
             ),
             self.state,
-            lambda: self._candidates(name, call),
+            candidates,
             self._rng,
         )
         record = None if self._records is None else self._records.open(call, name)

@@ -8,7 +8,7 @@ import pytest
 from mesh_nodes import ScriptedReplica, generated, mesh_of
 
 from tars.core.mesh_messages import MemberState
-from tars.core.types import ModelKind, ReplicaState
+from tars.core.types import Deadline, ModelKind, ReplicaState
 from tars.errors import (
     DeadlineExceeded,
     Draining,
@@ -20,7 +20,8 @@ from tars.errors import (
     UnknownModel,
     WorkerCrashed,
 )
-from tars.messages.inference import Choice, Delta, TokenLogprob, ToolCall, ToolCallDelta
+from tars.messages.base import CallContext
+from tars.messages.inference import ChatParams, Choice, Delta, TokenLogprob, ToolCall, ToolCallDelta
 from tars.rpc.http_client import RpcConnection
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
@@ -30,6 +31,12 @@ SECONDS = 5.0
 
 def chat(model="m", **more):
     return {**CHAT, "model": model, **more}
+
+
+async def asked(node, seconds=0.5):
+    """A chat with so much time, before any face, whose own clock would be in a race with the call's."""
+    call = CallContext(Deadline(time.monotonic() + seconds), "0af7651916cd43dd8448eb211c80319c")
+    return [item async for item in node.inference.chat(ChatParams.model_validate(chat(), strict=False), call)]
 
 
 def without_call(result):
@@ -391,7 +398,7 @@ async def test_a_suspected_node_is_asked_last_and_a_dead_one_never(three):
     assert (await entry.client.call("inference.chat", chat()))["served_by"]["node"] == fast.id
     entry.peers.states[fast.id] = MemberState.LEFT
     with pytest.raises(PeerUnreachable, match="m was served by fast, slow, which does not answer"):
-        await entry.client.call("inference.chat", chat(), timeout=1.0)
+        await asked(entry)
 
 
 async def test_a_model_that_is_being_loaded_somewhere_says_where_and_how_far(two):
@@ -402,7 +409,7 @@ async def test_a_model_that_is_being_loaded_somewhere_says_where_and_how_far(two
     with pytest.raises(
         StillLoading, match=r"still loading on big \(Card of big\): its file is being copied, 40 %"
     ) as met:
-        await small.client.call("inference.chat", chat(), timeout=1.0)
+        await asked(small)
     assert met.value.details["percent"] == 40.0
 
 
@@ -480,7 +487,7 @@ async def test_a_peer_that_does_not_know_this_node_costs_the_caller_no_key_error
     small, big = two.nodes
     big.replicas[0].failures = [Unauthorized("who are you?") for _ in range(1000)]
     with pytest.raises(DeadlineExceeded, match="big does not take this node's calls") as met:
-        await small.client.call("inference.chat", chat(), timeout=1.0)
+        await asked(small)
     assert met.value.details["cause"] == "peer_unreachable"
 
 

@@ -10,9 +10,9 @@ from mesh_nodes import PretendPeers, ScriptedReplica, generated, mesh_of
 
 from tars.core.mesh_messages import MemberState
 from tars.core.types import Deadline, ModelKind, ReplicaState
-from tars.errors import Overloaded
+from tars.errors import Overloaded, StillLoading
 from tars.messages.base import CallContext
-from tars.messages.inference import ChatMessage, ChatParams, Delta
+from tars.messages.inference import ChatMessage, ChatParams, Delta, EmbedParams
 from tars.messages.node import DeployParams
 from tars.rpc.http_client import RpcConnection
 from tars.rpc.options import RpcOptions
@@ -75,10 +75,8 @@ async def test_the_openai_api_lists_and_answers_models_that_only_a_peer_holds(me
     streamed = await (await client.post("/v1/chat/completions", json={**body, "stream": True})).text()
     assert '"content":"Hel"' in streamed
     assert streamed.rstrip().endswith("data: [DONE]")
-    soon = {"X-Request-Timeout-Ms": "1000"}
-    refused = await client.post("/v1/embeddings", json={"model": "coming", "input": "x"}, headers=soon)
-    assert refused.status == 503
-    assert "still loading on big" in (await refused.json())["error"]["message"]
+    with pytest.raises(StillLoading, match="still loading on big"):
+        await mesh.service.embed(EmbedParams(model="coming", input="x"), call(0.5))
 
 
 async def test_calls_to_peers_are_counted_and_whoever_answers_is_heard_of(mesh):
