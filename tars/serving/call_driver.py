@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing, nullcontext
+from dataclasses import replace
 from typing import Any, cast
 
 from tars.core.call_effects import Answer, AskToLoad, AttemptRecord, Effect, Fail, Failure, Start, Stop, Wake
@@ -182,7 +183,9 @@ class CallDriver:
             gone = Failure("stale_route")  # it went away between two looks
             return self.machine.failed(start.attempt, gone, self._now())
         except TarsError as error:
-            return self.machine.failed(start.attempt, failure_of(error), self._now())
+            self.last_error = error
+            # No way there is known: nothing was sent.
+            return self.machine.failed(start.attempt, replace(failure_of(error), sent=False), self._now())
         run = self._run(start.attempt, target, self._resume(start))
         self._tasks[start.attempt] = asyncio.create_task(run)
         return ()
@@ -228,7 +231,10 @@ class CallDriver:
 
     def _tick(self) -> None:
         self._timer = None
-        self._perform(self.machine.tick(self._now()))
+        try:
+            self._perform(self.machine.tick(self._now()))
+        except Exception as fault:  # noqa: BLE001 - raised again, in the task of whoever reads
+            self._end(fault)
 
     def _settle(self) -> None:
         """Nothing is waited for any more but attempts, or nothing at all."""
@@ -355,6 +361,8 @@ class CallDriver:
                 # Who has a part of the answer hears what broke it: that is worth a retry, whatever will not be loaded here.
                 broken = self.last_error if any(each.tokens for each in self.machine.attempts) else None
                 self._perform(self.machine.refused_to_load(failure_of(broken or error), self._now()))
+            except Exception as fault:  # noqa: BLE001 - raised again, in the task of whoever reads
+                self._end(fault)
         if self._watching is asyncio.current_task():
             self._watching = None
 

@@ -349,6 +349,28 @@ async def test_an_attempt_that_somebody_else_cancels_ends_the_call():
         await collect(Router(Fleet(Replica("a", asyncio.CancelledError()))))
 
 
+async def test_a_peer_of_which_no_address_is_known_is_passed_over_and_blamed_for_nothing():
+    class Unknown(Fleet):
+        def target(self, replica):
+            if replica.startswith("nowhere"):
+                raise PeerUnreachable("no address")
+            return super().target(replica)
+
+    nowhere = [Replica(f"nowhere-{number}", local=False) for number in range(3)]
+    fleet = Unknown(*nowhere, Replica("here", done()))
+    events = await collect(Router(fleet))
+    assert [each.outcome for each in events[-1][1].attempts] == ["peer_unreachable"] * 3 + ["answered"]
+
+
+async def test_a_fault_of_the_fleets_while_a_load_is_waited_for_ends_the_call():
+    class Faulty(Fleet):
+        async def wait_change(self):
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        await collect(Router(Faulty(Replica("a", state=ReplicaState.LOADING))))
+
+
 # --- waiting for a replica ----------------------------------------------------------------------------------------------
 
 
