@@ -63,8 +63,9 @@ MODELS = "models"
 """The folder in the state folder where model files that are fetched are kept, unless [files] names another."""
 DEMO_MODELS = ("tars-help-desk", "all-minilm-l6-v2")
 """What a node without any configuration serves: both come with the packages, so they need no network."""
-LAST_WORDS_SECONDS = 2.0
-"""After the grace time: for calls to hear that it is over, and for the successors of answers to fetch their states."""
+LAST_WORDS_PART, LAST_WORDS_LEAST_SECONDS, LAST_WORDS_MOST_SECONDS = 0.2, 0.5, 2.0
+"""Of the grace time, at its end: for calls to hear that it is over, and for the successors of answers to fetch their states. Whoever waits
+for the process (`docker stop`) kills it when the grace time is over."""
 CLOSE_SECONDS = 1.0
 """For connections that are still open after the grace time: status pages, idle clients."""
 EXIT_USAGE = 2
@@ -317,14 +318,14 @@ class Node:
                 self._admission.close()
             # First, so that the others take over meanwhile.
             await asyncio.gather(self.service.hand_over(), *([] if self._mesh is None else [self._mesh.leave()]))
+            last_words = min(LAST_WORDS_MOST_SECONDS, LAST_WORDS_PART * grace)
             with suppress(TimeoutError):
-                async with asyncio.timeout_at(ends_at):
+                async with asyncio.timeout_at(ends_at - last_words):
                     await self.service.idle()
             if self._admission is not None:
                 self._admission.end()
-            # Whose time is over hears it in a moment, and who goes on with an answer has its state in another.
             with suppress(TimeoutError):
-                async with asyncio.timeout(LAST_WORDS_SECONDS):
+                async with asyncio.timeout(max(LAST_WORDS_LEAST_SECONDS, last_words)):
                     await self.service.idle()
                     await self.service.handed_over()
             await self.service.close()

@@ -19,7 +19,7 @@ from model_stores import store_in
 from running_node import node_command, running_node
 
 from tars.client import Client
-from tars.errors import TarsError, Unauthorized
+from tars.errors import Draining, TarsError, Unauthorized
 from tars.mesh.operator_key import operator_key_for
 from tars.node import main
 
@@ -39,6 +39,13 @@ def run_node(*arguments, environment=None):
         check=False,
         env={**os.environ, **(environment or {})},
     )
+
+
+def only_chats(folder, grace_seconds):
+    """A configuration without the embedding model, whose libraries are most of a node's start."""
+    file = folder / "chats.toml"
+    file.write_text(f'[node]\ngrace_seconds = {grace_seconds}\n[[deploy]]\nmodel = "tars-help-desk"\n')
+    return file
 
 
 # --- what needs no model -----------------------------------------------------------------------------------------
@@ -211,8 +218,8 @@ async def test_ctrl_c_during_loading_ends_the_node_cleanly(tmp_path):
 
 @pytest.mark.model
 async def test_sigterm_lets_a_running_answer_end(tmp_path):
-    patient = {"TARS_NODE_GRACE_SECONDS": "60"}  # two engine threads on a busy two-core machine may crawl
-    async with running_node(tmp_path / "state", environment=patient) as node, Client(node.url) as client:
+    chats = only_chats(tmp_path, grace_seconds=60)  # two engine threads on a busy two-core machine may crawl
+    async with running_node(tmp_path / "state", "--config", chats) as node, Client(node.url) as client:
         await node.ready()
         first = asyncio.Event()
 
@@ -232,9 +239,32 @@ async def test_sigterm_lets_a_running_answer_end(tmp_path):
 
 
 @pytest.mark.model
+async def test_a_node_that_stops_refuses_new_calls_and_tells_those_whose_time_is_over(tmp_path):
+    chats = only_chats(tmp_path, grace_seconds=15)
+    async with running_node(tmp_path / "state", "--config", chats) as node, Client(node.url) as client:
+        await node.ready()
+        for worker in node.workers():
+            worker.send_signal(signal.SIGSTOP)  # so that the call surely outlasts the grace time
+        talking = asyncio.create_task(client.complete("the", max_tokens=5))
+        async with asyncio.timeout(20):
+            while not any(replica.active_calls for replica in (await client.describe()).replicas):
+                pass
+        node.send(signal.SIGTERM)
+        await node.printed("1 running call", 20)
+        body = {"model": "tars-help-desk", "prompt": "the", "max_tokens": 5}
+        async with aiohttp.ClientSession() as session, session.post(node.url + "/v1/completions", json=body) as answer:
+            assert (answer.status, (await answer.json())["error"]["code"]) == (503, "draining")
+            assert (answer.headers["Connection"], answer.headers["Retry-After"]) == ("close", "5")
+        with pytest.raises(Draining, match="grace time is over") as ended:
+            await talking
+        assert ended.value.retryable
+        assert await node.ended(60) == 0
+
+
+@pytest.mark.model
 async def test_a_second_ctrl_c_ends_the_node_before_its_grace_time_is_over(tmp_path):
-    patient = {"TARS_NODE_GRACE_SECONDS": "300"}
-    async with running_node(tmp_path / "state", environment=patient) as node, Client(node.url) as client:
+    chats = only_chats(tmp_path, grace_seconds=300)
+    async with running_node(tmp_path / "state", "--config", chats) as node, Client(node.url) as client:
         await node.ready()
         for worker in node.workers():
             worker.send_signal(signal.SIGSTOP)  # so that the call surely outlasts the first signal
