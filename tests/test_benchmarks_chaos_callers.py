@@ -106,9 +106,16 @@ async def test_nobody_there_is_a_gateway_that_is_gone() -> None:
                 await cast("Awaitable[object]", call)
 
 
-async def test_a_gateway_that_says_nothing_more_loses_its_calls_at_once() -> None:
+@pytest.mark.parametrize("alone", [False, True])
+async def test_a_silent_gateway_loses_its_calls_only_where_another_one_is_heard(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, alone: bool
+) -> None:
+    monkeypatch.setattr("chaos_callers.SILENT_SECONDS", 0.4)
+    monkeypatch.setattr("chaos_callers.PING_SECONDS", 0.02)
     async with Gateway("a", "http://127.0.0.1:9", None, None) as nobody:
         stopped = asyncio.Event()
+        if not alone:
+            gateway.watch([nobody])
 
         async def work() -> None:
             try:
@@ -118,10 +125,17 @@ async def test_a_gateway_that_says_nothing_more_loses_its_calls_at_once() -> Non
 
         waiting = asyncio.create_task(nobody.while_up(work()))
         await asyncio.sleep(0)
-        nobody.watch()
-        with pytest.raises(GatewayGone):
-            await asyncio.wait_for(waiting, 10)
+        nobody.watch([nobody] if alone else [gateway])
+        if alone:
+            await asyncio.wait([waiting], timeout=0.7)
+            assert not waiting.done()
+            waiting.cancel()
+            await asyncio.wait([waiting])
+        else:
+            with pytest.raises(GatewayGone):
+                await asyncio.wait_for(waiting, 10)
         assert stopped.is_set()
+        # New calls go elsewhere in any case.
         assert not nobody.up
 
 
@@ -142,7 +156,7 @@ class Scripted:
     """A gateway that answers as it was told, one after the other."""
 
     def __init__(self, name: str, *answers: Heard | Exception) -> None:
-        self.name, self.up = name, True
+        self.name, self.up, self.heard_at = name, True, 0.0
         self.answers = list(answers)
         self.keys: list[str | None] = []
 

@@ -189,7 +189,7 @@ class Run:
         for call in calls:
             self._right[call.number] = await undisturbed(mesh.gateways[call.number % 2], call)
         for gateway in mesh.gateways:
-            gateway.watch()
+            gateway.watch(mesh.gateways)
         self.callers = Callers(mesh.gateways, self._judged)
         load = Load(self.callers, calls, self._options.seed)
         capacity = await load.capacity(CAPACITY_CALLERS, CAPACITY_SECONDS)

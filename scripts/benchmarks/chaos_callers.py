@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -28,8 +28,11 @@ Answer = TypeVar("Answer")
 Connect = Callable[[tuple[Any, ...]], Any] | None
 """A socket factory of the callers' PC; None: this process's own network."""
 
-PING_SECONDS, SILENT_SECONDS = 0.5, 3.0
-"""A caller's load balancer asks each gateway so often, and takes it for gone after so long without an answer."""
+PING_SECONDS, SILENT_SECONDS = 0.5, 4.0
+"""A caller's load balancer asks each gateway so often, and gives its calls up after so long without a sign of life from it, while another
+gateway gives some: where nobody does, it is the callers' own PC or an overload, and calls that are sent again only add to it."""
+AGAIN_SECONDS, AGAIN_MOST_SECONDS = 0.1, 3.0
+"""Before a call is sent again; doubles each time."""
 PATIENCE_SECONDS = 90.0
 """How long a caller wants an answer, and comes back where it was told that there is no room."""
 ALTERNATIVES = 20
@@ -50,6 +53,10 @@ class Gateway:
         self.client = Client(url, api_key=api_key, timeout=PATIENCE_SECONDS)
         self.client._connection._socket_factory = connect  # no service needs to choose its own sockets
         self._session: aiohttp.ClientSession | None = None
+        self.up = True
+        """Whether new calls are sent to it: it answers, and is not leaving."""
+        self.heard_at = time.monotonic()
+        """The last sign of life."""
         self._gone = asyncio.Event()
         self._watch: asyncio.Task[None] | None = None
 
@@ -69,25 +76,28 @@ class Gateway:
         assert self._session is not None
         await self._session.close()
 
-    @property
-    def up(self) -> bool:
-        """Whether its callers use it now."""
-        return not self._gone.is_set()
+    def watch(self, others: Sequence[Gateway]) -> None:
+        """Keep asking it for a sign of life, from now on. `others` are watched too."""
+        self._watch = asyncio.create_task(self._keep_asking(others))
 
-    def watch(self) -> None:
-        """Keep asking it for a sign of life, from now on."""
-        self._watch = asyncio.create_task(self._keep_asking())
-
-    async def _keep_asking(self) -> None:
+    async def _keep_asking(self, others: Sequence[Gateway]) -> None:
+        self.heard_at = time.monotonic()
         while True:
+            began = time.monotonic()
             try:
-                async with asyncio.timeout(SILENT_SECONDS):
-                    leaving = (await self.client.ping(timeout=SILENT_SECONDS)).state == "draining"
+                async with asyncio.timeout(SILENT_SECONDS / 2):
+                    self.up = (await self.client.ping(timeout=SILENT_SECONDS)).state != "draining"
+                self.heard_at = time.monotonic()
             except (TarsError, TimeoutError):
-                leaving = True
-            if leaving:
+                now = time.monotonic()
+                self.up = False
+                # What this process was late by is nobody's silence.
+                self.heard_at += max(0.0, now - began - SILENT_SECONDS / 2)
+            now = time.monotonic()
+            somebody = any(now - other.heard_at < SILENT_SECONDS / 2 for other in others if other is not self)
+            if now - self.heard_at > SILENT_SECONDS and somebody:
                 self._gone.set()
-            else:
+            elif self.up:
                 self._gone.clear()
             await asyncio.sleep(PING_SECONDS)
 
@@ -331,17 +341,15 @@ class Callers:
         self.records.append(record)
         latest = record.sent + PATIENCE_SECONDS
         while True:
-            pieces_before = len(record.pieces)
             try:
                 heard = await self._once(call, gateway, face, key, record, latest - time.monotonic())
-            except GatewayGone as gone:
+            except GatewayGone:
                 record.sent_again.append((time.monotonic(), gateway.name))
-                record.problems.append(f"sent again: {gateway.name}: {gone}")
                 gateway = self._other_than(gateway)
                 if time.monotonic() > latest - 1:
                     return self._ended(record, "lost", "no gateway was there for all of its patience")
                 # Also where the same one is tried again: it has to come back first.
-                await asyncio.sleep(0.1 if pieces_before == len(record.pieces) else 0.0)
+                await asyncio.sleep(min(AGAIN_SECONDS * 2 ** (len(record.sent_again) - 1), AGAIN_MOST_SECONDS))
             except Overloaded as full:
                 record.refusals += 1
                 wait = (full.retry_after_ms or 1000) / 1000
@@ -359,7 +367,8 @@ class Callers:
         self, call: Call, gateway: Gateway, face: str, key: str | None, record: CallRecord, seconds: float
     ) -> Heard:
         def piece() -> None:
-            record.pieces.append(time.monotonic())
+            gateway.heard_at = time.monotonic()
+            record.pieces.append(gateway.heard_at)
 
         if face == "openai":
             return await gateway.while_up(gateway.by_openai(call, seconds, key, piece))

@@ -141,7 +141,7 @@ def summarise(calm: Sequence[CallRecord], chaos: Sequence[CallRecord], faults: S
         if not any(fault.in_force(at, gateway, GATEWAY_MARGIN_SECONDS) for fault in faults)
     ]
     problems += [
-        f"gateway {gateway} was gone without a fault: call {record.call}: {'; '.join(record.problems)}"
+        f"gateway {gateway} was gone without a fault for call {record.call} ({record.kind}, {record.face})"
         for record, gateway in unexplained
     ]
     return Summary(
