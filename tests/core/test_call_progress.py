@@ -32,7 +32,9 @@ def test_an_exact_call_goes_on_only_where_it_is_exact():
     assert names(progress.able(fleet)) == ["a", "c"]
     fast = CallProgress(exact=True)
     fast.gave(fleet[1], 0, [5])
-    assert names(fast.able(fleet)) == ["a", "b", "c"], "what was not exact cannot be kept so, and is not given up for it"
+    assert names(fast.able(fleet)) == ["a", "b", "c"], (
+        "what was not exact cannot be kept so, and is not given up for it"
+    )
 
 
 def test_where_the_file_is_not_known_only_the_replica_itself_goes_on():

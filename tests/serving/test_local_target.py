@@ -53,8 +53,9 @@ async def test_a_call_waits_for_its_turn_until_the_engine_is_done_with_the_one_b
     first = target_of(worker, gate).run(CompleteParams(prompt="first"), call)
     assert await anext(first) == "event"
     second = asyncio.ensure_future(anext(target_of(other := FakeWorker(), gate).run(CompleteParams(prompt="x"), call)))
-    while not gate.waiting:
-        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        while not gate.waiting:  # noqa: ASYNC110  # it counts, and has no event
+            await asyncio.sleep(0)
     tokens = target_of(third := FakeWorker(), gate).run(TokenizeParams(text="x"), call)
     assert await anext(tokens) == "event", "which no model sees"
     assert (len(third.ran), len(other.ran), gate.waiting) == (1, 0, 1)
