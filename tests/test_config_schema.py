@@ -206,7 +206,14 @@ def test_a_deploy_table_that_contradicts_itself_is_refused(wrong: dict[str, int]
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"inter_token_ms": 0.0}, {"embedding_backend": "torch-int8"}, {"continuation": "yes"}, {"exact": True}, {"slots": 4}]
+    "wrong",
+    [
+        {"inter_token_ms": 0.0},
+        {"embedding_backend": "torch-int8"},
+        {"continuation": "yes"},
+        {"exact": True},
+        {"slots": 4},
+    ],
 )
 def test_an_engines_table_has_bounds_and_known_back_ends(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError):

@@ -365,7 +365,9 @@ async def test_a_worker_is_told_of_the_engines_settings_adapters_and_the_draft_m
     given = (AdapterSource(name="legal", path=adapter, scale=0.5),)
     model = ModelSource(name="mine", path=tiny_gguf, adapters=given, draft=draft)
     bench.coordinator.catalogue = Catalogue.load(builtin=False, extra=[model])
-    bench.coordinator.executor.engines = EnginesSection(inter_token_ms=50.0, continuation="exact", embedding_backend="onnx")
+    bench.coordinator.executor.engines = EnginesSection(
+        inter_token_ms=50.0, continuation="exact", embedding_backend="onnx"
+    )
     bench.deployments.deploy(Deployment("mine"))
     await bench.coordinator.reconcile()
     spec = bench.workers[0].spec
