@@ -164,7 +164,13 @@ class Gate:
         entry = turn.entry = Entry(turn.call.caller, turn.call.priority or INTERACTIVE, units)
         turn.room = room
         now = turn.came = self._now()
-        if turn.begun or (not self._queue and self._fits(room, capacity)):
+        remaining = turn.call.deadline.remaining(now)
+        rate = self._per_second(capacity)
+        own = seconds_of(self._shared(units), rate)
+        at_once = not self._queue and self._fits(room, capacity)
+        # What texts cost is known: beside all that runs, these would not be done in time.
+        hopeless = not capacity.generates and bool(self._running) and own * self._margin.mean > remaining
+        if turn.begun or (at_once and not hopeless):
             if self._queue:
                 self._queue.charge(entry.caller, entry.priority, units)
             else:
@@ -172,19 +178,18 @@ class Gate:
             self._start(turn, now)
             self._note(capacity, now)
             return
-        remaining = turn.call.deadline.remaining(now)
         first_by = turn.call.first_by
-        rate = self._per_second(capacity)
-        own = self._margin.most * seconds_of(self._shared(units), rate)
+        own *= self._margin.most
         ahead = self._ahead(entry.caller, entry.priority, room, capacity)
         waits = self._waits[entry.priority]
-        wait, latest = seconds_of(ahead, rate) * waits.mean, latest_start(remaining, own)
+        wait = seconds_of(ahead, rate) * waits.mean
+        latest = latest_start(remaining, own) if capacity.generates else remaining - own
         if first_by is not None:
             # Its caller goes away before.
             remaining = min(remaining, first_by.remaining(now))
             latest = min(latest, remaining)
         if wait > latest:
-            raise self._refusal("late", _too_late(wait, remaining, len(self._queue)), wait - latest)
+            raise self._refusal("late", _too_late(wait, own, remaining, len(self._queue)), wait - latest)
         gone = self._queue.add(entry)
         if gone is entry:
             raise self._refusal("full", _full(len(self._queue)), wait / 2)
@@ -389,10 +394,11 @@ def _text_tokens(work: Work, most: float) -> float:
             return 0.0
 
 
-def _too_late(wait: float, remaining: float, queued: int) -> str:
+def _too_late(wait: float, own: float, remaining: float, queued: int) -> str:
     return (
-        f"The call would wait about {wait:.1f} s for this replica ({queued} calls wait already), too long for the {remaining:.1f} s that "
-        "it has left, so it was not begun. Send it again later, to another node, or with more time (`_meta.timeout_ms`)."
+        f"The call would wait about {wait:.1f} s for this replica ({queued} calls wait already) and may take {own:.1f} s beside the "
+        f"others, too long for the {remaining:.1f} s that it has left, so it was not begun. Send it again later, to another node, or with "
+        "more time (`_meta.timeout_ms`)."
     )
 
 

@@ -360,7 +360,7 @@ async def test_texts_are_let_in_by_their_tokens_so_that_batches_stay_full(clock)
     for task in tasks:
         await bench.ended(task)
     # A huge call takes no more than its part, so that others still get in beside it.
-    huge = [bench.call("b", work=EmbedParams(input=["x" * 4000] * 2048)) for _ in range(LEAST_CALLS + 2)]
+    huge = [bench.call("b", work=EmbedParams(input=["x" * 4000] * 2048), seconds=1e6) for _ in range(LEAST_CALLS + 2)]
     await settled()
     assert bench.inside.count("b") == LEAST_CALLS
     assert bench.gate.waiting == 2
@@ -386,6 +386,22 @@ async def test_the_callers_of_the_engine_benchmark_all_find_room_so_that_its_bat
     await settled()
     assert len(bench.inside) == callers
     for task in tasks:
+        await bench.ended(task)
+
+
+async def test_texts_that_cannot_be_done_in_time_beside_the_others_are_refused_and_alone_they_are_tried(clock):
+    """What they cost is known: 6,400 tokens, a second of all of the replica."""
+    bench = Bench(clock, Capacity(100_000.0, 512.0, 100, 6400.0, 256, generates=False))
+    work = EmbedParams(input=["x" * 256] * 100)
+    first = bench.call("a", work=work, seconds=0.5)
+    await settled()
+    assert bench.inside == ["a"]
+    second = bench.call("b", work=work, seconds=1.5)
+    await settled()
+    assert bench.inside == ["a", "b"]
+    with pytest.raises(Overloaded, match=r"wait about 0\.0 s .*may take 4\.0 s beside the others"):
+        await bench.call("b", work=work, seconds=1.5)
+    for task in (first, second):
         await bench.ended(task)
 
 

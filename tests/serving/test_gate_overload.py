@@ -14,12 +14,14 @@ import pytest
 from tars.core.types import Deadline
 from tars.errors import Overloaded
 from tars.messages.base import CallContext
-from tars.messages.inference import CompleteParams, Generated, Timings, Usage
+from tars.messages.inference import CompleteParams, Embedded, EmbedParams, Generated, Timings, Usage
 from tars.serving.gate import Capacity, Gate
 
 SLOTS, SPEED, TOKENS = 4, 400.0, 20
 """Tokens a second of all slots together; of an answer on the average, exponentially distributed."""
 CAPACITY = SPEED / TOKENS
+TEXT_SPEED = 20_000.0
+"""Tokens a second of texts; a call has 1,600 on the average."""
 DEADLINE = 2.0
 SECONDS = 20.0
 
@@ -76,6 +78,33 @@ class Engine:
                     answer[2](answer[1])
 
 
+class TextEngine:
+    """All calls that it has share its speed evenly, as the embedding engine lets them take turns."""
+
+    def __init__(self):
+        self.running = []
+
+    def submit(self, tokens, on_end):
+        answer = [tokens, tokens, on_end]
+        self.running.append(answer)
+        return answer
+
+    def cancel(self, answer):
+        if answer in self.running:
+            self.running.remove(answer)
+
+    async def run(self):
+        step = 0.01
+        while True:
+            await asyncio.sleep(step)
+            each = TEXT_SPEED * step / max(1, len(self.running))
+            for answer in list(self.running):
+                answer[0] -= each
+                if answer[0] <= 0:
+                    self.running.remove(answer)
+                    answer[2](answer[1])
+
+
 @dataclass
 class Tally:
     sent: Counter = field(default_factory=Counter)
@@ -85,33 +114,50 @@ class Tally:
     tokens: int = 0
 
 
-def run(rates, own_word=5 * SPEED, seed=1, seconds=SECONDS):
+def run(rates, own_word=5 * SPEED, seed=1, seconds=SECONDS, texts=False):
     """What came of calls that came at these rates; `own_word`: what the replica claims to do."""
     loop = VirtualLoop()
     try:
-        return loop.run_until_complete(_run(loop, rates, own_word, random.Random(seed), seconds))
+        return loop.run_until_complete(_run(loop, rates, own_word, random.Random(seed), seconds, texts))
     finally:
         loop.close()
 
 
-async def _run(loop, rates, own_word, dice, seconds):
-    gate = Gate(lambda: Capacity(SLOTS + 1, SLOTS, 100, own_word), 64, loop.time, random.Random(2))
-    engine, tally = Engine(), Tally()
+def tokens_and_work(dice, texts):
+    """Of a call for texts they are known when it comes; of a generation nobody knows them before it ended."""
+    if not texts:
+        return max(1, round(dice.expovariate(1 / TOKENS))), CompleteParams(prompt="")
+    count = 1 + int(dice.expovariate(1 / 15))
+    return count * 100.0, EmbedParams(input=["x" * 400] * count)
+
+
+def ending(texts, count):
+    if texts:
+        return Embedded(vectors=[], dimensions=1, prompt_tokens=int(count), timings=Timings())
+    usage = Usage(prompt_tokens=0, completion_tokens=count, total_tokens=count)
+    return Generated(text="", finish_reason="stop", usage=usage, timings=Timings())
+
+
+async def _run(loop, rates, own_word, dice, seconds, texts):
+    capacity = Capacity(SLOTS + 1, SLOTS, 100, own_word)
+    if texts:
+        capacity = Capacity(8192.0, 512.0, 65, own_word, 256, generates=False)
+    gate = Gate(lambda: capacity, 64, loop.time, random.Random(2))
+    engine, tally = TextEngine() if texts else Engine(), Tally()
     working = asyncio.create_task(engine.run())
 
     async def call(caller):
         tally.sent[caller] += 1
         began = loop.time()
-        tokens = max(1, round(dice.expovariate(1 / TOKENS)))
+        tokens, work = tokens_and_work(dice, texts)
         priority = "batch" if caller == "batch" else None
         context = CallContext(Deadline(began + DEADLINE), "t", caller=caller, priority=priority)
         try:
-            async with asyncio.timeout(DEADLINE), gate.turn(context, CompleteParams(prompt="")) as turn:
+            async with asyncio.timeout(DEADLINE), gate.turn(context, work) as turn:
                 done = loop.create_future()
 
                 def ended(count):
-                    usage = Usage(prompt_tokens=0, completion_tokens=count, total_tokens=count)
-                    turn.ended(Generated(text="", finish_reason="stop", usage=usage, timings=Timings()))
+                    turn.ended(ending(texts, count))
                     done.set_result(None)
 
                 answer = engine.submit(tokens, ended)
@@ -141,10 +187,10 @@ async def _run(loop, rates, own_word, dice, seconds):
     return tally
 
 
-def rates(factor):
+def rates(factor, capacity=CAPACITY):
     """A greedy caller, a modest one below the fair share, and a batch job: as `scripts/bench overload` has them."""
-    modest, batch = 0.2 * CAPACITY, 0.5 * CAPACITY
-    return {"modest": modest, "batch": batch, "greedy": factor * CAPACITY - modest - batch}
+    modest, batch = 0.2 * capacity, 0.5 * capacity
+    return {"modest": modest, "batch": batch, "greedy": factor * capacity - modest - batch}
 
 
 @pytest.mark.parametrize(
@@ -167,6 +213,16 @@ def test_throughput_stays_flat_whatever_comes(factor, own_word):
     assert refused_after[len(refused_after) // 2] <= 0.05, "at once"
     assert tally.answered["modest"] >= 0.95 * tally.sent["modest"]
     assert tally.answered["batch"] >= 0.05 * tally.answered.total()
+
+
+@pytest.mark.parametrize("factor", [1.0, 5.0])
+def test_texts_stay_flat_too(factor):
+    tally = run(rates(factor, TEXT_SPEED / 1600), 3 * TEXT_SPEED, texts=True)
+    assert tally.tokens >= 0.85 * TEXT_SPEED * SECONDS
+    assert tally.late <= 0.05 * tally.answered.total()
+    # The largest calls cannot be done in time beside others, whoever sends them.
+    assert tally.answered["modest"] >= 0.6 * tally.sent["modest"]
+    assert tally.answered["batch"] >= 0.03 * tally.answered.total()
 
 
 def test_a_caller_who_is_alone_has_all_of_the_replica():
