@@ -145,7 +145,7 @@ async def service(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Ser
     (folder / "node.toml").write_text(CONFIG)
     async with (
         running_node(folder / "state", "--config", folder / "node.toml") as node,
-        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=30)) as http,
+        aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as http,
     ):
         await node.ready()
         service = Service(node, http)
@@ -304,7 +304,9 @@ async def test_callers_that_leave_give_their_slots_back(service: Service) -> Non
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-async def test_a_worker_that_dies_or_stands_still_ends_its_calls_and_is_replaced(service: Service, number: int) -> None:
+async def test_a_worker_that_dies_or_stands_still_is_replaced_and_its_answers_go_on_in_the_next_one(
+    service: Service, number: int
+) -> None:
     ends = time.monotonic() + 5
     while len(workers := service.node.workers()) > 1:  # those of removed models end a moment later
         assert time.monotonic() < ends, workers
@@ -315,16 +317,9 @@ async def test_a_worker_that_dies_or_stands_still_ends_its_calls_and_is_replaced
     waiting = [asyncio.create_task(service.complete(max_tokens=900, logit_bias=ON)) for _ in range(4)]
     await asyncio.wait_for(begun.wait(), 10)
     worker.send_signal(number)
-    with pytest.raises(ConnectionError, match="worker_crashed"):
-        await streamed
+    assert await streamed == service.alone
     for call in waiting:
-        error = (await call)["error"]
-        assert (error["data"]["kind"], error["data"]["retryable"]) == ("worker_crashed", True)
-        assert "again" in error["message"]
-    ends = time.monotonic() + 15
-    while "error" in (answer := await service.complete()):
-        assert answer["error"]["data"]["retryable"], answer
-        assert time.monotonic() < ends
-        await asyncio.sleep(0.1)
+        answer = await call
+        assert answer["result"]["usage"]["completion_tokens"] == 900, answer
     assert await service.stream() == service.alone
     assert not worker.is_running()
