@@ -137,7 +137,8 @@ class VirtualKeys:
             self._end(entry, given)
             give(given)
 
-        self._drive(settling(entry.key, entry.body, entry.run, lambda: self._homes(entry.key), answer), settled)
+        steps = settling(entry.key, entry.body, entry.run, lambda: self._homes(entry.key), answer, lives=self._lives)
+        self._drive(steps, settled)
 
     def fail(self, entry: Entry) -> None:
         """Free the key, unless it succeeded."""

@@ -154,12 +154,20 @@ def claiming(
 
 
 def settling(
-    key: str, body: str, run: Run, homes: Callable[[], Sequence[NodeId]], answer: bytes | None, *, wait: bool = True
+    key: str,
+    body: str,
+    run: Run,
+    homes: Callable[[], Sequence[NodeId]],
+    answer: bytes | None,
+    *,
+    wait: bool = True,
+    lives: Callable[[NodeId], bool] = lambda node: True,
 ) -> Steps[Known | None]:
     """Tell the homes that the call is answered (`answer` None: it is too large to be sent about).
 
     Returns the answer to give instead, where this node was thought gone and another one has taken over: all who ask get the same one.
-    `wait` False: not for one that still runs.
+    `wait` False: not for one that still runs. `lives` says whether this node sees another one alive: one that it does not (it was removed,
+    say, and runs on for itself) must not keep a finished answer from its caller.
     """
     me = run.claim.owner
     told = tuple(dict.fromkeys((*homes(), *run.homes)))
@@ -176,7 +184,7 @@ def settling(
     if winner is None or winner.claim is None:
         return None
     given = None if winner.answer is None else Known(winner.answer)
-    if given is None and wait:
+    if given is None and wait and lives(winner.claim.owner):
         joined = yield from _join(key, body, winner.claim.owner)
         given = joined if isinstance(joined, Known) else None
     behind = tuple(home for home in told if (reply := said.get(home)) is None or reply.claim != winner.claim)

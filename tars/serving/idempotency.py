@@ -253,7 +253,7 @@ class IdempotentAnswers:
         alone = self._homes(key) == (self._me,) == entry.run.homes
         # Alone, the answer is kept once, as it is; a node that joins later finds its owner here.
         said = None if alone else self._written(answer)
-        steps = settling(key, entry.body, entry.run, lambda: self._homes(key), said, wait=not shown)
+        steps = settling(key, entry.body, entry.run, lambda: self._homes(key), said, wait=not shown, lives=self._lives)
         # A task of its own: the caller may leave now, and the answer is there all the same.
         return await asyncio.shield(self._start(self._settled(key, entry, answer, steps, shown)))
 

@@ -69,8 +69,8 @@ class Mesh:
             claiming("k", body, Claim(node, token or f"token-{node}"), lambda: homes, random.Random(1), **more)
         )
 
-    def settle(self, run, answer, homes=(A, B)):
-        return self.drive(settling("k", "x", run, lambda: homes, answer))
+    def settle(self, run, answer, homes=(A, B), **more):
+        return self.drive(settling("k", "x", run, lambda: homes, answer, **more))
 
 
 @pytest.fixture
@@ -151,6 +151,15 @@ def test_an_owner_that_thaws_keeps_its_own_answer_where_its_successor_is_gone_to
     mesh.claim(D)
     mesh.down = {D}
     assert mesh.settle(frozen, b"late") is None
+
+
+def test_an_owner_does_not_wait_for_a_successor_that_it_does_not_see_alive(mesh):
+    frozen = mesh.claim(C)
+    mesh.down = {C}
+    mesh.claim(D)
+    mesh.down = set()
+    mesh.own[D] = KeyReply(KeyState.RUNNING)  # for ever
+    assert mesh.settle(frozen, b"late", lives=lambda node: node != D) is None
 
 
 def test_another_body_is_refused_and_what_was_granted_for_it_is_freed(mesh):
