@@ -311,6 +311,8 @@ class CallMachine:
         """All that run are late: give them up for another one, if there is one in good standing and the budget allows it."""
         choice = None if self._caller_reads else self._better(now)
         if choice is None:
+            # The next look takes those too that were given up before: this one may be frozen where they were slow.
+            self._progress.forgive(now)
             for running in self._running.values():
                 running.look_at = now + LOOK_SECONDS
             return self._armed([], now)

@@ -427,6 +427,20 @@ def test_one_that_was_late_for_a_call_and_gives_tokens_to_others_is_taken_for_la
     assert state.ledger.breaker(ReplicaId("a"), 0.1) == "closed"
 
 
+def test_a_stream_that_left_a_slow_replica_for_a_frozen_one_comes_back():
+    call = Call(replica("a"), replica("b"), state=taught("a", "b"))
+    call.begin()
+    first = call.started()[0]
+    call.tokens(0, 1)
+    call.until(Stop)
+    assert call.started()[0] != first
+    gone = call.now
+    call.effects = []
+    call.until(Stop)
+    assert call.started() == (first, ((1,),))
+    assert call.now - gone < 6.0
+
+
 def test_a_first_token_that_is_late_is_asked_of_another_one():
     call = Call(replica("a"), replica("b"), state=taught("a", "b"))
     call.begin()
