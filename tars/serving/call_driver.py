@@ -47,7 +47,8 @@ Routed = tuple[Event, ServedBy] | tuple[Progress, None]
 class CallDriver:
     """See the module's law. `begin` once, `next` until it gives None, then `close`, whatever happened.
 
-    `error_of` makes the caller's error of the machine's last word. `work` has its seed where it generates.
+    `error_of` makes the caller's error of the machine's last word. `work` has its seed where it generates. `may_load`: nobody had deployed
+    the model when the call came; what was deployed is loaded without being asked for, or was removed meanwhile, and that counts.
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class CallDriver:
         error_of: Callable[[Failure, CallDriver], TarsError],
         ledger: ReplicaLedger,
         record: CallRecord | None = None,
+        *,
+        may_load: bool = False,
     ):
         self.machine = machine
         self.waits_for_load = False
@@ -80,6 +83,7 @@ class CallDriver:
         self._now = now
         self._error_of = error_of
         self._ledger = ledger
+        self._may_load = may_load
         self._record = record
         self._stream = (
             StreamSoFar(work, now) if isinstance(work, ChatParams | CompleteParams) and not call.hops else None
@@ -346,7 +350,7 @@ class CallDriver:
         waiting: Any = nullcontext() if self._record is None else self._record.waiting(what)
         with waiting:
             try:
-                if self.waits_for_load:
+                if self.waits_for_load and self._may_load:
                     await self._fleet.ask_to_load(self.model)
                 while not (self.machine.over or self._tasks):
                     if self.waits_for_load:

@@ -59,8 +59,8 @@ class Fleet(Protocol):
         ...
 
     async def ask_to_load(self, model: str) -> None:
-        """Nobody can answer for `model`: have a replica loaded, without moving what others run. Returns when it is asked for, not when it
-        is there. Raises `TarsError` where it cannot be: it fits nowhere, its file is gone, or loading on demand is off.
+        """Nobody deployed `model`, and a call names it: have a replica loaded, without moving what others run. Returns when that is asked
+        for, not when it is there. Raises `TarsError` where it cannot be: it fits nowhere, its file is gone, or loading on demand is off.
         """
         ...
 

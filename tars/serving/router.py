@@ -123,7 +123,18 @@ class Router:
         record = None if self._records is None else self._records.open(call, name)
         if record is not None:
             record.attempts = machine.attempts
-        driver = CallDriver(machine, self._fleet, name, work, call, self._now, self._failure, self.state.ledger, record)
+        driver = CallDriver(
+            machine,
+            self._fleet,
+            name,
+            work,
+            call,
+            self._now,
+            self._failure,
+            self.state.ledger,
+            record,
+            may_load=not model.deployed,
+        )
         try:
             driver.begin()
             while (item := await driver.next()) is not None:

@@ -29,7 +29,7 @@ from tars.serving.call_record import CallRecords
 from tars.serving.router import Router, ServedModel
 
 SECONDS = 10.0
-CHAT = ServedModel("chat", ModelKind.CHAT, ())
+CHAT = ServedModel("chat", ModelKind.CHAT, (), deployed=False)
 WORK = ChatParams(messages=[ChatMessage(role="user", content="hello")])
 TEXTS = EmbedParams(input=["a", "b"])
 VECTORS = Embedded(vectors=["AAAA", "AAAA"], dimensions=1, prompt_tokens=2, timings=Timings())
