@@ -161,6 +161,8 @@ def test_a_seed_gives_the_same_faults_of_every_kind_and_none_that_cannot_be_done
     assert all(HOLD_SECONDS[fault.kind][0] <= fault.hold <= HOLD_SECONDS[fault.kind][1] for fault in faults)
     assert not any(fault.kind.needs_links for fault in schedule(1, 100, links=False))
     assert {fault.kind for fault in schedule(1, 9, links=True, only=[FaultKind.CUT])} == {FaultKind.CUT}
+    # Those that are rare otherwise are not where they are asked for.
+    assert len({fault.kind for fault in schedule(1, 2, links=True, only=[FaultKind.ROLLING, FaultKind.CUT])}) == 2
     with pytest.raises(ValueError, match="loopback"):
         schedule(1, 9, links=False, only=[FaultKind.CUT])
 

@@ -206,7 +206,7 @@ class Run:
         await self._chaos(mesh, load, rate, capacity)
 
     def _faults(self, links: bool) -> list[Fault]:
-        only = [FaultKind[name.upper()] for name in self._options.only] or list(FaultKind)
+        only = [FaultKind[name.upper()] for name in self._options.only] or None
         return schedule(self._options.seed, self._options.faults, links=links, only=only)
 
     async def _chaos(self, mesh: ChaosMesh, load: Load, rate: float, capacity: float) -> None:
