@@ -36,14 +36,9 @@ LOOK_SECONDS = 0.25
 _ENGINE_OF = {CHAT_MODEL: "chat worker", EMBEDDING_MODEL: "embedding worker"}
 
 
-def configuration(mode: str, slots: int, models: Sequence[str] = MODELS) -> str:
-    """What the PCs' files say of models and engines. Embeddings in float32: what is computed elsewhere has to be the same to 1e-5."""
-    text = f'[engines]\nembedding_backend = "torch-fp32"\ncontinuation = "{mode}"\n'
-    for model in models:
-        text += f'[[deploy]]\nmodel = "{model}"\nreplicas = {REPLICAS}\n'
-        if model == CHAT_MODEL:
-            text += f"slots = {slots}\n"
-    return text
+def configuration(mode: str) -> str:
+    """What the PCs' files say of engines. Embeddings in float32: what is computed elsewhere has to be the same to 1e-5."""
+    return f'[engines]\nembedding_backend = "torch-fp32"\ncontinuation = "{mode}"\n'
 
 
 @contextmanager
@@ -214,7 +209,7 @@ async def running_mesh(
                 host=host,
                 priority=10 - 3 * number,
                 memory_mib=MEMORY_MIB[name],
-                more=configuration(mode, slots, models),
+                more=configuration(mode),
                 mesh="" if host else "mdns = false",
             )
             for number, (name, host) in enumerate(zip(names, hosts, strict=False))
@@ -222,7 +217,7 @@ async def running_mesh(
         mesh = ChaosMesh(pcs, hosts[-1], models)
         try:
             async with AsyncExitStack() as stack:
-                await _assemble(mesh, stack, cores or {})
+                await _assemble(mesh, stack, cores or {}, slots)
                 yield mesh
         finally:
             mesh.thaw()
@@ -259,7 +254,7 @@ def _on(cores: set[int] | None) -> Iterator[None]:
             os.sched_setaffinity(0, before)
 
 
-async def _assemble(mesh: ChaosMesh, stack: AsyncExitStack, cores: Mapping[str, set[int]]) -> None:
+async def _assemble(mesh: ChaosMesh, stack: AsyncExitStack, cores: Mapping[str, set[int]], slots: int) -> None:
     first, *others = mesh.pcs.values()
     with _on(cores.get(first.name)):
         await first.start()
@@ -269,6 +264,9 @@ async def _assemble(mesh: ChaosMesh, stack: AsyncExitStack, cores: Mapping[str, 
             await pc.start(await first.invitation())
         mesh.processes(pc.name)
     await converge(list(mesh.pcs.values()), 60.0)
+    # Only now: a node alone would take both replicas, and nothing moves without a reason.
+    for model in mesh.models:
+        await first.client.deploy(model, replicas=REPLICAS, slots=slots if model == CHAT_MODEL else None)
     key = (await first.client.new_key("chaos")).key
     connect = None if mesh.callers_host is None else mesh.callers_host.socket_factory
     for name in mesh.pcs:
