@@ -24,9 +24,10 @@ SLOW_MEMBERSHIP = "probe_seconds = 3\n"
 """So that it is not membership that finds what froze: it takes 15 s then."""
 EXACT = '[engines]\ncontinuation = "exact"\n'
 """So that a text which went on elsewhere can be compared with one that did not, letter by letter."""
-LONGEST_GAP = 10.0
+LONGEST_GAP, WITH_REPLAY = 10.0, 30.0
 """Seconds inside a stream. The aim is 3 on a quiet machine; this one may run other tests beside. Without failover it is a call's whole
-time, 60 s, and by membership alone 15."""
+time, 60 s, and by membership alone 15. With replay: exact mode computes what there was token by token before it goes on, and how much
+that is depends on how far each stream was."""
 END_TOKENS = (0, 1, 2)
 """Forbidden, so that an answer is as long as it may be."""
 TOKENS = 700
@@ -149,10 +150,11 @@ async def test_a_node_that_freezes_costs_a_pause_in_its_streams_and_is_used_agai
             print("longest gaps", sorted(round(each.longest, 2) for each in streams.values()), moved[0].attempts)
             assert all(each.attempts[0][0] == c.node_id() for each in moved)
             assert all(each.attempts[-1] == (b.node_id(), "answered") for each in moved)
+            assert min(each.longest for each in moved) < LONGEST_GAP
             for text, stream in streams.items():
                 assert stream.text == calm[text]
                 assert stream.result["usage"]["completion_tokens"] == TOKENS
-                assert stream.longest < LONGEST_GAP, stream.result["served_by"]
+                assert stream.longest < WITH_REPLAY, stream.result["served_by"]
             later = [await a.asks(timeout=20.0) for _ in range(5)]
             assert {each.served_by.node for each in later} == {b.node_id()}, "what comes now goes where it is answered"
         print("used again after", await served_again(a, c, 20.0))
@@ -191,9 +193,10 @@ async def test_a_worker_that_freezes_is_late_and_its_streams_go_on_elsewhere_but
             moved = [each for each in streams.values() if len(each.attempts) > 1]
             print("longest gaps", sorted(round(each.longest, 2) for each in streams.values()))
             assert (c.node_id(), "late") in [each.attempts[0] for each in moved]
+            assert min(each.longest for each in moved) < LONGEST_GAP
             for text, stream in streams.items():
                 assert stream.text == calm[text]
-                assert stream.longest < LONGEST_GAP, stream.result["served_by"]
+                assert stream.longest < WITH_REPLAY, stream.result["served_by"]
             answers = await asyncio.gather(*(a.asks(timeout=30.0) for _ in range(8)))
             assert {each.served_by.node for each in answers} == {b.node_id()}
         print("used again after", await served_again(a, c, 40.0))
