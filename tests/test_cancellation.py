@@ -122,30 +122,32 @@ async def test_the_loser_of_a_hedge_is_cancelled_in_its_engine(tmp_path: Path) -
         await first.client.deploy(MINILM, replicas=2)
         await first.holds(MINILM, seconds=240)
         await second.holds(MINILM, seconds=240)
-        texts = ["word " * 100] * 4
+        texts = ["word " * 20] * 4
         for _ in range(30):
-            await first.client.embed(texts, model=MINILM)
-        before = await at_rest(first, MINILM)
-        assert first.node is not None
-        (worker,) = (each for each in first.node.workers() if each.status() != psutil.STATUS_ZOMBIE)
+            usual = await first.client.embed(texts, model=MINILM)
+        # One text of twenty may be computed twice, and a busy machine may have done so already: enough for some more.
+        await first.client.embed(["a"] * 800, model=MINILM)
+        # Whichever of the two is asked first as a rule, here or at the peer.
+        frozen, other = (first, second) if usual.served_by.node == first.node_id() else (second, first)
+        before = await at_rest(frozen, MINILM)
+        assert frozen.node is not None
+        (worker,) = (each for each in frozen.node.workers() if each.status() != psutil.STATUS_ZOMBIE)
         worker.send_signal(signal.SIGSTOP)
         lost = None
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(60):
                 while lost is None:
                     answer = await first.client.embed(texts, model=MINILM)
                     outcomes = {each.outcome: each.node for each in answer.served_by.attempts}
                     lost = outcomes.get("hedge_lost")
         finally:
             worker.send_signal(signal.SIGCONT)
-        assert lost == first.node_id()
-        assert answer.served_by.node == second.node_id()
-        after = await at_rest(first, MINILM)
+        assert lost == frozen.node_id()
+        assert answer.served_by.node == other.node_id()
+        after = await at_rest(frozen, MINILM)
         # Its pass may have been under way; what waited behind it was never begun.
         assert after.texts - before.texts <= len(texts)
         described = await first.client.describe()
-        assert {(each.why, each.outcome) for each in described.attempts} >= {
-            ("first", "hedge_lost"),
-            ("hedge", "answered"),
-        }
+        seen = {(each.why, each.outcome) for each in described.attempts}
+        assert seen >= {("first", "hedge_lost"), ("hedge", "answered")}
         assert described.hedged_units >= len(texts)
