@@ -401,7 +401,9 @@ class CallMachine:
 
     def _armed(self, effects: list[Effect], now: float) -> list[Effect]:
         """With a `Wake` where the next thing is due earlier than the one that was asked for."""
-        nexts = (self._hedge_at, *(each.due for each in self._running.values())) if self._running else (self._again_at,)
+        # Late is the call when all that run are: the first one's time alone means nothing, and would wake it again and again.
+        late = max((each.due for each in self._running.values()), default=inf)
+        nexts = (self._hedge_at, late) if self._running else (self._again_at,)
         due = min(self._shape.deadline, *nexts)
         if due < self._wake_at:
             self._wake_at = max(due, now)

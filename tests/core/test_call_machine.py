@@ -1,5 +1,6 @@
 """A call's machine: each rule by itself, then any fleet under any faults."""
 
+import itertools
 import random
 from heapq import heappop, heappush
 from math import inf
@@ -526,6 +527,20 @@ def test_a_slow_answer_is_asked_of_a_second_replica_and_the_first_one_wins():
         assert call.finished(winner) == [Stop(1 - winner), Answer(winner)]
         assert {each.outcome for each in call.machine.attempts} == {"answered", "hedge_lost"}
         assert not call.state.ledger.in_flight(ReplicaId("a")) + call.state.ledger.in_flight(ReplicaId("b"))
+
+
+def test_a_late_one_beside_one_that_is_not_late_yet_does_not_wake_its_call_again_and_again():
+    call = Call(replica("a"), replica("b"), streams=False, state=measured())
+    call.begin()
+    call.effects = []
+    call.until(Start)
+    wakes = []
+    while call.wake < 30.0:
+        wakes.append(call.wake)
+        call.until_wake()
+        assert len(wakes) < 100, wakes[-5:]
+    assert all(later > earlier for earlier, later in itertools.pairwise(wakes))
+    assert call.finished(0) == [Stop(1), Answer(0)]
 
 
 def test_a_hedge_that_fails_leaves_the_other_one_running():
