@@ -34,9 +34,9 @@ def context():
 class Side:
     """A node's part in it: a worker, and what it keeps for others."""
 
-    def __init__(self, name, folder, path, connection=None):
+    def __init__(self, name, folder, path, connection=None, tuned=None):
         self.folder = folder / name
-        spec = LoadSpec(replica=f"tiny@{name}#0", model="tiny", engine="llama", path=str(path), context=512)
+        spec = LoadSpec(replica=f"tiny@{name}#0", model="tiny", engine="llama", path=str(path), context=512, tuned=tuned)
         self.worker = ReplicaWorker(spec, WorkerOptions(saved_folder=self.folder), lambda worker: None)
         self.kept = KeptStates(NodeId(name))
         self.fetched = []
@@ -67,11 +67,13 @@ async def pair(tmp_path, tiny_gguf, aiohttp_server):
     add_state_routes(application, old.kept)
     server = await aiohttp_server(application)
     connection = RpcConnection(str(server.make_url("/")).rstrip("/"))
-    new = Side("new", tmp_path, tiny_gguf, lambda node: connection)
-    for side in (old, new):
-        await side.worker.start()
-    for side in (old, new):
-        await side.worker.wait_ready(60)
+    await old.worker.start()
+    await old.worker.wait_ready(60)
+    # A model this small decodes in microseconds: measured twice on a busy machine, flash attention may be on in one and off in the other, and
+    # a state moves between like layouts only.
+    new = Side("new", tmp_path, tiny_gguf, lambda node: connection, tuned=old.worker.info.tuned)
+    await new.worker.start()
+    await new.worker.wait_ready(60)
     yield old, new
     for side in (old, new):
         await side.answers.close()
