@@ -36,7 +36,9 @@ class Side:
 
     def __init__(self, name, folder, path, connection=None, tuned=None):
         self.folder = folder / name
-        spec = LoadSpec(replica=f"tiny@{name}#0", model="tiny", engine="llama", path=str(path), context=512, tuned=tuned)
+        spec = LoadSpec(
+            replica=f"tiny@{name}#0", model="tiny", engine="llama", path=str(path), context=512, tuned=tuned
+        )
         self.worker = ReplicaWorker(spec, WorkerOptions(saved_folder=self.folder), lambda worker: None)
         self.kept = KeptStates(NodeId(name))
         self.fetched = []
@@ -69,8 +71,8 @@ async def pair(tmp_path, tiny_gguf, aiohttp_server):
     connection = RpcConnection(str(server.make_url("/")).rstrip("/"))
     await old.worker.start()
     await old.worker.wait_ready(60)
-    # A model this small decodes in microseconds: measured twice on a busy machine, flash attention may be on in one and off in the other, and
-    # a state moves between like layouts only.
+    # A model this small decodes in microseconds: measured twice on a busy machine, flash attention may be on in one and off in the other,
+    # and a state moves between like layouts only.
     new = Side("new", tmp_path, tiny_gguf, lambda node: connection, tuned=old.worker.info.tuned)
     await new.worker.start()
     await new.worker.wait_ready(60)
