@@ -1,4 +1,7 @@
-"""Counts of calls and the last errors, for `node.describe` and the status page. No content of a call is kept."""
+"""Counts of calls and the last errors, for `node.describe` and the status page.
+
+Law of this file: it counts what it is told; no content of a call is kept.
+"""
 
 from __future__ import annotations
 

@@ -1,29 +1,23 @@
-"""The node itself behind `service.NodeService`: what the faces call, answered from the coordinator, the router and the devices.
+"""The node itself behind `service.NodeService`: its parts put together, its life from the first call to the last, and the way of a call in.
 
-Law of this file: it only gathers and phrases; every decision is made elsewhere.
+Law of this file: it only puts together and passes on; every decision is made elsewhere. What people ask about models is
+`model_requests`', what this node tells of itself is `node_description`'s.
 """
 
 from __future__ import annotations
 
-import asyncio
-import platform
 import time
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 from tars import __version__
-from tars.core.explanation import explain
-from tars.core.placement_cost import contradiction
-from tars.core.replicated_map import adverts
-from tars.core.routing import Candidate
-from tars.core.types import Assignment, Deployment, KvType, ModelEntry, NodeId, NodeSnapshot, ReplicaState
-from tars.errors import InvalidParams, ModelFileMissing, TarsError
+from tars.core.types import Assignment, NodeId, NodeSnapshot
+from tars.errors import TarsError
 from tars.mesh.administration import Administration
 from tars.mesh.client_keys import ClientKeys
-from tars.mesh.coordinator import Coordinator, Drained, FileFetch, LiveReplica, refusal_error
+from tars.mesh.coordinator import Coordinator, Drained
 from tars.mesh.model_store import FileStore
-from tars.mesh.plan_report import describe_assignment, describe_device, describe_verdict, plan_result
+from tars.mesh.plan_report import describe_assignment
 from tars.messages.base import CallContext
 from tars.messages.calls import ExplainCallParams, ExplainCallResult
 from tars.messages.files import AddFileParams, PullParams, PullResult, TransfersResult
@@ -43,40 +37,33 @@ from tars.messages.inference import (
 )
 from tars.messages.mesh_state import MeshDescription, MeshParams
 from tars.messages.node import (
-    AttemptCounts,
     DeployParams,
     DeployResult,
     DrainResult,
     ExplainResult,
-    ModelDescription,
-    ModelPlace,
     ModelsResult,
     NodeDescription,
-    PeerCalls,
     PeerDescription,
     PeersResult,
     PingResult,
     PlanResult,
     RemoveResult,
-    ReplicaDescription,
 )
-from tars.serving.call_explaining import CallExplainer, Names
+from tars.serving.call_explaining import CallExplainer
 from tars.serving.call_log import CallLog
 from tars.serving.call_record import CallRecords
-from tars.serving.gate import Gate
 from tars.serving.idempotency import IdempotentAnswers, OtherNodes
 from tars.serving.inference import Inference
 from tars.serving.kept_states import KeptStates
 from tars.serving.leaving import Leaving
 from tars.serving.local_fleet import LocalFleet
+from tars.serving.local_view import LocalView
 from tars.serving.mesh_fleet import MeshFleet, Peers
-from tars.serving.mesh_overview import describe_mesh, device_names
+from tars.serving.model_requests import ModelRequests
+from tars.serving.node_description import NodeDescriber
 from tars.serving.router import Router
 from tars.serving.running_answers import PeerStates, RunningAnswers
 from tars.serving.service import MeshService
-
-SNAPSHOT_SECONDS = 1.0
-"""Devices are read at most so often for `node.describe`: watchers of the status page share one reading."""
 
 
 class LocalNodeService:
@@ -107,14 +94,7 @@ class LocalNodeService:
         self._name = name
         self._config = redacted_config
         self.mesh = mesh or Administration(ClientKeys())
-        self._wsl2 = wsl2
-        self._addresses = addresses
         self._on_drain = on_drain
-        self._others = others
-        """The peers as this node sees them."""
-        self._files = files
-        self._file_bytes_sent = file_bytes_sent
-        self._now = now
         self._calls = CallLog(wall_clock)
         answers = RunningAnswers(KeptStates(coordinator.node_id), states, now)
         self._local = LocalFleet(coordinator, load_on_demand, answers=answers)
@@ -126,19 +106,33 @@ class LocalNodeService:
         if isinstance(self._fleet, MeshFleet):
             self._fleet.tell(self._router.state.ledger, now)
         self._inference = Inference(self._router, now, keys_at, records)
+        view = LocalView(coordinator, self._local, name, now)
+        self._models = ModelRequests(coordinator, view, self._fleet, self._router, files)
+        self._describer = NodeDescriber(
+            coordinator,
+            view,
+            self._fleet,
+            self._router,
+            self._calls,
+            self.keys,
+            name=name,
+            wsl2=wsl2,
+            addresses=addresses,
+            others=others,
+            files=files,
+            file_bytes_sent=file_bytes_sent,
+            now=now,
+            wall_clock=wall_clock,
+        )
         self._explainer = CallExplainer(
             self.node_id,
             records,
-            self._names,
+            view.names,
             tuple if keys_at is None else keys_at.live,
             None if peers is None else peers.connection,
         )
         self._leaving = Leaving(self._local.answers, self._fleet.candidates)
         coordinator.executor.on_retire = self._retired
-        self._started_at = wall_clock()
-        self._started = now()
-        self._snapshot: tuple[float, int, NodeSnapshot] | None = None
-        self._probing = asyncio.Lock()
         self._pong: PingResult | None = None
         self._closing = False
 
@@ -173,36 +167,7 @@ class LocalNodeService:
 
     async def describe(self) -> NodeDescription:
         """Devices, replicas, counters."""
-        snapshot = await self._recent_snapshot()
-        return NodeDescription(
-            node=self.node_id,
-            name=self._name,
-            version=__version__,
-            state=self._state(),
-            started_at=self._started_at,
-            uptime_seconds=self._now() - self._started,
-            platform=f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-            wsl2=self._wsl2,
-            devices=[describe_device(device) for device in snapshot.devices],
-            replicas=self._replicas(),
-            calls=self._calls.counters().model_copy(update={"with_key": dict(self.keys.outcomes)}),
-            recent_errors=self._calls.recent_errors(),
-            sent_to_peers=[
-                PeerCalls(peer=peer, outcome=outcome, calls=calls)
-                for (peer, outcome), calls in sorted(self._router.calls_at_peers().items())
-            ],
-            calls_from_peers=self._router.calls_from_peers,
-            attempts=[
-                AttemptCounts(why=why, outcome=outcome, attempts=count)
-                for (why, outcome), count in sorted(self._router.attempts().items())
-            ],
-            retries_refused=self._router.state.retries.refused,
-            hedged_units=self._router.state.hedges.extra_units,
-            peers_silent=self._fleet.pulses.times_silent if isinstance(self._fleet, MeshFleet) else 0,
-            transfers=[] if self._files is None else self._files.transfers(),
-            file_bytes_received=0 if self._files is None else self._files.bytes_received,
-            file_bytes_sent=self._file_bytes_sent(),
-        )
+        return await self._describer.node(self._state())
 
     def config(self) -> dict[str, Any]:
         """Secrets are `***`."""
@@ -258,160 +223,49 @@ class LocalNodeService:
 
     def peers(self) -> PeersResult:
         """This node first, then its peers."""
-        me = PeerDescription(
-            node=self.node_id,
-            name=self._name,
-            state="DRAINING" if self._coordinator.draining.on else "ALIVE",
-            addresses=self._addresses(),
-            coordinator=self._coordinator.coordinates,
-            version=__version__,
-        )
-        return PeersResult(peers=[me, *self._others()])
+        return self._describer.peers()
 
     def describe_mesh(self, params: MeshParams) -> MeshDescription:
         """As told last; this node too, so that the answer changes only when something did."""
-        coordinator = self._coordinator
-        view = coordinator.mesh()
-        return describe_mesh(
-            params,
-            self.node_id,
-            self.peers().peers,
-            adverts(coordinator.records.map),
-            plan=coordinator.plan,
-            moves=coordinator.moves,
-            problems=coordinator.problems,
-            isolated=view is not None and view.isolated,
-        )
-
-    async def plan(self) -> PlanResult:
-        """The plan in force."""
-        return plan_result(self._coordinator.plan, await self._nodes(), self._coordinator.moves)
-
-    async def explain(self, model: str) -> ExplainResult:
-        """For a deployed model the plan in force; for another one what would happen if it were deployed."""
-        entry = self._entry(model)
-        deployment = self._coordinator.deployments.get(entry.name)
-        nodes = await self._nodes()
-        problem = self._coordinator.problems.get(entry.name)
-        if deployment is not None:
-            plan = self._coordinator.plan
-        else:
-            try:
-                plan = await self._coordinator.preview(Deployment(entry.name))
-            except TarsError as error:
-                plan, problem = self._coordinator.plan, error
-        verdicts = plan.verdicts.get(entry.name, ())
-        remedy = next((each.remedy for each in plan.refusals if each.model == entry.name), None)
-        words = explain(entry.name, plan, nodes, self._coordinator.moves)
-        text = problem.message if problem is not None and not verdicts else words
-        return ExplainResult(
-            model=entry.name,
-            deployed=deployment is not None,
-            assignments=[describe_assignment(each, nodes) for each in plan.assignments if each.model == entry.name],
-            verdicts=[describe_verdict(verdict, nodes) for verdict in verdicts],
-            remedy=remedy or (problem.message if problem else None),
-            replicas=[each for each in self._replicas() if each.model == entry.name],
-            text="\n".join([text, *self._routing(entry.name)]),
-        )
+        return self._describer.mesh(params)
 
     async def explain_call(self, params: ExplainCallParams, call: CallContext) -> ExplainCallResult:
         """See `serving.call_explaining`."""
         return await self._explainer.explain(params, call)
 
-    # --- models ------------------------------------------------------------------------------------------------------
+    # --- models (see `model_requests`) ---------------------------------------------------------------------------------
 
     def models(self) -> ModelsResult:
         """Deployed ones first."""
-        catalogue = self._coordinator.catalogue
-        wanted = {deployment.model: deployment for deployment in self._coordinator.deployments.wanted()}
-        described = []
-        entries = {**self._fleet.entries(), **catalogue.entries}
-        places = self._places()
-        for entry in sorted(entries.values(), key=lambda entry: (entry.name not in wanted, entry.name)):
-            deployment = wanted.get(entry.name)
-            candidates = self._fleet.candidates(entry.name)
-            states = [each.state for each in candidates]
-            described.append(
-                ModelDescription(
-                    name=entry.name,
-                    aliases=list(entry.aliases),
-                    model_kind=entry.kind.value,
-                    variants=[variant.name for variant in entry.variants],
-                    description=entry.description,
-                    licence=entry.licence,
-                    adapters=[adapter.name for adapter in entry.adapters],
-                    deployed=deployment is not None,
-                    replicas_wanted=deployment.replicas if deployment else 0,
-                    replicas_ready=states.count(ReplicaState.READY),
-                    state=self._model_state(entry.name, states) if deployment else "available",
-                    local=any(catalogue.path_of(entry, variant) is not None for variant in entry.variants),
-                    places=[places(each) for each in candidates],
-                )
-            )
-        return ModelsResult(models=described)
+        return self._models.models()
+
+    async def plan(self) -> PlanResult:
+        """The plan in force."""
+        return await self._models.plan()
+
+    async def explain(self, model: str) -> ExplainResult:
+        """Why here, why not there."""
+        return await self._models.explain(model)
 
     async def deploy(self, params: DeployParams) -> DeployResult:
         """Refused, and not wanted, where it fits nowhere."""
-        entry = self._entry(params.model)
-        deployment = Deployment(
-            model=entry.name,
-            replicas=params.replicas,
-            context=params.context,
-            slots=params.slots,
-            kv_tokens=params.kv_tokens,
-            kv_type=KvType(params.kv_type),
-            gpu_layers=params.gpu_layers,
-            variant=params.variant,
-            device=params.device,
-        )
-        if (wrong := contradiction(entry, deployment)) is not None:
-            raise InvalidParams(wrong)
-        preview = await self._coordinator.preview(deployment)
-        refusal = next((each for each in preview.refusals if each.model == entry.name), None)
-        message = ""
-        if refusal is not None:
-            room = None if refusal.replicas_missing > 1 else await self._coordinator.room_for(deployment)
-            if room is None:
-                raise refusal_error(refusal)
-            message = f"No device has room for {entry.name} now. If it is still so in a minute, room is made: {room}."
-        self._coordinator.deployments.deploy(deployment)
-        self._coordinator.retry_failed(entry.name)
-        nodes = await self._nodes()
-        return DeployResult(
-            model=entry.name,
-            accepted=True,
-            assignments=[describe_assignment(each, nodes) for each in preview.assignments if each.model == entry.name],
-            message=message,
-        )
+        return await self._models.deploy(params)
 
     async def remove(self, model: str) -> RemoveResult:
         """Unloading goes on after the answer."""
-        # Not `resolve`: a model whose file is bad, or that left the configuration, must still be removable.
-        entry = self._coordinator.find(model)
-        name = model if entry is None else entry.name
-        removed = self._coordinator.deployments.remove(name)
-        if entry is None and not removed:
-            self._coordinator.catalogue.resolve(model)
-        self._coordinator.wake()
-        return RemoveResult(model=name, removed=removed)
+        return await self._models.remove(model)
 
     async def pull(self, params: PullParams) -> PullResult:
         """A deployment that waits for the file is carried out then."""
-        store = self._file_store()
-        self._coordinator.wake()  # peers hear of the transfer as soon as there is one
-        pulled = await store.pull(params.model, params.variant)
-        self._coordinator.wake()
-        return pulled
+        return await self._models.pull(params)
 
     async def add_file(self, params: AddFileParams) -> PullResult:
         """Likewise."""
-        pulled = await self._file_store().add_file(params.model, Path(params.path), params.variant)
-        self._coordinator.wake()
-        return pulled
+        return await self._models.add_file(params)
 
     async def transfers(self) -> TransfersResult:
         """What `describe` says of them, alone."""
-        return TransfersResult(transfers=[] if self._files is None else self._files.transfers())
+        return await self._models.transfers()
 
     # --- inference ---------------------------------------------------------------------------------------------------
 
@@ -471,31 +325,10 @@ class LocalNodeService:
         if not self._closing:
             self._leaving.unloaded(assignment.replica, assignment.model)
 
-    def _file_store(self) -> FileStore:
-        if self._files is None:
-            raise ModelFileMissing("This node has no folder for model files, so it fetches none.")
-        return self._files
-
     def _state(self) -> str:
         if self._closing or self._coordinator.draining.on:
             return "draining"
         return "ready" if self._coordinator.settled() else "loading"
-
-    def _routing(self, model: str) -> list[str]:
-        """Where a usual call to the model would go now, where there is a choice."""
-        reasons = self._router.ranked(model)
-        return ["A call now:", *(f"  {replica}: {why}" for replica, why in reasons.items())] if len(reasons) > 1 else []
-
-    def _entry(self, model: str) -> ModelEntry:
-        """By name or alias: this node's own, looked at again where its file was bad; else a peer's. Raises `UnknownModel`."""
-        entry = self._coordinator.find(model)
-        own = self._coordinator.catalogue
-        return own.resolve(model) if entry is None or entry.name in own.entries else entry
-
-    async def _nodes(self) -> list[NodeSnapshot]:
-        """Every live node; this one as it is now, the others as they told last."""
-        own = await self._recent_snapshot()
-        return [own, *(node for node in self._coordinator.nodes() if node.id != own.id)]
 
     def _serving(self) -> Inference:
         """In a mesh a node that drains still sends calls to the others; alone it can only refuse them."""
@@ -504,56 +337,6 @@ class LocalNodeService:
 
     def _alone(self) -> bool:
         return all(node.id == self.node_id for node in self._coordinator.nodes())
-
-    async def _recent_snapshot(self) -> NodeSnapshot:
-        async with self._probing:  # those who ask meanwhile share the answer, however slow the driver is
-            now, changes = self._now(), self._coordinator.changes
-            known = self._snapshot
-            if known is not None and now - known[0] <= SNAPSHOT_SECONDS and known[1] == changes:
-                return known[2]
-            snapshot = await self._coordinator.snapshot()
-            self._snapshot = (now, changes, snapshot)
-            return snapshot
-
-    def _names(self) -> Names:
-        """What people call nodes, and the devices of replicas."""
-        told = adverts(self._coordinator.records.map)
-        nodes = {node: advert.node.name for node, advert in told.items()} | {NodeId(self.node_id): self._name}
-        devices = device_names(told.values())
-        devices |= {replica: live.device.name for replica, live in self._coordinator.replicas.items()}
-        devices |= {replica: fetch.device.name for replica, fetch in self._coordinator.fetches.items()}
-        return Names(nodes, devices)
-
-    def _places(self) -> Callable[[Candidate], ModelPlace]:
-        """How a replica's place is described."""
-        names = self._names()
-
-        def describe(candidate: Candidate) -> ModelPlace:
-            return ModelPlace(
-                replica=candidate.replica,
-                node=candidate.node,
-                node_name=names.node(candidate.node),
-                device_name=names.device(candidate.replica),
-                state=candidate.state.value,
-            )
-
-        return describe
-
-    def _model_state(self, model: str, states: Sequence[ReplicaState]) -> str:
-        if ReplicaState.READY in states:
-            return "ready"
-        if ReplicaState.FAILED in states:
-            return "failed"
-        return "refused" if not states and model in self._coordinator.problems else "loading"
-
-    def _replicas(self) -> list[ReplicaDescription]:
-        return [
-            *(
-                _describe_replica(live, self._local.gate(replica, live.worker))
-                for replica, live in self._coordinator.replicas.items()
-            ),
-            *(_describe_fetch(fetch) for fetch in self._coordinator.fetches.values()),
-        ]
 
 
 def drain_message(drained: Drained, nodes: Sequence[NodeSnapshot], name: str) -> str:
@@ -565,51 +348,3 @@ def drain_message(drained: Drained, nodes: Sequence[NodeSnapshot], name: str) ->
     for model in sorted({each.model for each in drained.unloaded}):
         parts.append(f"{model} fits nowhere else and is unloaded: it answers again after `tars resume`")
     return f"{'; '.join(parts)}."
-
-
-def _describe_fetch(fetch: FileFetch) -> ReplicaDescription:
-    assignment = fetch.assignment
-    return ReplicaDescription(
-        id=assignment.replica,
-        model=assignment.model,
-        model_kind=fetch.kind.value,
-        variant=assignment.variant,
-        device=assignment.device,
-        device_name=fetch.device.name,
-        simulated=fetch.device.simulated,
-        state=fetch.state.value,
-        progress=fetch.progress,
-        estimated_bytes=int(assignment.memory.total),
-        info=None,
-        restarts=0,
-        active_calls=0,
-        queued_calls=0,
-        calls_total=0,
-        last_error=None if fetch.error is None else fetch.error.message,
-        reason=assignment.reason,
-    )
-
-
-def _describe_replica(live: LiveReplica, gate: Gate) -> ReplicaDescription:
-    worker, assignment = live.worker, live.assignment
-    return ReplicaDescription(
-        id=assignment.replica,
-        model=assignment.model,
-        model_kind=live.kind.value,
-        variant=assignment.variant,
-        device=assignment.device,
-        device_name=live.device.name,
-        simulated=live.device.simulated,
-        state=worker.state.value,
-        progress=worker.progress,
-        estimated_bytes=int(assignment.memory.total),
-        info=worker.info,
-        restarts=worker.restarts,
-        active_calls=worker.active_calls,
-        queued_calls=worker.queued_calls + gate.waiting,
-        calls_total=worker.calls_total,
-        counters=worker.counters,
-        waiting=gate.describe(),
-        last_error=worker.last_error.message if worker.last_error else None,
-        reason=assignment.reason,
-    )

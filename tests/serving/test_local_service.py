@@ -4,18 +4,14 @@ import asyncio
 import json
 import struct
 import time
-from dataclasses import replace
 
 import pytest
 from coordinator_bench import card, make_bench
 
-from tars.core.types import Adapter, Bytes, Deadline, Deployment
+from tars.core.types import Deadline, Deployment
 from tars.errors import (
     BadModelFile,
     DoesNotFit,
-    InvalidParams,
-    Overloaded,
-    ReplicaFailed,
     StillLoading,
     TarsError,
     UnknownModel,
@@ -23,8 +19,7 @@ from tars.errors import (
 )
 from tars.messages.base import CallContext
 from tars.messages.inference import ChatMessage, ChatParams, Generated, Reranked, RerankParams, Timings, Usage
-from tars.messages.node import DeployParams, EngineCounters, LoadProgress
-from tars.serving.local_fleet import LocalFleet
+from tars.messages.node import DeployParams, LoadProgress
 from tars.serving.local_service import LocalNodeService
 
 CHAT = ChatParams(messages=[ChatMessage(role="user", content="hi")], model="tiny")
@@ -114,14 +109,6 @@ async def test_a_reranker_is_found_placed_loaded_and_asked(bench, service, tmp_p
     assert replica.model_kind == "rerank"
 
 
-async def test_describe_shows_what_each_engine_counted(bench, service):
-    await service.deploy(DeployParams(model="tiny"))
-    await bench.coordinator.reconcile()
-    assert (await service.describe()).replicas[0].counters is None
-    bench.workers[0].counters = EngineCounters(running=2, prompt_tokens=100, prompt_tokens_cached=60)
-    assert (await service.describe()).replicas[0].counters == bench.workers[0].counters
-
-
 async def test_a_failed_load_answers_with_the_loads_own_error(bench, service):
     await service.deploy(DeployParams(model="tiny"))
     await bench.coordinator.reconcile()
@@ -132,14 +119,6 @@ async def test_a_failed_load_answers_with_the_loads_own_error(bench, service):
     assert model.state == "failed"
 
 
-async def test_what_does_not_fit_is_refused_and_not_wanted(bench, service):
-    bench.devices = [card(mib=50)]
-    with pytest.raises(DoesNotFit) as refused:
-        await service.deploy(DeployParams(model="tiny"))
-    assert refused.value.details["devices"][0]["device"] == "Card gpu-a"
-    assert bench.deployments.wanted() == ()
-
-
 async def test_a_configured_model_that_does_not_fit_says_so_when_called(bench, service):
     bench.devices = [card(mib=50)]
     bench.deployments.deploy(Deployment("tiny"))
@@ -148,65 +127,6 @@ async def test_a_configured_model_that_does_not_fit_says_so_when_called(bench, s
         await chat(service)
     (model,) = [each for each in service.models().models if each.name == "tiny"]
     assert (model.state, model.replicas_ready, model.replicas_wanted) == ("refused", 0, 1)
-
-
-async def test_deploying_again_retries_a_failed_load(bench, service):
-    await service.deploy(DeployParams(model="tiny"))
-    await bench.coordinator.reconcile()
-    bench.workers[0].failed(ReplicaFailed("no"))
-    await service.deploy(DeployParams(model="tiny"))
-    assert bench.coordinator.replicas == {}
-
-
-async def test_removing_a_model_twice_says_that_it_was_gone(bench, service):
-    await service.deploy(DeployParams(model="tiny"))
-    assert (await service.remove("tiny")).removed
-    assert not (await service.remove("tiny")).removed
-    with pytest.raises(UnknownModel):
-        await service.remove("no-such-model")
-
-
-async def test_a_saved_wish_for_a_model_that_the_catalogue_lost_can_be_removed(bench, service):
-    bench.deployments.deploy(Deployment("was-in-the-configuration"))
-    assert (await service.remove("was-in-the-configuration")).removed
-    assert bench.deployments.wanted() == ()
-
-
-async def test_those_who_describe_at_the_same_time_share_one_reading_of_the_devices(bench, service):
-    readings, read = [], bench.probe
-    bench.coordinator.executor.probe = lambda held: readings.append(held) or read(held)
-    await asyncio.gather(*(service.describe() for _ in range(5)))
-    assert len(readings) == 1
-
-
-async def test_describe_shows_device_replica_and_errors(bench, service):
-    await service.deploy(DeployParams(model="tiny"))
-    await bench.coordinator.reconcile()
-    bench.told = {bench.devices[0].id: {bench.workers[0].pid: 50 * 2**20}}
-    bench.workers[0].loaded()
-    await bench.coordinator.reconcile()
-    service.call_started("inference.chat")
-    service.call_ended("inference.chat", Overloaded("busy"), "t1")
-    described = await service.describe()
-    assert described.devices[0].memory_held_bytes == 50 * 2**20
-    assert (described.replicas[0].state, described.replicas[0].device_name) == ("ready", "Card gpu-a")
-    assert (described.calls.total, described.calls.failed) == (1, 1)
-    assert described.recent_errors[0].trace_id == "t1"
-
-
-async def test_explains_a_deployed_model_one_that_is_not_and_one_without_a_file(bench, service):
-    await service.deploy(DeployParams(model="tiny"))
-    await bench.coordinator.reconcile()
-    deployed = await service.explain("tiny")
-    assert deployed.deployed
-    assert deployed.verdicts[0].accepted
-    assert "Card gpu-a" in deployed.text
-    not_deployed = await service.explain("second")
-    assert not not_deployed.deployed
-    assert not_deployed.assignments[0].model == "second"
-    without_file = await service.explain("mistral-7b")
-    assert "file is not on this PC" in without_file.text
-    assert without_file.remedy
 
 
 async def test_drain_refuses_new_calls_until_resume(bench, service):
@@ -222,37 +142,12 @@ async def test_drain_refuses_new_calls_until_resume(bench, service):
     assert len(await chat(service)) == 1
 
 
-async def test_plan_and_config_are_shown_as_they_are(bench, service):
-    await service.deploy(DeployParams(model="tiny"))
-    await bench.coordinator.reconcile()
-    plan = await service.plan()
-    assert plan.assignments[0].needed_bytes > 0
-    assert plan.devices[0].name == "Card gpu-a"
-    assert service.config() == {"node": {"name": "pc"}}
-
-
 async def test_idle_waits_for_the_last_call(service):
     await service.idle()
     service.call_started("inference.embed")
     assert service.active_calls == 1
     service.call_ended("inference.embed", None, "t")
     await service.idle()
-
-
-async def test_a_deployment_that_contradicts_itself_is_refused_and_not_wanted(bench, service):
-    with pytest.raises(InvalidParams, match="kv_tokens = 128 does not go with a context of 512 and 4 slots"):
-        await service.deploy(DeployParams(model="tiny", context=512, kv_tokens=128))
-    assert bench.deployments.get("tiny") is None
-    accepted = await service.deploy(DeployParams(model="tiny", context=512, kv_tokens=1024, gpu_layers=1))
-    assert [(each.slots, each.kv_tokens, each.gpu_layers) for each in accepted.assignments] == [(4, 1024, 1)]
-
-
-async def test_a_model_shows_its_adapters(bench, service):
-    entry = bench.catalogue.resolve("tiny")
-    bench.catalogue.entries["tiny"] = replace(entry, adapters=(Adapter("legal", 1.0, Bytes(10)),))
-    await service.deploy(DeployParams(model="tiny"))
-    assert service.models().models[0].adapters == ["legal"]
-    assert LocalFleet(bench.coordinator).models()[0].adapters == ("legal",)
 
 
 async def test_answers_leave_with_their_replica_at_a_drain_and_when_the_node_ends(bench, service):
@@ -311,3 +206,7 @@ async def test_where_it_is_off_only_deployed_models_are_served(bench):
     with pytest.raises(UnknownModel, match="no model 'tiny' is served here"):
         await chat(service)
     assert bench.deployments.wanted() == ()
+
+
+async def test_the_configuration_is_shown_as_it_is(service):
+    assert service.config() == {"node": {"name": "pc"}}
