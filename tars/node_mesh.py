@@ -18,6 +18,7 @@ from tars.core.membership import MembershipSettings
 from tars.core.mesh_events import CoordinatorChanged, LoadHeard, MemberChanged, MeshView, RecordsChanged
 from tars.core.mesh_machine import MeshMachine, MeshSettings
 from tars.core.mesh_messages import MemberState
+from tars.core.peer import LIVE
 from tars.core.records import Member, NodeAdvert
 from tars.core.replicated_map import MEMBER, adverts, members
 from tars.core.types import NodeId
@@ -27,9 +28,10 @@ from tars.mesh.coordinator import Coordinator
 from tars.mesh.discovery import Discovery
 from tars.mesh.file_server import FileServer
 from tars.mesh.gossip import Gossip, Notice
-from tars.mesh.identity import Identity, MemberCheck
+from tars.mesh.identity import Identity
 from tars.mesh.join_tokens import Invitation, JoinTokens
 from tars.mesh.joining import Admitting, take_place
+from tars.mesh.member_check import MemberCheck
 from tars.mesh.model_store import FileStore
 from tars.mesh.network_interfaces import NetworkWatch
 from tars.mesh.replicated_store import ReplicatedStore
@@ -51,9 +53,6 @@ from tars.serving.mesh_fleet import MappedPeers
 from tars.state_folder import SEQUENCES, StateFolder
 
 log = logging.getLogger(__name__)
-
-CALLABLE = (MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING)
-"""Peers that may have a file, or answer."""
 
 
 def asks_for_mesh(config: Config) -> bool:
@@ -236,7 +235,7 @@ class NodeMesh:
         """Of the peers that may be asked for a file."""
         seen = self.view().members
         return [
-            advert for node, advert in adverts(self._store.map).items() if node in seen and seen[node].state in CALLABLE
+            advert for node, advert in adverts(self._store.map).items() if node in seen and seen[node].state in LIVE
         ]
 
     # --- its life -----------------------------------------------------------------------------------------------------
@@ -338,16 +337,11 @@ class NodeMesh:
     def _say_whether_cut_off(self, before: MemberState | None) -> None:
         """Once when the last peer is gone without a word, and once when one is back: a person then looks at this PC's cable first."""
         states = [seen.state for seen in self.view().members.values()]
-        reached = any(state in CALLABLE for state in states)
+        reached = any(state in LIVE for state in states)
         if self._cut_off and reached:
             log.warning("this node reaches its mesh again")
             self._cut_off = False
-        elif (
-            not (self._cut_off or self._thrown_out)
-            and not reached
-            and MemberState.DEAD in states
-            and before in CALLABLE
-        ):
+        elif not (self._cut_off or self._thrown_out) and not reached and MemberState.DEAD in states and before in LIVE:
             log.warning(
                 "this node is isolated: none of its peers answers any more. It serves the models that it has, and goes on looking "
                 "for them; look first at this PC's own network"
@@ -393,7 +387,7 @@ class NodeMesh:
 
     def _live(self) -> list[NodeId]:
         """The peers that may keep idempotency keys; none where this node was removed, or sees nobody."""
-        return [node for node, seen in self.view().members.items() if seen.state in CALLABLE]
+        return [node for node, seen in self.view().members.items() if seen.state in LIVE]
 
     def _connection(self, node: NodeId) -> RpcConnection:
         return self.connections.connection(node)
@@ -405,7 +399,7 @@ class NodeMesh:
         return any(
             address in (*seen.addresses, *self.gossip.addresses(node))
             for node, seen in self.view().members.items()
-            if seen.state in CALLABLE and seen.incarnation >= 0
+            if seen.state in LIVE and seen.incarnation >= 0
         )
 
     def _name(self, node: NodeId) -> str:

@@ -15,9 +15,10 @@ from tars.core.mesh_messages import Ack, Envelope, Ping
 from tars.core.types import NodeId
 from tars.mesh.administration import Administration
 from tars.mesh.client_keys import ClientKeys
-from tars.mesh.identity import Identity, MemberCheck
+from tars.mesh.identity import Identity
 from tars.mesh.join_tokens import JoinTokens
 from tars.mesh.joining import Admitting
+from tars.mesh.member_check import MemberCheck
 from tars.mesh.replicated_store import MemoryStore
 from tars.rpc.dispatcher import Dispatcher
 from tars.rpc.mesh_listener import MeshListener

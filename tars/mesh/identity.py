@@ -1,71 +1,47 @@
 """Who a node is to its peers: the mesh's certificate authority (CA), this node's certificate under it, and the TLS contexts made from them.
 
 Law of this file: identity is the certificate, never an address. Every member holds the CA's key, so that any of them can admit and renew
-and nobody is in charge for ever; what that key alone must not give, membership, is `check_member`'s to say: a certificate counts only where
-`member/<NodeId>` in the replicated map names its public key. The private halves lie in one file of the state folder (0600), written in one
-step: a crash leaves the old identity or the new one, never a key without its certificate.
+and nobody is in charge for ever; what that key alone must not give, membership, is `member_check`'s to say. The private halves lie in one
+file of the state folder (0600), written in one step: a crash leaves the old identity or the new one, never a key without its certificate.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import ssl
 import stat
-import time
-import uuid
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
 
 from cryptography import x509
-from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from tars.core.records import Member, Value
-from tars.core.replicated_map import MEMBER
+from tars.core.records import Member
 from tars.core.types import NodeId
 from tars.errors import ConfigError, DiskFull, NotAMember, TarsError
+from tars.mesh.certificates import (
+    UNREADABLE,
+    PeerCertificate,
+    authority,
+    check_clock,
+    fingerprint_of,
+    hash_of_ca,
+    issue,
+    peer_certificate,
+    peer_of,
+)
 from tars.state_folder import write_atomically
 
 log = logging.getLogger(__name__)
 
 IDENTITY_FILE = "mesh_identity.pem"
-REMOVED = "removed"
-"""`details["reason"]` of `NotAMember` and of `JoinRefused` where the NodeId was thrown out of the mesh: that is for ever."""
-NODE_URI = "tars:node:"
-"""How the subject alternative name of a node's certificate begins; the NodeId follows."""
-
-CA_LIFETIME = timedelta(days=50 * 365)
-"""Longer than any PC: a CA that ends would end the mesh on one day, and nobody would remember why."""
-NODE_LIFETIME = timedelta(days=365)
-"""A node renews its own certificate (it has the CA's key), also after it lay switched off for longer than this."""
 RENEW_BEFORE = timedelta(days=122)
 """Renewed when less than a third is left: months in which a node that is on at all renews in time."""
-CLOCK_TOLERANCE = timedelta(days=2)
-"""How far a new certificate reaches back: PCs that wake from sleep, or have lost their battery's time zone, are off by hours."""
 RENEWAL_CHECK_SECONDS = 12 * 3600.0
-FORGIVING_SECONDS = 600.0
-
-UNREADABLE = (
-    ValueError,
-    TypeError,
-    InvalidSignature,
-    UnsupportedAlgorithm,
-    x509.InvalidVersion,
-    x509.DuplicateExtension,
-    x509.ExtensionNotFound,
-    x509.UnsupportedGeneralNameType,
-)
-"""What `cryptography` raises for bytes that are no key or certificate any more, or none yet: one wrong bit is enough for most of them."""
 
 _LOST = (
     "Either put the file back from a backup, or move it away and join again with a new token (`tars token new` on another node of the "
@@ -79,27 +55,6 @@ class WrongPeer(ssl.SSLCertVerificationError):
     def __init__(self, error: TarsError) -> None:
         super().__init__(error.message)
         self.error = error
-
-
-class MemberRecords(Protocol):
-    """The part of the replicated map that says who belongs to the mesh."""
-
-    def get(self, key: str) -> Value | None:
-        """The live value of `member/<NodeId>`."""
-        ...
-
-    def items(self, prefix: str) -> list[tuple[str, Value]]:
-        """The live records whose keys begin so."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class PeerCertificate:
-    """What a certificate says of its holder."""
-
-    node: NodeId
-    fingerprint: str
-    """As in `core.records.Member`."""
 
 
 class Identity:
@@ -164,20 +119,7 @@ class Identity:
             raise ConfigError(f"{path} is there already: this node belongs to a mesh.")
         now = now or datetime.now(UTC)
         ca_key = ec.generate_private_key(ec.SECP256R1())
-        name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, f"TARS mesh {uuid.uuid4().hex[:8]}")])
-        ca_certificate = (
-            x509.CertificateBuilder()
-            .subject_name(name)
-            .issuer_name(name)
-            .public_key(ca_key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - CLOCK_TOLERANCE)
-            .not_valid_after(now + CA_LIFETIME)
-            .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
-            .add_extension(_key_usage(signs_certificates=True), critical=True)
-            .add_extension(x509.SubjectKeyIdentifier.from_public_key(ca_key.public_key()), critical=False)
-            .sign(ca_key, hashes.SHA256())
-        )
+        ca_certificate = authority(ca_key, now)
         key = ec.generate_private_key(ec.SECP256R1())
         certificate = issue(ca_certificate, ca_key, node, key.public_key(), now)
         identity = cls(path, key, certificate, ca_certificate, ca_key)
@@ -305,137 +247,6 @@ class Identity:
         return context
 
 
-# --- certificates -------------------------------------------------------------------------------------------------------
-
-
-def issue(
-    ca_certificate: x509.Certificate,
-    ca_key: ec.EllipticCurvePrivateKey,
-    node: NodeId,
-    public_key: ec.EllipticCurvePublicKey,
-    now: datetime,
-) -> x509.Certificate:
-    """A node's certificate: its NodeId as a URI, good as client and as server, for `NODE_LIFETIME`."""
-    return (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "TARS node")]))
-        .issuer_name(ca_certificate.subject)
-        .public_key(public_key)
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now - CLOCK_TOLERANCE)
-        .not_valid_after(now + NODE_LIFETIME)
-        .add_extension(
-            x509.SubjectAlternativeName([x509.UniformResourceIdentifier(f"{NODE_URI}{node}")]), critical=True
-        )
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(_key_usage(signs_certificates=False), critical=True)
-        .add_extension(
-            x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]), critical=False
-        )
-        .add_extension(x509.SubjectKeyIdentifier.from_public_key(public_key), critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_certificate.public_key()),  # type: ignore[arg-type]  # EC, as made here
-            critical=False,
-        )
-        .sign(ca_key, hashes.SHA256())
-    )
-
-
-@lru_cache(maxsize=4096)
-def peer_certificate(der: bytes) -> PeerCertificate:
-    """Whose certificate it is; whether it may be believed, the TLS handshake has checked. Raises `NotAMember` where it names no node."""
-    try:
-        certificate = x509.load_der_x509_certificate(der)
-        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-        uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-        if len(uris) == 1 and uris[0].startswith(NODE_URI):
-            written = uris[0].removeprefix(NODE_URI)
-            if str(uuid.UUID(written)) == written:
-                return PeerCertificate(NodeId(written), fingerprint_of(certificate.public_key()))
-    except (ValueError, x509.ExtensionNotFound):
-        pass
-    raise NotAMember("The certificate that was shown is no TARS node's, so it opens nothing here.")
-
-
-def peer_of(connection: Any) -> PeerCertificate | None:
-    """Who is at the other end of a TLS connection (an `ssl.SSLObject` or socket); None where no certificate was shown."""
-    der = None if connection is None else connection.getpeercert(binary_form=True)
-    return None if der is None else peer_certificate(der)
-
-
-def fingerprint_of(public_key: Any) -> str:
-    """sha256 of the public key (SubjectPublicKeyInfo, DER), hex."""
-    encoded = public_key.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
-    return hashlib.sha256(encoded).hexdigest()
-
-
-def hash_of_ca(certificate: x509.Certificate) -> bytes:
-    """sha256 of the certificate (DER)."""
-    return hashlib.sha256(certificate.public_bytes(serialization.Encoding.DER)).digest()
-
-
-def check_clock(certificate: x509.Certificate, now: datetime) -> None:
-    """Raise `ConfigError` where `now`, this PC's clock, lies outside the certificate's time."""
-    begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
-    if not begin <= now <= end:
-        raise ConfigError(
-            f"this PC's clock says {now:%Y-%m-%d %H:%M} UTC, and the mesh's certificates are good from {begin:%Y-%m-%d} to {end:%Y-%m-%d}: "
-            "one of the clocks is wrong. Set this PC's (a time server does it: timedatectl set-ntp true), then start again."
-        )
-
-
-def check_member(records: MemberRecords, peer: PeerCertificate) -> Member:
-    """The member that the certificate belongs to. Raises `NotAMember` that says why it is none."""
-    member = records.get(MEMBER + peer.node)
-    if not isinstance(member, Member):
-        raise NotAMember(
-            f"Node {peer.node} is not known as a member of this mesh (not yet, where it has just joined elsewhere; otherwise join with a "
-            "token: `tars token new` on a node of the mesh)."
-        )
-    if member.removed:
-        raise NotAMember(
-            "This node was removed from the mesh; join again with a new token: `tars token new` on a node of the mesh, then "
-            "`tars-node --join TOKEN@HOST:PORT` here.",
-            details={"reason": REMOVED},
-        )
-    if not hmac.compare_digest(member.fingerprint, peer.fingerprint):
-        raise NotAMember(
-            f"The mesh knows node {peer.node} under another key: it joined again since, or its state folder was copied. Join this one with "
-            "a new token and a state folder of its own."
-        )
-    return member
-
-
-class MemberCheck:
-    """`check_member` for as long as a node runs, on every connection and request.
-
-    `lost` (`Records.lost`) is a node whose records were missing or damaged at this start: where it knows no other member, for its first
-    `FORGIVING_SECONDS` the CA's signature is enough, so that its peers can send everything back. All it risks is a removed node that kept
-    the CA's key and comes within these minutes.
-    """
-
-    def __init__(
-        self, records: MemberRecords, *, lost: bool = False, now: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._records = records
-        self._now = now
-        # Who knows another member has lost nothing: it has just joined, and was given everything.
-        self._forgiving_until = now() + FORGIVING_SECONDS if lost and len(records.items(MEMBER)) <= 1 else None
-        self._let_in: set[NodeId] = set()
-
-    def __call__(self, peer: PeerCertificate) -> None:
-        """Raises `NotAMember`."""
-        if self._forgiving_until is not None:
-            if self._now() >= self._forgiving_until:
-                self._forgiving_until = None
-            elif self._records.get(MEMBER + peer.node) is None:
-                if peer.node not in self._let_in:
-                    log.warning("node %s is let in by its certificate alone: this node has lost its records", peer.node)
-                    self._let_in.add(peer.node)
-                return
-        check_member(self._records, peer)
-
-
 def trusting(ca_certificate: x509.Certificate, check: Callable[[PeerCertificate], None]) -> ssl.SSLContext:
     """TLS 1.3 to a node of that CA, without a certificate of one's own: a joiner's. `check` as in `Identity.client_context`."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -462,20 +273,6 @@ def _checking(check: Callable[[PeerCertificate], None]) -> type[ssl.SSLObject]:
                 raise WrongPeer(error) from None
 
     return CheckedConnection
-
-
-def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
-    return x509.KeyUsage(
-        digital_signature=not signs_certificates,
-        key_cert_sign=signs_certificates,
-        crl_sign=signs_certificates,
-        content_commitment=False,
-        key_encipherment=False,
-        data_encipherment=False,
-        key_agreement=False,
-        encipher_only=False,
-        decipher_only=False,
-    )
 
 
 def _pem_key(key: ec.EllipticCurvePrivateKey) -> bytes:

@@ -22,17 +22,10 @@ from tars.core.records import Member
 from tars.core.replicated_map import MEMBER
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, InvalidParams, JoinRefused
-from tars.mesh.identity import (
-    IDENTITY_FILE,
-    REMOVED,
-    UNREADABLE,
-    Identity,
-    PeerCertificate,
-    check_member,
-    fingerprint_of,
-    hash_of_ca,
-)
+from tars.mesh.certificates import UNREADABLE, PeerCertificate, fingerprint_of, hash_of_ca
+from tars.mesh.identity import IDENTITY_FILE, Identity
 from tars.mesh.join_tokens import JoinTokens, Token, decode_secret, encode
+from tars.mesh.member_check import REMOVED, check_member
 from tars.mesh.record_codec import decode_record, encode_record
 from tars.mesh.replicated_store import Records
 from tars.messages.admission import JoinParams, JoinResult
@@ -41,7 +34,7 @@ from tars.state_folder import StateFolder
 log = logging.getLogger(__name__)
 
 CLOCK_DIFFERENCE_MS = 86_400_000
-"""A day. Certificates reach two days back (`identity.CLOCK_TOLERANCE`); what is worse than that would lock the node out at once."""
+"""A day. Certificates reach two days back (`certificates.CLOCK_TOLERANCE`); what is worse than that would lock the node out at once."""
 MOST_RECORDS = 1_000_000
 """Of a mesh's map: a hundred times what a thousand nodes with a hundred models have."""
 

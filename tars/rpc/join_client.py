@@ -22,9 +22,11 @@ from pydantic import ValidationError
 from tars.config_schema import ListenAddress
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, ConfigError, JoinRefused, NotAMember, PeerUnreachable, TarsError
-from tars.mesh.identity import REMOVED, UNREADABLE, Identity, PeerCertificate, check_clock, hash_of_ca, trusting
+from tars.mesh.certificates import UNREADABLE, PeerCertificate, check_clock, hash_of_ca
+from tars.mesh.identity import Identity, trusting
 from tars.mesh.join_tokens import Invitation
 from tars.mesh.joining import Grant, JoinRequest
+from tars.mesh.member_check import REMOVED
 from tars.messages.admission import JoinResult
 from tars.rpc.http_client import NotTls, RpcConnection
 from tars.rpc.mesh_listener import CA_PATH, HINT_PATH

@@ -15,7 +15,9 @@ from aiohttp import hdrs, web
 
 from tars.core.replicated_map import MEMBER
 from tars.errors import InvalidRequest, LimitExceeded, NotAMember, TarsError, UnsupportedMediaType
-from tars.mesh.identity import Identity, MemberCheck, PeerCertificate, peer_of
+from tars.mesh.certificates import PeerCertificate, peer_of
+from tars.mesh.identity import Identity
+from tars.mesh.member_check import MemberCheck
 from tars.rpc.access import CALLER, ROLE, is_json
 from tars.rpc.dispatcher import Dispatcher
 from tars.rpc.http_server import PEER, RPC_PATH, SOURCE, add_dispatcher, error_response

@@ -16,7 +16,9 @@ from tars.core.mesh_messages import Envelope
 from tars.core.replicated_map import MEMBER
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, DeadlineExceeded, InvalidParams, NotAMember, PeerUnreachable, TarsError
-from tars.mesh.identity import REMOVED, Identity, MemberCheck, PeerCertificate
+from tars.mesh.certificates import PeerCertificate
+from tars.mesh.identity import Identity
+from tars.mesh.member_check import REMOVED, MemberCheck
 from tars.mesh.record_codec import decode_envelope, encode_envelope
 from tars.messages.mesh import MOST_ANSWERS
 from tars.rpc.http_client import NodeNotReachable, RpcConnection

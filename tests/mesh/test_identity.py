@@ -19,21 +19,11 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from raw_server import raw_server
 
-from tars.core.records import Member, Value
+from tars.core.records import Member
 from tars.core.types import NodeId
 from tars.errors import ConfigError, NotAMember
-from tars.mesh import identity as identity_module
-from tars.mesh.identity import (
-    FORGIVING_SECONDS,
-    IDENTITY_FILE,
-    Identity,
-    MemberCheck,
-    PeerCertificate,
-    check_member,
-    fingerprint_of,
-    peer_certificate,
-    peer_of,
-)
+from tars.mesh.certificates import PeerCertificate, peer_of
+from tars.mesh.identity import IDENTITY_FILE, Identity
 
 NOW = dates.datetime.now(dates.UTC)
 
@@ -335,85 +325,6 @@ async def test_renewal_goes_on_by_itself_also_after_a_failure(
     assert "could not be renewed" in caplog.text
 
 
-class Records(dict[str, Value]):
-    """Member records as the replicated map gives them."""
-
-    def items(self, prefix: str) -> list[tuple[str, Value]]:  # type: ignore[override]  # the map's, not a dict's
-        return [(key, self[key]) for key in sorted(self) if key.startswith(prefix)]
-
-
-def test_a_node_that_lost_its_records_believes_the_ca_for_some_minutes_and_one_that_has_just_joined_never(
-    first: Identity, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    peer = PeerCertificate(first.node, first.fingerprint)
-    own = admitted(first, tmp_path / "own")
-    now = [0.0]
-    records = Records({f"member/{own.node}": own.member("own")})
-    lost = MemberCheck(records, lost=True, now=lambda: now[0])
-    lost(peer)
-    lost(peer)
-    assert caplog.text.count("let in by its certificate alone") == 1
-    records[f"member/{first.node}"] = Member(first.node, "first", first.fingerprint, removed=True)
-    with pytest.raises(NotAMember, match="removed"):
-        lost(peer)
-    del records[f"member/{first.node}"]
-    now[0] = FORGIVING_SECONDS
-    for _ in range(2):
-        with pytest.raises(NotAMember, match="not known"):
-            lost(peer)
-        now[0] = 0.0  # once over, it stays over
-    other = new_id()
-    joined = MemberCheck(Records({**records, f"member/{other}": Member(other, "other", "0" * 64)}), lost=True)
-    for strict in (joined, MemberCheck(records)):
-        with pytest.raises(NotAMember, match="not known"):
-            strict(peer)
-
-
-def test_a_member_is_whoever_the_map_says_with_that_very_key(first: Identity) -> None:
-    peer = PeerCertificate(first.node, first.fingerprint)
-    key = f"member/{first.node}"
-    member = first.member("box", ("192.0.2.1:8001",))
-    assert check_member(Records({key: member}), peer) == member
-    for records, reason in (
-        ({}, "not known as a member"),
-        ({key: Member(first.node, "box", first.fingerprint, removed=True)}, "removed from the mesh; join again"),
-        ({key: Member(first.node, "box", "0" * 64)}, "under another key"),
-        ({key: Member(first.node, "box", "")}, "under another key"),
-    ):
-        with pytest.raises(NotAMember, match=reason):
-            check_member(Records(records), peer)
-
-
-@pytest.mark.parametrize(
-    "names",
-    [
-        None,
-        [x509.DNSName("tars")],
-        [x509.UniformResourceIdentifier("tars:node:")],
-        [x509.UniformResourceIdentifier("tars:node:NOT-A-UUID")],
-        [x509.UniformResourceIdentifier("tars:node:{00000000-0000-4000-8000-000000000000}")],
-        [x509.UniformResourceIdentifier("https://example.org/00000000-0000-4000-8000-000000000000")],
-        [x509.UniformResourceIdentifier(f"tars:node:{uuid.uuid4()}") for _ in range(2)],
-    ],
-)
-def test_a_certificate_that_names_no_node_or_two_is_nobodys(names: list[x509.GeneralName] | None) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([]))
-        .issuer_name(x509.Name([]))
-        .public_key(key.public_key())
-        .serial_number(1)
-        .not_valid_before(NOW)
-        .not_valid_after(NOW + dates.timedelta(days=1))
-    )
-    if names is not None:
-        builder = builder.add_extension(x509.SubjectAlternativeName(names), critical=True)
-    der = builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.DER)
-    with pytest.raises(NotAMember):
-        peer_certificate(der)
-
-
 @pytest.mark.parametrize("part", ["certificate", "ca_certificate", "ca_key"])
 @pytest.mark.parametrize("junk", [b"", b"junk", b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"])
 def test_what_a_join_gave_is_saved_only_where_it_fits_together(
@@ -430,14 +341,6 @@ def test_what_a_join_gave_is_saved_only_where_it_fits_together(
     assert not list((tmp_path / "new").iterdir())
 
 
-def test_fingerprints_are_of_the_key_and_not_of_the_certificate(first: Identity) -> None:
-    key = ec.generate_private_key(ec.SECP256R1())
-    one, another = (x509.load_pem_x509_certificate(first.issue(new_id(), key.public_key())) for _ in range(2))
-    assert one != another
-    assert fingerprint_of(one.public_key()) == fingerprint_of(another.public_key()) == fingerprint_of(key.public_key())
-
-
-def test_a_ca_outlives_the_pcs(first: Identity) -> None:
-    ca = x509.load_pem_x509_certificate(first.ca_certificate_pem)
-    assert ca.not_valid_after_utc - ca.not_valid_before_utc > dates.timedelta(days=40 * 365)
-    assert identity_module.RENEW_BEFORE < identity_module.NODE_LIFETIME / 2
+def test_its_own_record_names_its_key_and_itself_as_who_admitted_it(first: Identity) -> None:
+    member = first.member("box", ("192.0.2.1:8001",))
+    assert member == Member(first.node, "box", first.fingerprint, ("192.0.2.1:8001",), admitted_by=first.node)

@@ -19,7 +19,8 @@ from raw_server import sockets_closed
 
 from tars.core.records import Member
 from tars.errors import NotAMember, PeerUnreachable
-from tars.mesh.identity import Identity, PeerCertificate
+from tars.mesh.certificates import PeerCertificate
+from tars.mesh.identity import Identity
 from tars.rpc.http_client import RpcConnection
 from tars.rpc.mesh_listener import CA_PATH, HINT_PATH, STRANGER_BODY_BYTES, add_mesh_hint
 

@@ -20,9 +20,10 @@ from tars.errors import JoinRefused, NotAMember, PeerUnreachable
 from tars.mesh.administration import Administration
 from tars.mesh.client_keys import ClientKeys
 from tars.mesh.gossip import Gossip, Notice
-from tars.mesh.identity import Identity, MemberCheck
+from tars.mesh.identity import Identity
 from tars.mesh.join_tokens import Invitation, JoinTokens
 from tars.mesh.joining import Admitting, take_place
+from tars.mesh.member_check import MemberCheck
 from tars.mesh.replicated_store import ReplicatedStore
 from tars.messages.admission import KeyNewParams, NodeRemoveParams, TokenNewParams
 from tars.rpc.dispatcher import Dispatcher

@@ -16,7 +16,8 @@ from raw_server import raw_server, silent, sockets_closed
 from tars.core.mesh_messages import Ack, Envelope
 from tars.core.records import Member
 from tars.errors import BadPeerAnswer, DeadlineExceeded, NotAMember, PeerUnreachable
-from tars.mesh.identity import Identity, MemberCheck
+from tars.mesh.identity import Identity
+from tars.mesh.member_check import MemberCheck
 from tars.mesh.replicated_store import MemoryStore
 from tars.rpc import peer_connections
 from tars.rpc.http_client import NodeNotReachable
