@@ -103,7 +103,7 @@ class KvCache:
     @property
     def used(self) -> int:
         """Cells of running sequences, each counted once."""
-        return len({cell for stream in self._streams if stream.taken for cell in stream.cells})
+        return len(self._running())
 
     @property
     def cached(self) -> int:
@@ -185,7 +185,7 @@ class KvCache:
         source, kept = self._longest(prompt, adapter, free)
         if source is None:
             return len(prompt)
-        running = {cell for stream in self._streams if stream.taken for cell in stream.cells}
+        running = self._running()
         return len(prompt) - sum(cell in running for cell in self._streams[source].cells[:kept])
 
     def append(self, stream: int, tokens: Sequence[int], *, chunked: bool = False) -> None:
@@ -244,6 +244,10 @@ class KvCache:
         return (Trim(oldest, 0),)
 
     # --- inside ---
+
+    def _running(self) -> set[int]:
+        """Cells of running sequences. While a call waits for cells this is looked at in every step: so without a loop in Python."""
+        return set[int]().union(*(stream.cells for stream in self._streams if stream.taken))
 
     def _longest(self, prompt: Sequence[int], adapter: str, free: Sequence[int]) -> tuple[int | None, int]:
         """The stream with the longest usable beginning of `prompt`, and its length; a free one where two are equal."""
