@@ -11,7 +11,6 @@ One thread reads at a time; `_turn` is the lock.
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Generator
 from typing import cast
@@ -161,7 +160,7 @@ class Intake:
             dimensions, prompt = 1, ""
         else:
             raise WrongModelKind(_wrong_kind(self._kind))
-        call = Call(submission.sequence, work, submission.deadline, time.monotonic(), dimensions)
+        call = Call(submission.sequence, work, submission.deadline, submission.received, dimensions)
         self._pool.open(call)
         self._reading.append(_Reading(call, prompt))
 

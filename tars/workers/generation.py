@@ -93,7 +93,7 @@ class Answer:
     def __init__(self, call: Call, index: int, prompt: Sequence[int]) -> None:
         self.call = call
         self.index = index
-        begun = call.begun[index] if call.begun else Begun()
+        begun = call.begun[index]
         self.tokens = [*prompt, *begun.tokens]
         self.prompt_length = len(prompt)
         self.position = 0
@@ -153,15 +153,10 @@ class Answer:
             piece = self._show(self._stream.push(token, pieces[token], None))
             if piece is not None:
                 shown = piece if shown is None else _joined(shown, piece)
-        if self._stream.stopped:
-            return self._ended_before(shown, "stop")
-        if self.generated >= self.call.most:
+        if not self._stream.stopped and self.generated >= self.call.most:
             return self._ended_before(shown, "length")
-        if self._was_whole:
-            # By the model's own end, which is no token of the text; all that was held back came with it.
-            self._with_end(None, "stop")
-            return None
-        return shown
+        # Where it was whole without either, then by the model's own end, which is no token of the text.
+        return self._ended_before(shown, "stop") if self._stream.stopped or self._was_whole else shown
 
     def accept(self, token: int, piece: bytes, logprob: TokenLogprob | None) -> Delta | None:
         """Take the next token; what the caller may see now. `finish_reason` is set where it was the last one."""
@@ -265,7 +260,6 @@ class Call:
     def __init__(
         self,
         submission: Submission,
-        received: float,
         prompt: Sequence[int],
         *,
         seed: int,
@@ -275,19 +269,19 @@ class Call:
         adapter: str = "",
         template_stop: Sequence[str] = (),
     ) -> None:
-        """`received` is on the monotonic clock; `seed` is the call's own, or the one that was drawn for it."""
+        """`seed` is the call's own, or the one that was drawn for it. Raises `InvalidParams` or `StaleRoute` where it cannot go on here."""
         work = submission.work
         assert isinstance(work, ChatParams | CompleteParams)
         self.number = submission.sequence
         self.work: ChatParams | CompleteParams = work
         self.deadline = submission.deadline
-        self.received = received
+        self.received = submission.received
         self.seed = seed
         self.adapter = adapter
         self.format = answers
         self.prompt_end = prompt_end
         self.stop = [*work.stop, *template_stop]
-        self.begun = [] if submission.resume is None else _begun(submission.resume, work.n)
+        self.begun = [Begun()] * work.n if submission.resume is None else _begun(submission.resume, work.n)
         self.prompt_length = len(prompt)
         room = context - len(prompt)
         self.most = room if work.max_tokens is None else min(work.max_tokens, room)

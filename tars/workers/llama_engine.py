@@ -34,6 +34,7 @@ from tars.workers.inbox import Inbox
 from tars.workers.kv_cache import KvCache
 from tars.workers.preparation import Preparation, Prepared
 from tars.workers.sequence_state import read_state, write_state
+from tars.workers.thread_waiting import ThreadWaiting
 
 if TYPE_CHECKING:  # importing these imports llama_cpp, which is `load`'s stage `import`
     from tars.workers.adapters import Adapters
@@ -70,6 +71,7 @@ class LlamaEngine:
         self._cache: KvCache
         self._batcher: Batcher | None = None
         self._preparation: Preparation
+        self._waiting: ThreadWaiting
         self._format: AnswerFormat
         self._template_stop: list[str] = []
 
@@ -166,6 +168,7 @@ class LlamaEngine:
             drafting=self._drafting,
         )
         self._preparation = Preparation(self._model, template, self._format, spec.context, self._inbox.hand_back)
+        self._waiting = ThreadWaiting(spec.threads)
         self._measure_memory()
         return LoadedInfo(
             model_kind="chat",
@@ -357,11 +360,13 @@ class LlamaEngine:
             self._drop_ended(taken.cancelled, now)
             if batcher.busy:
                 batcher.step(self._flush)
+                self._waiting.look(self._context.native_seconds)
             self._mark += 1
             self._flush()
             self._busy_seconds += time.perf_counter() - began
         for call in list(self._calls.values()):
             self._close(call)
+        self._waiting.close()
         self._context.close()
         if self._drafting is not None:
             self._drafting.close()
@@ -380,7 +385,7 @@ class LlamaEngine:
         if isinstance(work, SaveParams):
             self._save(submission, work)
         elif isinstance(work, ChatParams | CompleteParams | TokenizeParams):
-            prepared = self._preparation.prepare(submission, submission.received)
+            prepared = self._preparation.prepare(submission)
             if prepared is not None:
                 self._begin(prepared)
         else:
@@ -421,7 +426,6 @@ class LlamaEngine:
         seed = drawn if resume is None else resume.seed
         call = Call(
             prepared.submission,
-            prepared.received,
             prepared.tokens,
             seed=seed,
             context=self._spec.context,

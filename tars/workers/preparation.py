@@ -48,7 +48,6 @@ class Prepared:
     """A call whose tokens are known, or why it cannot be served."""
 
     submission: Submission
-    received: float
     tokens: list[int] = field(default_factory=list)
     grammar: CompiledGrammar | None = None
     prompt_end: str = ""
@@ -71,9 +70,9 @@ class Preparation:
         self._answers = answers
         self._context = context
         self._hand_back = hand_back
-        self._apart: dict[int, tuple[Submission, float, float]] = {}
-        """Sequence -> submission, received, when its thread began."""
-        self._queue: list[tuple[Submission, float]] = []
+        self._apart: dict[int, tuple[Submission, float]] = {}
+        """Sequence -> submission, when its thread began."""
+        self._queue: list[Submission] = []
         self._abandoned: list[threading.Thread] = []
         self._threads: dict[int, threading.Thread] = {}
 
@@ -82,11 +81,11 @@ class Preparation:
         """Calls that are being prepared apart, or wait for that."""
         return len(self._apart) + len(self._queue)
 
-    def prepare(self, submission: Submission, received: float) -> Prepared | None:
+    def prepare(self, submission: Submission) -> Prepared | None:
         """The call, prepared; None where that goes on in another thread."""
         if not _takes_long(submission):
-            return self._made(submission, received)
-        self._queue.append((submission, received))
+            return self._made(submission)
+        self._queue.append(submission)
         self._start_some()
         return None
 
@@ -101,7 +100,7 @@ class Preparation:
     def drop(self, number: int) -> bool:
         """The call is over; its thread, where it has one, ends by itself. True where the call was being prepared here."""
         queued = len(self._queue)
-        self._queue = [entry for entry in self._queue if entry[0].sequence != number]
+        self._queue = [submission for submission in self._queue if submission.sequence != number]
         if number not in self._apart:
             return len(self._queue) < queued
         del self._apart[number]
@@ -112,12 +111,12 @@ class Preparation:
 
     def pending(self) -> list[Submission]:
         """The calls that are being prepared, or wait for it."""
-        return [entry[0] for entry in self._apart.values()] + [entry[0] for entry in self._queue]
+        return [submission for submission, _ in self._apart.values()] + self._queue
 
     def late(self, now: float) -> list[tuple[int, TarsError]]:
         """Give up what takes too long: the calls' numbers and errors."""
         ended: list[tuple[int, TarsError]] = []
-        for number, (submission, _, began) in list(self._apart.items()):
+        for number, (submission, began) in list(self._apart.items()):
             if now - began > GIVE_UP_SECONDS:
                 self.drop(number)
                 ended.append((number, _gave_up(submission)))
@@ -126,8 +125,8 @@ class Preparation:
     def _start_some(self) -> None:
         self._abandoned = [thread for thread in self._abandoned if thread.is_alive()]
         while self._queue and len(self._apart) < APART_MOST:
-            submission, received = self._queue.pop(0)
-            self._apart[submission.sequence] = (submission, received, time.monotonic())
+            submission = self._queue.pop(0)
+            self._apart[submission.sequence] = (submission, time.monotonic())
             if len(self._abandoned) >= ABANDONED_MOST:
                 error: TarsError | None = Overloaded(
                     "This replica is still busy with grammars or texts that it gave up. Send the call again later, "
@@ -135,15 +134,15 @@ class Preparation:
                     retry_after_ms=10_000,
                 )
             else:
-                error = self._start(submission, received)
+                error = self._start(submission)
             if error is not None:
                 # Through the same door as all others: the caller of `prepare` was told that it goes on elsewhere.
-                self._hand_back(Prepared(submission, received, error=error))
+                self._hand_back(Prepared(submission, error=error))
 
-    def _start(self, submission: Submission, received: float) -> TarsError | None:
+    def _start(self, submission: Submission) -> TarsError | None:
         """Prepare it in a thread; why there is none."""
         thread = threading.Thread(
-            target=lambda: self._hand_back(self._made(submission, received)),
+            target=lambda: self._hand_back(self._made(submission)),
             name=f"prepare {submission.sequence}",
             daemon=True,
         )
@@ -163,8 +162,8 @@ class Preparation:
         self._threads[submission.sequence] = thread
         return None
 
-    def _made(self, submission: Submission, received: float) -> Prepared:
-        prepared = Prepared(submission, received)
+    def _made(self, submission: Submission) -> Prepared:
+        prepared = Prepared(submission)
         work = submission.work
         try:
             if isinstance(work, TokenizeParams):

@@ -47,7 +47,7 @@ class TextStream(Generic[Extra]):
         self._text += self._decoder.decode(piece)
         # The decoder's state is (bytes waiting, flags): none waiting means that the token ends between characters.
         self._held.append((token_id, extra, len(self._text), not self._decoder.getstate()[0]))
-        if (start := self._first_stop()) is not None:
+        if (start := self._first_stop(self._text)) is not None:
             self.stopped = True
             self._text = self._text[:start]
             return self._release(len(self._held))
@@ -67,9 +67,9 @@ class TextStream(Generic[Extra]):
         """
         assert not self._held, "only the first tokens"
         text = self._decoder.decode(data, ended)
-        if ended and (starts := [start for stop in self._stop if (start := text.find(stop)) >= 0]):
+        if ended and (start := self._first_stop(text)) is not None:
             self.stopped = True
-            text = text[: min(starts)]
+            text = text[:start]
         return text
 
     def finish(self) -> Released[Extra]:
@@ -79,9 +79,9 @@ class TextStream(Generic[Extra]):
         self._text += self._decoder.decode(b"", True)
         return self._release(len(self._held))
 
-    def _first_stop(self) -> int | None:
-        starts = [start for text in self._stop if (start := self._text.find(text)) >= 0]
-        return min(starts, default=None)
+    def _first_stop(self, text: str) -> int | None:
+        """Where the first stop string begins in it."""
+        return min((start for stop in self._stop if (start := text.find(stop)) >= 0), default=None)
 
     def _certain(self) -> int:
         """How many characters of the held text can never be part of a stop string."""

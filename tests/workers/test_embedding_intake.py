@@ -50,6 +50,14 @@ class Desk:
         return [(item.call.number, item.index, len(item.row)) for item in batch]
 
 
+def test_a_calls_time_runs_from_when_it_came_and_not_from_when_it_was_read() -> None:
+    desk = Desk()
+    desk.inbox.put(Submission(1, EmbedParams(input="a"), None, received=5.0))
+    desk.intake.step()
+    (item,) = desk.pool.take(lambda lengths: range(len(lengths)))
+    assert item.call.received == 5.0
+
+
 def test_a_large_call_is_read_in_turns_with_the_others() -> None:
     desk = Desk()
     desk.put(1, EmbedParams(input=["a"] * (CHUNK + 10)))

@@ -58,8 +58,8 @@ def call_of(
             )
         )
     )
-    submission = Submission(9, work, deadline, resume)
-    return Call(submission, 10.0, PROMPT, seed=seed, context=context, answers=MARKED if chat else PLAIN)
+    submission = Submission(9, work, deadline, resume, received=10.0)
+    return Call(submission, PROMPT, seed=seed, context=context, answers=MARKED if chat else PLAIN)
 
 
 def run(answer: Answer, tokens: Sequence[int], *, to_the_end: bool) -> list[Delta]:

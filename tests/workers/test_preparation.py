@@ -74,7 +74,7 @@ class Prepares(Preparation):
         )
 
     def ask(self, number: int, work: Work, deadline: float | None = None) -> Prepared | None:
-        return self.prepare(Submission(number, work, deadline), 5.0)
+        return self.prepare(Submission(number, work, deadline))
 
     def next(self) -> Prepared:
         return self.handed_back.get(timeout=30)
@@ -92,7 +92,7 @@ def long() -> TokenizeParams:
 def test_short_texts_are_prepared_at_once(prepares: Prepares) -> None:
     prepared = prepares.ask(1, TokenizeParams(text="ab", add_special=True))
     assert prepared is not None
-    assert (prepared.tokens, prepared.received, prepared.error) == ([1, 97, 98], 5.0, None)
+    assert (prepared.tokens, prepared.error) == ([1, 97, 98], None)
     assert prepares.busy == 0
 
 
