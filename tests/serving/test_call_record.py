@@ -1,6 +1,7 @@
 """What is kept of the last calls."""
 
 import pytest
+from hand_clock import Clock
 
 from tars.core.types import Deadline
 from tars.errors import Overloaded
@@ -12,16 +13,9 @@ def call(trace="t", **more):
     return CallContext(Deadline(1e9), trace, method="inference.chat", caller="alice", **more)
 
 
-class Clock:
-    now = 10.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(10.0)
 
 
 @pytest.fixture

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from hand_clock import Clock
 
 from tars.messages.base import SavedState
 from tars.messages.inference import Choice, CompleteParams, Delta, Generated, Timings, TokenLogprob, Usage
 from tars.serving.continuation import SEEDS, StreamSoFar, seeded
 
 SAVED = SavedState(node="node-1", id="one", bytes=10, sha256="0" * 64)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 def work_of(**more: object) -> CompleteParams:
@@ -98,7 +91,7 @@ def test_tokens_held_back_are_computed_again_where_their_log_probabilities_are_a
 
 
 def test_the_answer_has_the_log_probabilities_of_every_part_and_the_whole_calls_times() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     stream = StreamSoFar(work_of(n=2, logprobs=0), clock)
     clock.now += 0.25
     stream.take(Delta(text="a", token_ids=[1], logprobs=[logprob(1)]))
@@ -120,7 +113,7 @@ def test_the_answer_has_the_log_probabilities_of_every_part_and_the_whole_calls_
 
 
 def test_without_log_probabilities_none_are_made_up() -> None:
-    clock = Clock()
+    clock = Clock(100.0)
     stream = StreamSoFar(work_of(), clock)
     whole = stream.merged(generated(0))
     assert whole.logprobs is None
