@@ -22,20 +22,18 @@ from tars.core.idempotency_claims import (
     Refused,
     Run,
     Settlement,
+    at_home,
     claiming,
     freeing,
+    patience,
     settling,
 )
-from tars.core.idempotency_keys import Claim, KeyReply, KeyState, KeyTable, homes_of
+from tars.core.idempotency_keys import Claim, KeyReply, KeyState, KeyTable, homes_of, new_homes
 from tars.core.mesh_messages import MemberState
 from tars.core.types import NodeId
 
 if TYPE_CHECKING:
     from virtual_gateway import VirtualGateway
-
-ASK_SECONDS = 1.0
-OWNER_SECONDS = 2.5
-"""As `serving.key_peers`."""
 
 Told = Callable[[bytes | None], None]
 """Hears the answer under the key; None: the call is the hearer's to run (or to claim again)."""
@@ -153,27 +151,10 @@ class VirtualKeys:
 
     def asked(self, question: Question, reply: Reply) -> None:
         """Replies at once, but for an answer that is waited for."""
-        now = self._node.time.now
-        match question:
-            case ClaimQuestion():
-                reply(
-                    self._table.claim(
-                        question.key, question.body, question.claim, now, lives=self._lives, gone=question.gone
-                    )
-                )
-            case Settlement():
-                reply(
-                    self._table.settle(
-                        question.key,
-                        question.body,
-                        question.claim,
-                        now,
-                        answer=question.answer,
-                        failed=question.failed,
-                    )
-                )
-            case AnswerQuestion():
-                self._own_answer(question, reply)
+        if isinstance(question, AnswerQuestion):
+            self._own_answer(question, reply)
+        else:
+            reply(at_home(self._table, question, self._node.time.now, self._lives))
 
     def members_changed(self) -> None:
         """As `IdempotentAnswers.members_changed`: new homes are told."""
@@ -183,19 +164,13 @@ class VirtualKeys:
             return
         old, new = before | {self._node.id}, after | {self._node.id}
         for kept in self._table.kept(self._node.time.now):
-            told = homes_of(kept.key, old)
-            if kept.answered and next((node for node in told if node in new), self._node.id) == self._node.id:
-                for home in homes_of(kept.key, new):
-                    if home not in told:
-                        self._put(
-                            Ask(home, Settlement(kept.key, kept.body, kept.claim, kept.answer)), lambda reply: None
-                        )
+            if kept.answered:
+                for home in new_homes(kept.key, old, new, self._node.id):
+                    self._put(Ask(home, Settlement(kept.key, kept.body, kept.claim, kept.answer)), lambda reply: None)
         for key, entry in self._entries.items():
             if entry.run is not None and not entry.told:
-                told = homes_of(key, old)
-                for home in homes_of(key, new):
-                    if home not in told:
-                        self._put(Ask(home, ClaimQuestion(key, entry.body, entry.run.claim)), lambda reply: None)
+                for home in new_homes(key, old, new):
+                    self._put(Ask(home, ClaimQuestion(key, entry.body, entry.run.claim)), lambda reply: None)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
@@ -266,7 +241,6 @@ class VirtualKeys:
         if ask.node == self._node.id:
             self.asked(ask.question, reply)
             return
-        waits = ask.question.wait + OWNER_SECONDS if isinstance(ask.question, AnswerQuestion) else ASK_SECONDS
         heard = False
 
         def once(said: Any) -> None:
@@ -276,7 +250,7 @@ class VirtualKeys:
                 reply(said)
 
         self._gateway.ask(ask.node, ask.question, once)
-        self._node.later(waits, lambda: once(None))
+        self._node.later(patience(ask.question), lambda: once(None))
 
     def others(self) -> list[NodeId]:
         """The other nodes that this one sees alive."""

@@ -15,12 +15,17 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeAlias, TypeVar
 
-from tars.core.idempotency_keys import Claim, KeyReply, KeyState
+from tars.core.idempotency_keys import Claim, KeyReply, KeyState, KeyTable
 from tars.core.probe_order import Dice
 from tars.core.types import NodeId
 
 WAIT_SECONDS = 1.0
 """How long the owner of a running call keeps a question before it says that it still runs: so the asker learns that the owner lives."""
+ASK_SECONDS = 1.0
+"""For a home's word: a LAN's round trip and a busy loop; 4 MiB of an answer take 40 ms on Gigabit Ethernet."""
+OWNER_SECONDS = 2.5
+"""And for an owner's, beyond the time that it was told to keep the question: the longest silence of a living node (see the pulse). After it
+the call is run a second time."""
 PAUSE_SECONDS = 0.05
 """At least, before a key is claimed again whose owner gave it up: two that meet so part by chance."""
 
@@ -57,6 +62,11 @@ class Settlement:
 
 
 Question: TypeAlias = ClaimQuestion | AnswerQuestion | Settlement
+
+
+def patience(question: Question) -> float:
+    """How long a peer's reply is waited for, in seconds; after that it gives none."""
+    return question.wait + OWNER_SECONDS if isinstance(question, AnswerQuestion) else ASK_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +107,20 @@ class Refused:
 Replies: TypeAlias = Sequence[KeyReply | None]
 Outcome = TypeVar("Outcome")
 Steps: TypeAlias = Generator[tuple[Ask, ...] | Pause, Replies, Outcome]
+
+
+def at_home(
+    table: KeyTable,
+    question: ClaimQuestion | Settlement,
+    now: float,
+    lives: Callable[[NodeId], bool] = lambda node: True,
+) -> KeyReply:
+    """What a home says to a question, out of its memory; `lives` as in `KeyTable.claim`."""
+    if isinstance(question, ClaimQuestion):
+        return table.claim(question.key, question.body, question.claim, now, lives=lives, gone=question.gone)
+    return table.settle(
+        question.key, question.body, question.claim, now, answer=question.answer, failed=question.failed
+    )
 
 
 def claiming(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
@@ -91,6 +91,19 @@ def homes_of(key: str, nodes: Iterable[NodeId], count: int = HOMES) -> tuple[Nod
     that comes or goes changes nothing in the order of the others.
     """
     return tuple(sorted(set(nodes), key=lambda node: (_weight(key, node), node), reverse=True)[:count])
+
+
+def new_homes(
+    key: str, before: Collection[NodeId], after: Collection[NodeId], teller: NodeId | None = None
+) -> tuple[NodeId, ...]:
+    """The homes that `key` has among the live nodes `after` and did not have among those `before`: they are to be told of it.
+
+    With `teller`: those that this node is to tell, which is the first of the old homes that still lives; so one of them tells, not each.
+    """
+    old = homes_of(key, before)
+    if teller is not None and next((node for node in old if node in after), teller) != teller:
+        return ()
+    return tuple(home for home in homes_of(key, after) if home not in old)
 
 
 def _weight(key: str, node: NodeId) -> bytes:

@@ -13,16 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import random
 import secrets
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any, Protocol, TypeVar
-
-import orjson
-from pydantic import ValidationError
 
 from tars.core.idempotency_claims import (
     AnswerQuestion,
@@ -36,6 +33,7 @@ from tars.core.idempotency_claims import (
     Run,
     Settlement,
     Steps,
+    at_home,
     claiming,
     freeing,
     settling,
@@ -44,30 +42,19 @@ from tars.core.idempotency_keys import (
     KEEP_BYTES,
     KEEP_KEYS,
     KEEP_SECONDS,
-    LARGEST_ANSWER,
     KeyReply,
     KeyState,
     KeyTable,
     homes_of,
+    new_homes,
 )
 from tars.core.idempotency_keys import Claim as KeyClaim
 from tars.core.types import NodeId
 from tars.errors import IdempotencyConflict
 from tars.messages.base import CallContext, Message
-from tars.messages.inference import ChatResult, CompleteResult, EmbedResult, RerankResult, TokenizeResult
 from tars.messages.key_claims import AwaitAnswerParams, ClaimKeyParams, KeyResult, SettleKeyParams
+from tars.serving.kept_answers import Answer, answer_of, bytes_for_homes, bytes_of, read
 from tars.serving.key_peers import question_of, result_of
-
-log = logging.getLogger(__name__)
-
-_RESULTS: dict[str, type[Message]] = {
-    "inference.chat": ChatResult,
-    "inference.complete": CompleteResult,
-    "inference.embed": EmbedResult,
-    "inference.rerank": RerankResult,
-    "inference.tokenize": TokenizeResult,
-}
-"""What a method's answer is, to read one that another node gave."""
 
 Outcome = TypeVar("Outcome")
 
@@ -144,7 +131,7 @@ class _Entry:
 
 
 class Claim:
-    """The right, and the duty, to run a call: end it with `succeed` or `fail`."""
+    """The right, and the duty, to run a call: end it with `succeed` or `fail`. `with` it: it fails unless it has succeeded."""
 
     def __init__(self, answers: IdempotentAnswers | None = None, key: str = "", entry: _Entry | None = None):
         """Without arguments: of a call without a key."""
@@ -152,7 +139,15 @@ class Claim:
         self._key = key
         self._entry = entry
 
-    async def succeed(self, answer: Message, size: int, *, shown: bool = False) -> Message:
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.fail()
+
+    async def succeed(self, answer: Answer, size: int, *, shown: bool = False) -> Answer:
         """Keep the answer, and give it to all who joined; returns the one to give to the caller. `size`: about the bytes that it takes in
         memory. `shown`: its caller has seen a part of it, so that no other will do.
 
@@ -220,7 +215,7 @@ class IdempotentAnswers:
 
         try:
             outcome = await self._drive(claiming(key, body, claim, lambda: self._homes(key), self._dice, joining))
-            answer = None if not isinstance(outcome, Known) else self._read(method, outcome.answer)
+            answer = None if not isinstance(outcome, Known) else answer_of(method, outcome.answer)
         except BaseException:
             # The caller's time is over, or it left: whoever waits here claims for itself.
             self.failed(key, entry)
@@ -239,7 +234,7 @@ class IdempotentAnswers:
         self.outcomes["repeated"] += 1
         return answer
 
-    async def succeeded(self, key: str, entry: _Entry, answer: Message, size: int, shown: bool) -> Message:
+    async def succeeded(self, key: str, entry: _Entry, answer: Answer, size: int, shown: bool) -> Answer:
         """See `Claim.succeed`."""
         assert entry.run is not None
         if entry.told:
@@ -252,22 +247,22 @@ class IdempotentAnswers:
             self._entries.move_to_end(key)
         alone = self._homes(key) == (self._me,) == entry.run.homes
         # Alone, the answer is kept once, as it is; a node that joins later finds its owner here.
-        said = None if alone else self._written(answer)
+        said = None if alone else bytes_for_homes(answer)
         steps = settling(key, entry.body, entry.run, lambda: self._homes(key), said, wait=not shown, lives=self._lives)
         # A task of its own: the caller may leave now, and the answer is there all the same.
         return await asyncio.shield(self._start(self._settled(key, entry, answer, steps, shown)))
 
     async def _settled(
-        self, key: str, entry: _Entry, answer: Message, steps: Steps[Known | None], shown: bool
-    ) -> Message:
-        given: Message | None = answer
+        self, key: str, entry: _Entry, answer: Answer, steps: Steps[Known | None], shown: bool
+    ) -> Answer:
+        given = answer
         try:
             winner = await self._drive(steps)
             if winner is not None and not shown:
-                given = self._read_as(type(answer), winner.answer) or answer
+                given = read(type(answer), winner.answer) or answer
         finally:
             self._end(key, entry, given)
-        return given or answer
+        return given
 
     def failed(self, key: str, entry: _Entry) -> None:
         """See `Claim.fail`."""
@@ -297,21 +292,16 @@ class IdempotentAnswers:
             self._start(self._tell(before | {self._me}, after | {self._me}))
 
     async def _tell(self, before: frozenset[NodeId], after: frozenset[NodeId]) -> None:
-        def new_homes(key: str) -> list[NodeId]:
-            """That did not hear of it. Empty where another one that did tells them."""
-            old = homes_of(key, before)
-            teller = next((node for node in old if node in after), self._me)
-            return [] if teller != self._me else [node for node in homes_of(key, after) if node not in old]
-
         for kept in self._table.kept(self._now()):
             if kept.answered:
-                for home in new_homes(kept.key):
+                for home in new_homes(kept.key, before, after, self._me):
                     await self._ask(Ask(home, Settlement(kept.key, kept.body, kept.claim, kept.answer)))
         for key, entry in list(self._entries.items()):
-            # Of a running call only its owner knows whether it still runs.
-            old = homes_of(key, before)
-            for home in homes_of(key, after):
-                if entry.run is not None and not entry.told and home not in old:
+            if entry.told:
+                continue
+            # Of a running call only its owner knows whether it still runs, so the owner tells.
+            for home in new_homes(key, before, after):
+                if entry.run is not None and not entry.told:  # it may have ended meanwhile
                     await self._ask(Ask(home, ClaimQuestion(key, entry.body, entry.run.claim)))
 
     async def idle(self) -> None:
@@ -353,23 +343,9 @@ class IdempotentAnswers:
         return await self._others.ask(ask.node, ask.question)
 
     async def _here(self, question: Question) -> KeyReply:
-        now = self._now()
-        match question:
-            case ClaimQuestion():
-                return self._table.claim(
-                    question.key, question.body, question.claim, now, lives=self._lives, gone=question.gone
-                )
-            case Settlement():
-                return self._table.settle(
-                    question.key,
-                    question.body,
-                    question.claim,
-                    now,
-                    answer=question.answer,
-                    failed=question.failed,
-                )
-            case AnswerQuestion():
-                return await self._own_answer(question)
+        if isinstance(question, AnswerQuestion):
+            return await self._own_answer(question)
+        return at_home(self._table, question, self._now(), self._lives)
 
     async def _own_answer(self, question: AnswerQuestion) -> KeyReply:
         self._expire()
@@ -382,7 +358,7 @@ class IdempotentAnswers:
         if not done:
             return KeyReply(KeyState.RUNNING, entry.claim)
         answer = entry.answer.result()
-        said = None if answer is None else _json(answer)
+        said = None if answer is None else bytes_of(answer)
         return KeyReply(KeyState.UNKNOWN) if said is None else KeyReply(KeyState.ANSWERED, entry.claim, said)
 
     def _end(self, key: str, entry: _Entry, answer: Message | None, *, forget: bool = False) -> None:
@@ -400,26 +376,6 @@ class IdempotentAnswers:
             "this idempotency key was used for a call with other params; use a new key for a new call"
         )
 
-    @staticmethod
-    def _written(answer: Message) -> bytes | None:
-        said = _json(answer)
-        return said if said is not None and len(said) <= LARGEST_ANSWER else None
-
-    def _read(self, method: str, answer: bytes) -> Message | None:
-        return self._read_as(_RESULTS.get(method), answer)
-
-    @staticmethod
-    def _read_as(kind: type[Message] | None, answer: bytes) -> Message | None:
-        if kind is not None:
-            try:
-                return kind.model_validate_json(answer)
-            except ValidationError:
-                pass
-        log.warning(
-            "the answer that another node kept under an idempotency key is of another version; the call is run again"
-        )
-        return None
-
     def _start(self, work: Coroutine[Any, Any, Outcome]) -> asyncio.Task[Outcome]:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
@@ -434,17 +390,3 @@ class IdempotentAnswers:
                 break
             if entry.answer.done():
                 self._drop(key)
-
-
-def _json(answer: Message) -> bytes | None:
-    """As JSON text; None for what JSON cannot say (the caller's own answer fails for it, too)."""
-    try:
-        return orjson.dumps(answer, default=_fields)
-    except (TypeError, ValueError):
-        return None
-
-
-def _fields(value: object) -> object:
-    if isinstance(value, Message):
-        return value.wire()
-    raise TypeError

@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from tars.core.idempotency_claims import AnswerQuestion, ClaimQuestion, Question, Settlement
+from tars.core.idempotency_claims import AnswerQuestion, ClaimQuestion, Question, Settlement, patience
 from tars.core.idempotency_keys import Claim, KeyReply, KeyState
 from tars.core.types import NodeId
 from tars.errors import InvalidParams, TarsError
@@ -23,11 +23,6 @@ from tars.serving.peer_target import PeerConnection
 
 log = logging.getLogger(__name__)
 
-ASK_SECONDS = 1.0
-"""For a home's word: a LAN's round trip and a busy loop; 4 MiB of an answer take 40 ms on Gigabit Ethernet."""
-OWNER_SECONDS = 2.5
-"""And for an owner's, beyond the time that it was told to keep the question: the longest silence of a living node (see the pulse). After it
-the call is run a second time."""
 SILENT_SECONDS = 2.0
 """A home that did not answer is not asked for so long, unless it is heard of: membership knows within 5 s whether it is dead."""
 
@@ -55,10 +50,9 @@ class KeysAtPeers:
 
     async def ask(self, node: NodeId, question: Question) -> KeyReply | None:
         """What a peer says; None where it says nothing that can be used."""
-        waits = isinstance(question, AnswerQuestion)
-        if not waits and self._silent.get(node, 0.0) > self._now():
+        if not isinstance(question, AnswerQuestion) and self._silent.get(node, 0.0) > self._now():
             return None
-        seconds = question.wait + OWNER_SECONDS if isinstance(question, AnswerQuestion) else ASK_SECONDS
+        seconds = patience(question)
         method, params = _message(question)
         try:
             async with asyncio.timeout(seconds):

@@ -12,7 +12,7 @@ from tars.core.idempotency_claims import (
     Pause,
     Refused,
     Run,
-    Settlement,
+    at_home,
     claiming,
     freeing,
     settling,
@@ -36,21 +36,9 @@ class Mesh:
         self.asked.append((ask.node, type(ask.question).__name__))
         if ask.node in self.down:
             return None
-        table, question = self.tables[ask.node], ask.question
-        match question:
-            case ClaimQuestion():
-                return table.claim(question.key, question.body, question.claim, 0, gone=question.gone)
-            case AnswerQuestion():
-                return self.own.get(ask.node, KeyReply(KeyState.UNKNOWN))
-            case Settlement():
-                return table.settle(
-                    question.key,
-                    question.body,
-                    question.claim,
-                    0,
-                    answer=question.answer,
-                    failed=question.failed,
-                )
+        if isinstance(ask.question, AnswerQuestion):
+            return self.own.get(ask.node, KeyReply(KeyState.UNKNOWN))
+        return at_home(self.tables[ask.node], ask.question, 0)
 
     def drive(self, steps, before=lambda asks: None):
         """Run a protocol to its end; `before` sees each step's questions first."""

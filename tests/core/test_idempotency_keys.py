@@ -12,6 +12,7 @@ from tars.core.idempotency_keys import (
     KeyState,
     KeyTable,
     homes_of,
+    new_homes,
 )
 from tars.core.types import NodeId
 
@@ -157,6 +158,26 @@ def test_homes_are_two_of_the_nodes_and_stay_while_others_come_and_go():
         assert homes_of(str(number), [second, *others])[0] == second
     assert homes_of("k", [A]) == (A,)
     assert homes_of("k", []) == ()
+
+
+def test_homes_that_are_new_are_told_by_the_owner_or_by_one_of_the_old_homes():
+    before = {NodeId(name) for name in "abcd"}
+    for key in (f"k{number}" for number in range(50)):
+        old = homes_of(key, before)
+        assert new_homes(key, before, before) == ()
+        comes = before | {NodeId("e")}
+        assert set(new_homes(key, before, comes)) == set(homes_of(key, comes)) & {"e"}
+        for goes in old:
+            after = before - {goes}
+            (new,) = new_homes(key, before, after)
+            assert (new in homes_of(key, after), new in old) == (True, False)
+            told = {teller: new_homes(key, before, after, teller) for teller in after}
+            (left,) = set(old) - {goes}
+            assert {teller for teller, homes in told.items() if homes} == {left}
+            assert told[left] == (new,)
+        # Where none of the old homes lives, each that knows it tells.
+        nobody = before - set(old)
+        assert all(set(new_homes(key, before, nobody, teller)) == nobody for teller in nobody)
 
 
 def test_keys_are_spread_over_all_nodes():

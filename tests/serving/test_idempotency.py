@@ -5,6 +5,7 @@ from collections import Counter
 
 import orjson
 import pytest
+from hand_clock import Clock
 
 from tars.core import idempotency_claims
 from tars.core.idempotency_keys import LARGEST_ANSWER
@@ -30,7 +31,8 @@ from tars.messages.inference import (
 )
 from tars.messages.key_claims import AwaitAnswerParams, ClaimKeyParams, SettleKeyParams
 from tars.rpc.envelope import encode_result
-from tars.serving.idempotency import _RESULTS, KEEP_BYTES, KEEP_SECONDS, Claim, IdempotentAnswers, key_of, seed_of
+from tars.serving.idempotency import KEEP_BYTES, KEEP_SECONDS, Claim, IdempotentAnswers, key_of, seed_of
+from tars.serving.kept_answers import RESULTS
 from tars.serving.key_peers import KeysAtPeers
 
 PARAMS = TokenizeParams(text="a")
@@ -80,13 +82,6 @@ ANSWERS = [
 
 def call(key="k", caller="local"):
     return CallContext(Deadline(1e9), "trace", method="inference.tokenize", idempotency_key=key, caller=caller)
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 @pytest.fixture
@@ -485,7 +480,7 @@ async def test_a_caller_who_leaves_when_the_answer_is_there_does_not_undo_it(thr
 
 @pytest.mark.parametrize("result", ANSWERS, ids=lambda each: type(each).__name__)
 async def test_every_kind_of_answer_is_the_same_at_another_node(three, result):
-    method = next(name for name, kind in _RESULTS.items() if kind is type(result))
+    method = next(name for name, kind in RESULTS.items() if kind is type(result))
     context = CallContext(Deadline(1e9), "trace", method=method, idempotency_key="k")
     claim = await three.nodes["a"].claim_or_answer(context, PARAMS)
     await claim.succeed(result, 10)
@@ -495,5 +490,5 @@ async def test_every_kind_of_answer_is_the_same_at_another_node(three, result):
 
 async def test_an_answer_of_another_version_is_computed_again(three, monkeypatch):
     await three.computes("a")
-    monkeypatch.setitem(_RESULTS, "inference.tokenize", EmbedResult)
+    monkeypatch.setitem(RESULTS, "inference.tokenize", EmbedResult)
     assert await three.computes("b", "another") == (1, "another")

@@ -4,13 +4,14 @@ import asyncio
 
 import orjson
 import pytest
+from hand_clock import Clock
 
+from tars.core import idempotency_claims
 from tars.core.idempotency_claims import AnswerQuestion, ClaimQuestion, Settlement
 from tars.core.idempotency_keys import Claim, KeyReply, KeyState
 from tars.core.types import NodeId
 from tars.errors import InvalidParams, MethodNotFound, PeerUnreachable
 from tars.messages.key_claims import AwaitAnswerParams, ClaimKeyParams, SettleKeyParams
-from tars.serving import key_peers
 from tars.serving.key_peers import SILENT_SECONDS, KeysAtPeers, question_of, reply_of, result_of
 
 ME, PEER = NodeId("me"), NodeId("peer")
@@ -43,13 +44,6 @@ class Connection:
         if isinstance(self.answer, Exception):
             raise self.answer
         return self.answer
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self):
-        return self.now
 
 
 def at(connection, clock=None):
@@ -97,7 +91,7 @@ async def test_a_peer_without_an_address_is_no_reply():
 
 
 async def test_a_silent_home_is_given_up_soon_and_not_asked_again_for_a_while(monkeypatch):
-    monkeypatch.setattr(key_peers, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(idempotency_claims, "ASK_SECONDS", 0.01)
     connection, clock = Connection(), Clock()
     keys = at(connection, clock)
     for _ in range(3):
@@ -111,7 +105,7 @@ async def test_a_silent_home_is_given_up_soon_and_not_asked_again_for_a_while(mo
 
 
 async def test_a_silent_home_of_which_something_is_heard_is_asked_at_once(monkeypatch):
-    monkeypatch.setattr(key_peers, "ASK_SECONDS", 0.01)
+    monkeypatch.setattr(idempotency_claims, "ASK_SECONDS", 0.01)
     connection = Connection()
     keys = at(connection)
     assert await keys.ask(PEER, CLAIM_QUESTION) is None
@@ -122,7 +116,7 @@ async def test_a_silent_home_of_which_something_is_heard_is_asked_at_once(monkey
 
 
 async def test_an_owner_has_the_time_that_it_was_told_and_some_more(monkeypatch):
-    monkeypatch.setattr(key_peers, "OWNER_SECONDS", 0.01)
+    monkeypatch.setattr(idempotency_claims, "OWNER_SECONDS", 0.01)
     connection = Connection()
     assert await at(connection).ask(PEER, AnswerQuestion(KEY, BODY, 0.02)) is None
     assert connection.asked[0][2] == pytest.approx(0.03)
