@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeVar, cast
 
@@ -52,6 +52,8 @@ BYTES_A_CHARACTER = 4
 
 Result = TypeVar("Result", ChatResult, CompleteResult)
 Answer = TypeVar("Answer", Embedded, Reranked, Tokenized)
+Asked = TypeVar("Asked", EmbedParams, RerankParams)
+Whole = TypeVar("Whole", EmbedResult, RerankResult)
 
 
 class Inference:
@@ -122,7 +124,7 @@ class Inference:
                 return
             shown = False
             seed = seed_of(call) if params.seed is None and not call.hops else None
-            try:
+            with claim:
                 # By its full name: the engine reads the adapter behind the colon, and an alias may hold one too.
                 work = params.model_copy(update={"model": name} if seed is None else {"model": name, "seed": seed})
                 async with aclosing(self._router.run(model, work, call)) as events:
@@ -135,66 +137,19 @@ class Inference:
                         elif isinstance(event, Generated) and served_by is not None:
                             made = result(name, event, _for_call(served_by, call))
                             size = sum(map(_characters, made.choices())) * BYTES_A_CHARACTER
-                            made = cast("Result", await claim.succeed(made, size, shown=shown))
+                            made = await claim.succeed(made, size, shown=shown)
                             record.answered()
                             yield made
-            finally:
-                claim.fail()
 
     async def embed(self, params: EmbedParams, call: CallContext) -> EmbedResult:
         """Vectors in the order of the input. Those that are not asked for as base64 are JSON text already (`vectors.written`): the
         result is for writing, not for reading.
         """
-        with self._recorded(call, params.model) as record:
-            model = self._admit(params.model, ModelKind.EMBEDDING, call)
-            record.model = _full_name(model, params.model)
-            claim = await self._claim(call, params, record)
-            if isinstance(claim, EmbedResult):
-                return claim
-            assert isinstance(claim, Claim)
-            try:
-                embedded, served_by = await self._answer(Embedded, model, params, call)
-                if params.encoding_format == "base64":
-                    vectors: list[Any] = list(embedded.vectors)
-                    size = sum(map(len, embedded.vectors))
-                else:
-                    vectors, size = await written(embedded.vectors, params.output_type)
-                # Not validated: JSON text is no list of numbers, and looking at two million of them takes longer than writing them.
-                result = EmbedResult.model_construct(
-                    model=record.model,
-                    embeddings=vectors,
-                    dimensions=embedded.dimensions,
-                    truncated=embedded.truncated,
-                    split=embedded.split,
-                    usage=Usage(prompt_tokens=embedded.prompt_tokens, total_tokens=embedded.prompt_tokens),
-                    timings=embedded.timings,
-                    served_by=served_by,
-                )
-                result = cast("EmbedResult", await claim.succeed(result, size))
-                record.answered()
-                return result
-            finally:
-                claim.fail()
+        return await self._at_once(ModelKind.EMBEDDING, Embedded, params, call, _embedded)
 
     async def rerank(self, params: RerankParams, call: CallContext) -> RerankResult:
         """Documents by their relevance to the query, best first; equal ones in the order of the input."""
-        with self._recorded(call, params.model) as record:
-            model = self._admit(params.model, ModelKind.RERANK, call)
-            record.model = _full_name(model, params.model)
-            claim = await self._claim(call, params, record)
-            if isinstance(claim, RerankResult):
-                return claim
-            assert isinstance(claim, Claim)
-            try:
-                reranked, served_by = await self._answer(Reranked, model, params, call)
-                result = _reranked(params, record.model, reranked, served_by)
-                characters = sum(len(scored.document or "") for scored in result.results)
-                size = len(result.results) * BYTES_A_SCORE + characters * BYTES_A_CHARACTER
-                result = cast("RerankResult", await claim.succeed(result, size))
-                record.answered()
-                return result
-            finally:
-                claim.fail()
+        return await self._at_once(ModelKind.RERANK, Reranked, params, call, _reranked)
 
     async def tokenize(self, params: TokenizeParams, call: CallContext) -> TokenizeResult:
         """Token ids of a text by a model of any kind; without a name, the only chat model's."""
@@ -204,6 +159,28 @@ class Inference:
             tokenized, _ = await self._answer(Tokenized, model, params, call)
             record.answered()
             return TokenizeResult(model=record.model, tokens=tokenized.tokens, count=len(tokenized.tokens))
+
+    async def _at_once(
+        self,
+        kind: ModelKind,
+        event: type[Answer],
+        params: Asked,
+        call: CallContext,
+        result: Callable[[Asked, str, Answer, ServedBy], Awaitable[tuple[Whole, int]]],
+    ) -> Whole:
+        """A call without deltas, under its idempotency key. `result` makes the answer, and about the bytes that it takes."""
+        with self._recorded(call, params.model) as record:
+            model = self._admit(params.model, kind, call)
+            record.model = _full_name(model, params.model)
+            claim = await self._claim(call, params, record)
+            if not isinstance(claim, Claim):
+                return cast("Whole", claim)
+            with claim:
+                answer, served_by = await self._answer(event, model, params, call)
+                made, size = await result(params, record.model, answer, served_by)
+                made = await claim.succeed(made, size)
+                record.answered()
+                return made
 
     async def _answer(
         self,
@@ -293,13 +270,37 @@ def _common(generated: Generated) -> dict[str, Any]:
     }
 
 
-def _reranked(params: RerankParams, model: str, reranked: Reranked, served_by: ServedBy) -> RerankResult:
+async def _embedded(
+    params: EmbedParams, model: str, embedded: Embedded, served_by: ServedBy
+) -> tuple[EmbedResult, int]:
+    if params.encoding_format == "base64":
+        vectors: list[Any] = list(embedded.vectors)
+        size = sum(map(len, embedded.vectors))
+    else:
+        vectors, size = await written(embedded.vectors, params.output_type)
+    # Not validated: JSON text is no list of numbers, and looking at two million of them takes longer than writing them.
+    result = EmbedResult.model_construct(
+        model=model,
+        embeddings=vectors,
+        dimensions=embedded.dimensions,
+        truncated=embedded.truncated,
+        split=embedded.split,
+        usage=Usage(prompt_tokens=embedded.prompt_tokens, total_tokens=embedded.prompt_tokens),
+        timings=embedded.timings,
+        served_by=served_by,
+    )
+    return result, size
+
+
+async def _reranked(
+    params: RerankParams, model: str, reranked: Reranked, served_by: ServedBy
+) -> tuple[RerankResult, int]:
     """The best first. Raises `InternalError` where there is not one score for each document."""
     scores = reranked.scores
     if len(scores) != len(params.documents):
         raise InternalError("the worker scored another number of documents than it was given")
     best = sorted(range(len(scores)), key=lambda index: -scores[index])[: params.top_n]  # sorted() is stable
-    return RerankResult(
+    result = RerankResult(
         model=model,
         results=[
             Scored(
@@ -314,6 +315,8 @@ def _reranked(params: RerankParams, model: str, reranked: Reranked, served_by: S
         timings=reranked.timings,
         served_by=served_by,
     )
+    characters = sum(len(scored.document or "") for scored in result.results)
+    return result, len(result.results) * BYTES_A_SCORE + characters * BYTES_A_CHARACTER
 
 
 def _full_name(model: ServedModel, asked: str | None) -> str:
