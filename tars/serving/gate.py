@@ -5,7 +5,8 @@ lock: nothing awaits between reading and writing the same state.
 
 Why not in the engine's own queue: what is in there cannot be reordered, so a caller who comes after another one's flood would wait for all
 of it. Here waits everything but what keeps the engine busy: its slots and one call in four more, so that no slot is idle while the next
-call comes; of texts as many as it looks at to make its batches, in at least `LEAST_CALLS` calls, for which it takes turns itself.
+call comes; of texts as many as it looks at to make its batches, in at least `LEAST_CALLS` calls, for which it takes turns itself. How
+much that is says `call_costs`.
 
 A call is refused when it comes, where it would begin too late for its deadline or the queue is full; and while it waits, where that turns
 out later, or somebody who has less in a full queue came. All of these are `Overloaded` and say when to come back. When the worker leaves
@@ -22,73 +23,19 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 
 from tars.core.expected_wait import Margin, ServiceRate, Start, latest_start, seconds_of, units_ahead
 from tars.core.fair_queue import BATCH, INTERACTIVE, WEIGHTS, Entry, FairQueue, Priority
-from tars.core.prefix_affinity import tokens_in
-from tars.core.routing import PREFILL_PART, UNITS_PER_CALL
 from tars.errors import Overloaded, TarsError
 from tars.messages.base import CallContext
-from tars.messages.inference import (
-    ChatParams,
-    CompleteParams,
-    Embedded,
-    EmbedParams,
-    Generated,
-    GenerationParams,
-    Reranked,
-    RerankParams,
-)
-from tars.messages.node import LoadedInfo, WaitingDescription
+from tars.messages.node import WaitingDescription
+from tars.serving.call_costs import LEFT_PART, Capacity, Costs
 from tars.workers.engine import Finished, Work
 
-AHEAD_PART = 0.25
-"""Of the slots: calls that the engine has beside those that it computes, so that a slot which ends is filled in the next step."""
-BATCHES_AHEAD = 16
-"""Token budgets of texts that the engine has: it puts texts of like lengths together, and finds few of them among few."""
-LEAST_CALLS = 16
-"""Calls of many texts that are let in at least; the engine takes turns between them, so that one of 2,000 texts holds up nobody."""
-TEXT_BUDGET = 4096
-"""Tokens of one forward pass where the replica does not say."""
-SPEED_TOKENS = 128
-"""Tokens of the texts with which a replica measures its texts a second (`workers.embedding_choice.SPEED_LENGTH`)."""
-MEAN_WEIGHT = 0.1
-"""Of the newest answer in the mean length of answers; of the first ones more, so that it is their plain mean."""
-LEFT_PART = 0.5
-"""What a running call still costs, of what it was expected to: on the average they are half way."""
 RETRY_LEAST_SECONDS, RETRY_MOST_SECONDS = 0.2, 60.0
 JITTER = 0.5
 """So much more than asked for, at most: who was refused together does not come back together."""
-
-
-@dataclass(frozen=True, slots=True)
-class Capacity:
-    """What a ready replica takes at once. `room` and the room of a call are slots of a generation, tokens of texts."""
-
-    room: float
-    full: float
-    """Room from which on nothing more would be computed at once."""
-    most_calls: int
-    own_word: float | None
-    """Units a second of all that it computes together, as it measured itself."""
-    most_tokens: int | None = None
-    """Of one text; longer ones are cut."""
-    generates: bool = True
-
-
-def capacity_of(info: LoadedInfo, queue_limit: int) -> Capacity:
-    """Of a loaded replica; `queue_limit`: calls that may wait inside the worker at most."""
-    speeds = info.speeds
-    if info.model_kind == "chat":
-        slots = float(info.slots)
-        room = slots + max(1.0, slots * AHEAD_PART // 1)
-        speed = speeds.decode_tokens_per_second_all_slots or speeds.decode_tokens_per_second
-        return Capacity(room, slots, info.slots + queue_limit, speed)
-    budget = float(info.tuned.batch_tokens or TEXT_BUDGET)
-    speed = None if speeds.texts_per_second is None else speeds.texts_per_second * SPEED_TOKENS
-    return Capacity(budget * BATCHES_AHEAD, budget, 1 + queue_limit, speed, info.max_input_tokens, generates=False)
 
 
 class Gate:
@@ -114,9 +61,7 @@ class Gate:
         self._running: set[Turn] = set()
         self._room = 0.0
         """Of what runs."""
-        self._usual = UNITS_PER_CALL
-        """Tokens of an answer."""
-        self._answers = 0
+        self._costs = Costs()
         self._passed = 0
         self._refused: Counter[str] = Counter()
 
@@ -160,7 +105,7 @@ class Gate:
         capacity = self._capacity()
         if capacity is None:
             return
-        units, room = self._cost(turn.work, capacity)
+        units, room = self._costs.expected(turn.work, capacity)
         entry = turn.entry = Entry(turn.call.caller, turn.call.priority or INTERACTIVE, units)
         turn.room = room
         now = turn.came = self._now()
@@ -249,14 +194,15 @@ class Gate:
         self._room = self._room - turn.room if self._running else 0.0
         assert turn.start is not None
         assert turn.entry is not None
-        units = self._really(turn, end)
+        expected = turn.entry.units
+        units = self._costs.real(turn.work, end, expected=expected, room=turn.room, tokens=turn.tokens)
         self._rate.ended(turn.start, units, now)
         if (capacity := self._capacity()) is not None:
-            expected = seconds_of(turn.shared, self._per_second(capacity))
-            self._margin.saw(expected, now - turn.start.at, whole=isinstance(end, Finished))
+            seconds = seconds_of(turn.shared, self._per_second(capacity))
+            self._margin.saw(seconds, now - turn.start.at, whole=isinstance(end, Finished))
         # Who breaks its calls off pays for the place that they had.
-        paid = units if isinstance(end, Finished) else max(units, turn.entry.units * LEFT_PART)
-        self._queue.charge(turn.entry.caller, turn.entry.priority, paid - turn.entry.units)
+        paid = units if isinstance(end, Finished) else max(units, expected * LEFT_PART)
+        self._queue.charge(turn.entry.caller, turn.entry.priority, paid - expected)
         self._fill()
 
     def _fill(self) -> None:
@@ -303,39 +249,6 @@ class Gate:
         before = self._queue.units_before(caller, priority)
         return units_ahead(before, running, len(self._running))
 
-    def _cost(self, work: Work, capacity: Capacity) -> tuple[float, float]:
-        """What a call is expected to cost, and its room."""
-        if isinstance(work, GenerationParams):
-            tokens = self._usual * work.n
-            if work.max_tokens is not None:
-                tokens = min(tokens, float(work.max_tokens * work.n))
-            return tokens + _prompt_tokens(work) / PREFILL_PART, float(work.n)
-        most = float(capacity.most_tokens or TEXT_BUDGET)
-        tokens = _text_tokens(work, most)
-        return tokens, min(tokens, capacity.room / LEAST_CALLS)
-
-    def _really(self, turn: Turn, end: Finished | TarsError | None) -> float:
-        """What a call cost."""
-        assert turn.entry is not None
-        match end:
-            case Generated(usage=usage):
-                # Answers of many tokens that one caller asks for say little of the next caller's: `max_tokens` bounds them.
-                self._answers += 1
-                weight = max(MEAN_WEIGHT, 1 / self._answers)
-                self._usual += weight * (usage.completion_tokens / max(1.0, turn.room) - self._usual)
-                return usage.completion_tokens + max(0, usage.prompt_tokens - usage.cached_tokens) / PREFILL_PART
-            case Embedded(prompt_tokens=tokens) | Reranked(prompt_tokens=tokens):
-                return float(tokens)
-            case _ if isinstance(turn.work, GenerationParams):
-                # Broken off, by the engine or by its caller. What is counted too high here makes the replica look faster than it is, just
-                # when its calls end too late.
-                return turn.tokens
-            case TarsError():
-                return 0.0
-            case _:
-                # Of texts that were given up nobody knows how many were computed.
-                return turn.entry.units * LEFT_PART
-
 
 class Turn:
     """One call at the gate. Enter it once."""
@@ -369,29 +282,6 @@ class Turn:
     def ended(self, end: Finished | TarsError | None) -> None:
         """The engine is done with it, whether or not its caller has read everything; None where it was cancelled."""
         self._gate.leave(self, end)
-
-
-def _prompt_tokens(work: GenerationParams) -> float:
-    match work:
-        case CompleteParams():
-            return tokens_in(work.prompt)
-        case ChatParams():
-            return sum(tokens_in(turn.content) for turn in work.messages)
-        case _:
-            return 0.0
-
-
-def _text_tokens(work: Work, most: float) -> float:
-    match work:
-        case EmbedParams():
-            texts = [work.input] if isinstance(work.input, str) else work.input
-            whole = work.overflow is not None
-            return sum(max(1.0, tokens_in(text) if whole else min(most, tokens_in(text))) for text in texts)
-        case RerankParams():
-            query = tokens_in(work.query)
-            return sum(max(1.0, min(most, query + tokens_in(text))) for text in work.documents)
-        case _:
-            return 0.0
 
 
 def _too_late(wait: float, own: float, remaining: float, queued: int) -> str:

@@ -13,8 +13,9 @@ from tars.core.routing import Candidate
 from tars.core.types import ModelEntry, ModelKind, ReplicaId, ReplicaState
 from tars.errors import StillLoading, TarsError
 from tars.mesh.coordinator import Coordinator, LiveReplica
+from tars.serving.call_costs import Capacity, capacity_of
 from tars.serving.fleet import ServedModel, no_replica_error
-from tars.serving.gate import Capacity, Gate, capacity_of
+from tars.serving.gate import Gate
 from tars.serving.kept_states import KeptStates
 from tars.serving.load_on_demand import LoadOnDemand
 from tars.serving.local_target import LocalTarget

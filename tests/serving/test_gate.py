@@ -4,28 +4,22 @@ import asyncio
 import random
 
 import pytest
+from hand_clock import Clock
 
 from tars.core.types import Deadline
 from tars.errors import Overloaded, WorkerCrashed
 from tars.messages.base import CallContext
-from tars.messages.inference import CompleteParams, Embedded, EmbedParams, Generated, RerankParams, Timings, Usage
+from tars.messages.inference import CompleteParams, EmbedParams, Generated, RerankParams, Timings, Usage
 from tars.messages.node import LoadedInfo, MeasuredSpeeds, TunedSettings
-from tars.serving.gate import BATCHES_AHEAD, LEAST_CALLS, RETRY_LEAST_SECONDS, SPEED_TOKENS, Capacity, Gate, capacity_of
+from tars.serving.call_costs import BATCHES_AHEAD, LEAST_CALLS, SPEED_TOKENS, Capacity, capacity_of
+from tars.serving.gate import RETRY_LEAST_SECONDS, Gate
 
 ONE_SLOT = Capacity(room=1, full=1, most_calls=100, own_word=10.0)
 
 
-class Clock:
-    def __init__(self):
-        self.now = 100.0
-
-    def __call__(self):
-        return self.now
-
-
 @pytest.fixture
 def clock():
-    return Clock()
+    return Clock(100.0)
 
 
 class Bench:
@@ -410,14 +404,5 @@ async def test_a_worker_s_own_bound_is_never_reached_from_here(clock):
     tasks = [bench.call("a", work=RerankParams(query="q", documents=["d"])) for _ in range(5)]
     await settled()
     assert (len(bench.inside), bench.gate.waiting) == (3, 2)
-    end = Embedded(vectors=[], dimensions=1, prompt_tokens=3, timings=Timings())
-    assert end.prompt_tokens == 3
     for task in tasks:
         await bench.ended(task)
-
-
-def test_a_generating_replica_has_its_slots_and_a_quarter_more():
-    info = LoadedInfo(model_kind="chat", memory_bytes=1, load_seconds=1.0, slots=8)
-    assert capacity_of(info, 64) == Capacity(10.0, 8.0, 72, None)
-    one = info.model_copy(update={"slots": 1, "speeds": MeasuredSpeeds(decode_tokens_per_second=30.0)})
-    assert capacity_of(one, 64) == Capacity(2.0, 1.0, 65, 30.0)

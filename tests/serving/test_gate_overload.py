@@ -15,7 +15,8 @@ from tars.core.types import Deadline
 from tars.errors import Overloaded
 from tars.messages.base import CallContext
 from tars.messages.inference import CompleteParams, Embedded, EmbedParams, Generated, Timings, Usage
-from tars.serving.gate import Capacity, Gate
+from tars.serving.call_costs import Capacity
+from tars.serving.gate import Gate
 
 SLOTS, SPEED, TOKENS = 4, 400.0, 20
 """Tokens a second of all slots together; of an answer on the average, exponentially distributed."""

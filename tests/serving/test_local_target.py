@@ -7,7 +7,8 @@ import pytest
 from tars.core.types import Assignment, Bytes, Deadline, DeviceId, MemoryEstimate, NodeId, ReplicaId, RuntimeSettings
 from tars.messages.base import CallContext, ResumeMeta
 from tars.messages.inference import CompleteParams, TokenizeParams
-from tars.serving.gate import Capacity, Gate
+from tars.serving.call_costs import Capacity
+from tars.serving.gate import Gate
 from tars.serving.kept_states import KeptStates
 from tars.serving.local_target import LocalTarget, begun
 from tars.serving.running_answers import RunningAnswers
