@@ -55,9 +55,10 @@ from tars.core.replicated_map import (
     prefix_of,
     wishes,
 )
+from tars.core.taking_over import TakingOver
 from tars.core.types import Assignment, DeviceSnapshot, NodeId, NodeSnapshot
 from tars.mesh.advertising import Advertising
-from tars.mesh.coordinator import DEBOUNCE_SECONDS, ISOLATED_SECONDS, ROUND_SECONDS, TAKE_OVER_SECONDS
+from tars.mesh.coordinator import DEBOUNCE_SECONDS, ROUND_SECONDS
 from tars.mesh.measured_memory import MeasuredMemory
 
 if TYPE_CHECKING:
@@ -173,7 +174,7 @@ class VirtualNode:
         """Durable keys, volatile keys."""
         self._round_due = False
         self._round_at = float("inf")
-        self._coordinates_since: float | None = None
+        self._taking_over = TakingOver()
         self.world.network.listen(self.pc.address, self._serve)
         self.world.log(self.name, "starts as %s with %d records", self.id, len(self.map))
         if self.draining:
@@ -465,18 +466,11 @@ class VirtualNode:
         self.later(0.5, self.wake)
 
     def _decides(self) -> bool:
-        if self.coordinator != self.id:
-            self._coordinates_since = None
-            return False
-        if self._coordinates_since is None:
-            self._coordinates_since = self.time.now
-        view = self.machine.view()
-        hold = 0.0 if not view.members else ISOLATED_SECONDS if view.isolated else TAKE_OVER_SECONDS
-        due = self._coordinates_since + hold
-        if self.time.now < due:
+        due = self._taking_over.due(self.machine.view(), self.id, self.time.now)
+        if due is not None and due > self.time.now:
             self._due(due)
             return False
-        return True
+        return due is not None
 
     def _decide(self, advert: NodeAdvert) -> None:
         self.decisions += 1

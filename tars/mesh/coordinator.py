@@ -1,7 +1,8 @@
 """This node's part in the mesh's placement: it tells what it has, decides where it coordinates, and carries its own orders out.
 
-Law of this file: it decides nothing that `core.coordination` decides and does nothing that `executor` does. It is level-triggered: every
-round starts from what is. A node without a mesh takes the same way, with itself as the coordinator of one.
+Law of this file: it knows nothing that `known_mesh` knows, decides nothing that `core.coordination` decides and does nothing that
+`executor` does. It is level-triggered: every round starts from what is. A node without a mesh takes the same way, with itself as the
+coordinator of one.
 """
 
 from __future__ import annotations
@@ -9,17 +10,16 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from tars.catalogue import Catalogue
 from tars.config import EnginesSection
-from tars.core.coordination import Coordination, CoordinationSettings, CoordinationView, Decision, Move
+from tars.core.coordination import Coordination, CoordinationSettings, Decision, Move
 from tars.core.mesh_events import MeshView
-from tars.core.mesh_messages import MemberState
-from tars.core.plannable_models import known_models, plannable
-from tars.core.records import NodeAdvert, Orders, Wish
-from tars.core.replicated_map import DEPLOYMENT, MEASURED, NODE, ORDERS, adverts, orders_for, wishes
+from tars.core.records import NodeAdvert, Orders
+from tars.core.replicated_map import DEPLOYMENT, MEASURED, NODE, ORDERS, orders_for
+from tars.core.taking_over import TakingOver
 from tars.core.types import (
     Assignment,
     Bytes,
@@ -37,8 +37,10 @@ from tars.errors import DoesNotFit, TarsError
 from tars.mesh.advertising import Advertising
 from tars.mesh.deployments import Deployments
 from tars.mesh.draining import Draining
-from tars.mesh.executor import BUSY, Executor, FileFetch, LiveReplica, ModelFiles, StartWorker, file_missing
+from tars.mesh.executor import BUSY, Executor, LiveReplica, StartWorker
+from tars.mesh.known_mesh import KnownMesh
 from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.replica_files import FileFetch, ModelFiles, ReplicaFiles, file_missing
 from tars.mesh.replicated_store import Records
 from tars.mesh.tuned_settings import TunedSettingsStore
 from tars.messages.files import TransferDescription
@@ -51,13 +53,8 @@ ROUND_SECONDS = 10.0
 """A round at least so often, so that memory freed by a foreign program is noticed; a round costs a few ms."""
 DEBOUNCE_SECONDS = 0.05
 """News comes in bursts: adverts of several nodes, a worker's states. They are taken together."""
-TAKE_OVER_SECONDS = 1.0
-"""A node coordinates for so long before it gives its first orders: the others' adverts arrive meanwhile."""
-ISOLATED_SECONDS = 5.0
-"""One that lost sight of everybody at once decides nothing for so long: most likely it is its own cable, and the others run on."""
 PROGRESS_SECONDS = 2.0
 """A round so often while something loads or is fetched, so that peers see it go on; nothing else asks for one then."""
-LIVE = (MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,38 +98,40 @@ class Coordinator:
         settings: CoordinationSettings | None = None,
         now: Callable[[], float] = time.monotonic,
     ):
-        self._catalogue = catalogue
         self.records = records
         self.deployments = deployments
-        self._measured = measured
         self.mesh = mesh
         self.takes_part = takes_part
         """False for a node that was removed from its mesh: it keeps what runs, and the mesh's wishes are no longer its own."""
-        self._hub = hub
         self.draining = Draining() if draining is None else draining
         self._now = now
+        self.known = KnownMesh(
+            node.id,
+            catalogue,
+            records,
+            measured,
+            mesh=lambda: self.mesh(),
+            exact=lambda: self.executor.engines.exact,
+            hub=hub,
+            now=lambda: self._now(),
+        )
         self.executor = Executor(
             node,
             probe=probe,
-            catalogue=catalogue,
             measured=measured,
             make_worker=make_worker,
             on_change=self._executor_changed,
-            find=self.find,
             tuned=tuned,
             engines=engines,
             process_memory=process_memory,
-            files=files,
-            now=now,
+            files=ReplicaFiles(catalogue, files, find=self.known.find, on_change=self._executor_changed, now=now),
         )
         held = tuple if files is None else files.held
         self.advertising = Advertising(
             catalogue, records, held=held, client_url=client_url, transfers=transfers, now=now
         )
         self._coordination = Coordination(settings)
-        self._coordinates_since: float | None = None
-        self._isolated_since: float | None = None
-        self._advert: NodeAdvert | None = None
+        self._taking_over = TakingOver()
         self._decision = Decision(Plan(), {})
         self._stale = False
         """The decision is older than what is known: planned anew when somebody looks."""
@@ -162,11 +161,11 @@ class Coordinator:
     @property
     def catalogue(self) -> Catalogue:
         """The models that this node knows by itself."""
-        return self._catalogue
+        return self.known.catalogue
 
     @catalogue.setter
     def catalogue(self, catalogue: Catalogue) -> None:
-        self._catalogue = self.executor.catalogue = self.advertising.catalogue = catalogue
+        self.known.catalogue = self.executor.files.catalogue = self.advertising.catalogue = catalogue
 
     @property
     def replicas(self) -> dict[ReplicaId, LiveReplica]:
@@ -176,7 +175,7 @@ class Coordinator:
     @property
     def fetches(self) -> dict[ReplicaId, FileFetch]:
         """Replicas whose file is on its way to this node, or did not come."""
-        return self.executor.fetches
+        return self.executor.files.fetches
 
     @property
     def plan(self) -> Plan:
@@ -214,8 +213,7 @@ class Coordinator:
 
     def nodes(self) -> list[NodeSnapshot]:
         """Every live node as its advert has it, this one first."""
-        others = [each.node for each in self._adverts() if each.node.id != self.node_id]
-        return [*([] if self._advert is None else [self._advert.node]), *others]
+        return [advert.node for advert in self.known.adverts()]
 
     def settled(self) -> bool:
         """True when every replica that this node should have is ready or has failed, and nothing is left to start."""
@@ -233,47 +231,32 @@ class Coordinator:
 
     def entries(self) -> dict[str, ModelEntry]:
         """Every model that some live node knows, by name."""
-        return known_models(self._catalogue.entries, self._adverts(), wishes(self.records.map).values())
+        return self.known.entries()
 
     def find(self, model: str) -> ModelEntry | None:
         """An entry by name or alias: this node's own, else a peer's."""
-        return self._catalogue.find(model) or self.entries().get(model)
+        return self.known.find(model)
 
     def on_disk(self) -> dict[str, ModelEntry]:
         """Models that nobody wants and of which some live node has a file, by name."""
-        wanted = {wish.deployment.model for wish in self._wishes()}
-        others = [Wish(Deployment(name), entry) for name, entry in self.entries().items() if name not in wanted]
-        return plannable(self._catalogue.entries, self._adverts(), others, hub=False).models
+        return self.known.on_disk()
 
     async def preview(self, deployment: Deployment) -> Plan:
         """The plan as it would be with `deployment`. Raises the reason why its model cannot be planned at all."""
-        return self._coordination.preview(await self._view_with(deployment))
+        await self._look()
+        return self._coordination.preview(self.known.view_with(deployment))
 
     async def room_for(self, deployment: Deployment) -> str | None:
         """Which replicas would move to make room for a deployment that `preview` refuses, as a sentence; None where none can."""
-        room = self._coordination.room_for(await self._view_with(deployment), self._named(deployment.model).name)
+        await self._look()
+        name = self.known.resolve(deployment.model).name
+        room = self._coordination.room_for(self.known.view_with(deployment), name)
         if room is None:
             return None
         moves = ", ".join(
             f"{move.assignment.model} moves to {move.device.name} of {move.node.name}" for move in room.moves
         )
         return f"{moves}, and then it fits on {room.device.name} of {room.node.name} ({room.need})"
-
-    def _named(self, model: str) -> ModelEntry:
-        entry = self.find(model)
-        own = entry is None or entry.name in self._catalogue.entries
-        return self._catalogue.resolve(model) if own or entry is None else entry
-
-    async def _view_with(self, deployment: Deployment) -> CoordinationView:
-        entry = self._named(deployment.model)
-        await self._look()
-        others = [each for each in self._wishes() if each.deployment.model != entry.name]
-        known = wishes(self.records.map).get(entry.name)
-        wish = Wish(self._exact(replace(deployment, model=entry.name)), None if known is None else known.entry)
-        view = self._view((*others, wish))
-        if entry.name in plannable(view.models, view.adverts, view.wishes, hub=view.hub).without_file:
-            raise file_missing(self._catalogue, entry)
-        return view
 
     def retry_failed(self, model: str) -> None:
         """Forget a model's failed replicas, so that the next round loads them again."""
@@ -285,10 +268,10 @@ class Coordinator:
         """Give this node's memory back: replicas go elsewhere where they fit. Saved; returns what is planned. Idempotent."""
         self.draining.set(True)
         await self._look()
-        made = self._coordination.preview(self._view(self._wishes()))
+        made = self._coordination.preview(self.known.view())
         here = [live.assignment for live in self.replicas.values()]
         held = sum(device.memory_held for device in (await self.snapshot()).devices)
-        running = {report.assignment.replica for advert in self._adverts() for report in advert.replicas}
+        running = {report.assignment.replica for advert in self.known.adverts() for report in advert.replicas}
         moves: list[Assignment] = []
         unloaded: list[Assignment] = []
         for assignment in here:
@@ -349,9 +332,9 @@ class Coordinator:
             self._find_problems()
             if any(report.state in BUSY for report in advert.replicas) or advert.transfers:
                 self._due(self._now() + PROGRESS_SECONDS)
-            if self._replicas_changed(advert):
-                self._advert = replace(advert, replicas=self.executor.reports())
-                self._due(self.advertising.tell(self._advert))
+            if (reports := self.executor.reports()) != advert.replicas:
+                self.known.own = replace(advert, replicas=reports)
+                self._due(self.advertising.tell(self.known.own))
             self.rounds += 1
             self._pulse()
 
@@ -365,82 +348,29 @@ class Coordinator:
             pass
         await self.executor.stop(grace)
 
-    # --- what is known -----------------------------------------------------------------------------------------------
-
     async def _look(self) -> NodeAdvert:
         """This node now, to plan with."""
         node = replace(await self.executor.quiet_snapshot(), draining=self.draining.on)
-        self._advert = self.advertising.advert(node, self.executor.reports())
-        return self._advert
-
-    def _replicas_changed(self, advert: NodeAdvert) -> bool:
-        return self.executor.reports() != advert.replicas
-
-    def _adverts(self) -> list[NodeAdvert]:
-        """Of the nodes that this node sees alive; its own is the latest, told or not."""
-        view = self.mesh()
-        live: set[NodeId] = set()
-        if view is not None:
-            live = {member.node for member in view.members.values() if member.state in LIVE}
-        found = [advert for node, advert in adverts(self.records.map).items() if node in live and node != self.node_id]
-        return found if self._advert is None else [self._advert, *found]
-
-    def _wishes(self) -> list[Wish]:
-        return [replace(wish, deployment=self._exact(wish.deployment)) for wish in wishes(self.records.map).values()]
-
-    def _exact(self, deployment: Deployment) -> Deployment:
-        """Slots that share cells are never exact, and sharing is the default: without a word on slots there is one, as large."""
-        if self.executor.engines.exact and deployment.slots is deployment.kv_tokens is None:
-            return replace(deployment, slots=1)
-        return deployment
-
-    def _view(self, wanted: Sequence[Wish]) -> CoordinationView:
-        records = self.records.map
-        found = self._adverts()
-        orders = {advert.node.id: orders_for(records, advert.node.id) for advert in found}
-        versions = {
-            wish.deployment.model: record.stamp
-            for wish in wanted
-            if (record := records.record(DEPLOYMENT + wish.deployment.model)) is not None
-        }
-        return CoordinationView(
-            adverts=tuple(found),
-            wishes=tuple(wanted),
-            now=self._now(),
-            orders={node: each for node, each in orders.items() if each is not None},
-            models=self._catalogue.entries,
-            measured=self._measured.by_key(),
-            hub=self._hub,
-            versions=versions,
-        )
+        self.known.own = advert = self.advertising.advert(node, self.executor.reports())
+        return advert
 
     # --- decisions ---------------------------------------------------------------------------------------------------
 
     def _decides(self) -> bool:
         """Whether this node gives orders now: it coordinates, and has done so for long enough to know the others."""
-        view, now = self.mesh(), self._now()
         if not self.takes_part():
             return False
+        view, now = self.mesh(), self._now()
         if view is None:
             return True
-        self._isolated_since = (
-            None if not view.isolated else now if self._isolated_since is None else self._isolated_since
-        )
-        if view.coordinator != self.node_id:
-            self._coordinates_since = None
-            return False
-        if self._coordinates_since is None:
-            self._coordinates_since = now
-        due = self._coordinates_since + (TAKE_OVER_SECONDS if view.members else 0.0)
-        if self._isolated_since is not None:
-            due = max(due, self._isolated_since + ISOLATED_SECONDS)
-        if now < due:
+        due = self._taking_over.due(view, self.node_id, now)
+        if due is not None and due > now:
             self._due(due)
             return False
-        return True
+        return due is not None
 
     def _decide(self) -> None:
-        self._decision, self._stale = self._coordination.decide(self._view(self._wishes())), False
+        self._decision, self._stale = self._coordination.decide(self.known.view()), False
         self._due(self._decision.wake_at)
         for node, assignments in self._decision.orders.items():
             orders = Orders(node, self.node_id, assignments)
@@ -468,27 +398,26 @@ class Coordinator:
         return orders.assignments
 
     def _latest(self) -> Decision:
-        if self._stale and self._advert is not None:
+        if self._stale and self.known.own is not None:
             # A machine of its own: looking must not count as deciding.
-            self._decision = replace(Coordination().decide(self._view(self._wishes())), orders={})
+            self._decision = replace(Coordination().decide(self.known.view()), orders={})
             self._stale = False
         return self._decision
 
     def _find_problems(self) -> None:
         """By wanted model: why it, or a part of it, is loaded nowhere."""
         found: dict[str, TarsError] = {}
-        known = self.entries()
-        held = plannable(self._catalogue.entries, self._adverts(), self._wishes(), hub=self._hub)
+        known, held, catalogue = self.known.entries(), self.known.plannable(), self.catalogue
         for deployment in self.deployments.wanted():
             entry = known.get(deployment.model)
-            if entry is None or (entry.name in held.without_file and entry.name in self._catalogue.entries):
+            if entry is None or (entry.name in held.without_file and entry.name in catalogue.entries):
                 try:
-                    entry = self._catalogue.resolve(deployment.model)
+                    entry = catalogue.resolve(deployment.model)
                 except TarsError as error:
                     found[deployment.model] = error
                     continue
             if entry.name in held.without_file:
-                found[deployment.model] = file_missing(self._catalogue, entry)
+                found[deployment.model] = file_missing(catalogue, entry)
         for refusal in self.plan.refusals:
             found.setdefault(refusal.model, refusal_error(refusal))
         for fetch in self.fetches.values():

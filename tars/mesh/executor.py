@@ -1,4 +1,4 @@
-"""Carries this node's orders out: fetch, load, wait, measure, unload; again whenever something changed.
+"""Carries this node's orders out: load, wait, measure, unload; again whenever something changed. Files are `replica_files`'.
 
 Law of this file: it decides nothing; what comes next is `core.node_steps`'s to say. It is level-triggered: every round starts from what is,
 so a lost wake-up or a crash costs at most one round. Loads on one device happen one at a time. Without fresh orders what runs is kept.
@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
-from tars.catalogue import Catalogue
 from tars.config import EnginesSection
 from tars.core.coordination_view import FETCH
 from tars.core.node_steps import next_steps
@@ -25,20 +22,17 @@ from tars.core.types import (
     DeviceId,
     DeviceKind,
     DeviceSnapshot,
-    ModelEntry,
     ModelKind,
     NodeId,
     NodeSnapshot,
     ReplicaId,
     ReplicaState,
-    Variant,
 )
-from tars.errors import InternalError, ModelFileMissing, TarsError
+from tars.errors import ModelFileMissing, TarsError
 from tars.mesh.loaded_files import LoadedFile
 from tars.mesh.measured_memory import MeasuredMemory
+from tars.mesh.replica_files import ReplicaFiles
 from tars.mesh.tuned_settings import TunedSettingsStore
-from tars.messages.files import TransferDescription
-from tars.messages.node import LoadProgress
 from tars.workers.engine import AdapterSpec, LoadSpec
 from tars.workers.supervisor import ReplicaWorker
 
@@ -46,8 +40,6 @@ log = logging.getLogger(__name__)
 
 STOP_GRACE_SECONDS = 10.0
 """What a replica that is moved or removed gets to finish its calls."""
-FETCH_AGAIN_SECONDS = 60.0
-"""A file that could not be had is asked for again so much later, where the node is still to have it: what came is kept."""
 ERROR_LENGTH_MOST = 1000
 """Of an error in a report: every node keeps it."""
 
@@ -69,38 +61,8 @@ class LiveReplica:
     measured_pid: int | None = None
 
 
-@dataclass(slots=True)
-class FileFetch:
-    """The file of an ordered replica on its way to this node, or why it did not come."""
-
-    assignment: Assignment
-    device: DeviceSnapshot
-    kind: ModelKind
-    progress: LoadProgress = field(default_factory=lambda: LoadProgress(stage=FETCH, percent=0.0))
-    task: asyncio.Task[None] | None = None
-    error: TarsError | None = None
-    again_at: float = 0.0
-
-    @property
-    def state(self) -> ReplicaState:
-        """As its replica's."""
-        return ReplicaState.STARTING if self.error is None else ReplicaState.FAILED
-
-
 StartWorker = Callable[[LoadSpec, Callable[[ReplicaWorker], None]], ReplicaWorker]
 """Makes (does not start) a worker; tests give a fake."""
-
-
-class ModelFiles(Protocol):
-    """The model files of this node; `model_store.FileStore` is the real one."""
-
-    async def ensure(
-        self, entry: ModelEntry, variant: Variant, progress: Callable[[TransferDescription], None]
-    ) -> Path:
-        """The file (or folder), fetched if need be. Raises `TarsError`s."""
-
-    def held(self) -> list[HeldFile]:
-        """What is here."""
 
 
 class Executor:
@@ -111,34 +73,27 @@ class Executor:
         node: NodeSnapshot,
         *,
         probe: Callable[[Mapping[DeviceId, Bytes]], tuple[DeviceSnapshot, ...]],
-        catalogue: Catalogue,
         measured: MeasuredMemory,
         make_worker: StartWorker,
         on_change: Callable[[bool], None],
-        find: Callable[[str], ModelEntry | None],
+        files: ReplicaFiles,
         tuned: TunedSettingsStore | None = None,
         engines: EnginesSection | None = None,
         process_memory: Callable[[], Mapping[DeviceId, Mapping[int, Bytes | None]]] = dict,
-        files: ModelFiles | None = None,
-        now: Callable[[], float] = time.monotonic,
     ):
         self.node = node
         self.probe = probe
-        self.catalogue = catalogue
+        self.files = files
         self._measured = measured
         self._make_worker = make_worker
         self._on_change = on_change
         """`True`: a round should follow."""
-        self._find = find
         self._tuned = tuned
         self.engines = EnginesSection() if engines is None else engines
         self._process_memory = process_memory
-        self._files = files
-        self._now = now
         self.on_retire: Callable[[Assignment], None] = lambda assignment: None
         """Told of a replica that is about to end, while its worker still has its calls: they may go elsewhere."""
         self.replicas: dict[ReplicaId, LiveReplica] = {}
-        self.fetches: dict[ReplicaId, FileFetch] = {}
         self._quiet: dict[DeviceId, DeviceSnapshot] = {}
         self._stops: dict[asyncio.Task[None], LiveReplica] = {}
 
@@ -174,18 +129,16 @@ class Executor:
 
     def settled(self) -> bool:
         """Whether nothing loads, restarts or is fetched."""
-        return not any(live.worker.state in BUSY for live in self.replicas.values()) and not any(
-            fetch.error is None for fetch in self.fetches.values()
-        )
+        return not any(live.worker.state in BUSY for live in self.replicas.values()) and self.files.settled()
 
     def reports(self) -> tuple[ReplicaReport, ...]:
         """Every replica as peers should know it, those too that are ending: their memory is not free yet."""
-        files = [] if self._files is None else self._files.held()
+        files = self.files.held()
         found = {
             live.assignment.replica: replace(_report(live, files), state=ReplicaState.STOPPING)
             for live in self._stops.values()
         }
-        for fetch in self.fetches.values():
+        for fetch in self.files.fetches.values():
             found[fetch.assignment.replica] = ReplicaReport(
                 fetch.assignment,
                 fetch.kind,
@@ -233,9 +186,8 @@ class Executor:
         """The next steps towards `orders`. `devices` are those of this node, as they were planned with."""
         orders = [each for each in orders if each.device in devices]
         held = {replica: live.assignment for replica, live in self.replicas.items()}
-        paths = {each.replica: self._path(each) for each in orders if each.replica not in held}
-        for replica in [replica for replica in self.fetches if replica not in paths]:
-            self._give_up(replica)
+        paths = {each.replica: self.files.path(each) for each in orders if each.replica not in held}
+        self.files.keep(paths)
         steps = next_steps(
             orders,
             held,
@@ -246,7 +198,7 @@ class Executor:
         for replica in steps.stop:
             self.retire(replica)
         for assignment in steps.fetch:
-            self._fetch(assignment, devices[assignment.device])
+            self.files.fetch(assignment, devices[assignment.device])
         for assignment in steps.start:
             if (known := self.replicas.get(assignment.replica)) is not None:
                 await known.worker.start()
@@ -258,9 +210,7 @@ class Executor:
         for replica, live in list(self.replicas.items()):
             if live.assignment.model == model and live.worker.state is ReplicaState.FAILED:
                 self.retire(replica)
-        for replica, fetch in list(self.fetches.items()):
-            if fetch.assignment.model == model and fetch.error is not None:
-                self._give_up(replica)
+        self.files.retry_failed(model)
 
     def retire(self, replica: ReplicaId, grace: float = STOP_GRACE_SECONDS) -> None:
         """Unload one, giving its calls so many seconds."""
@@ -273,73 +223,13 @@ class Executor:
 
         When it is cancelled the workers go on ending; called again it waits for them, with the grace it is given then.
         """
-        for replica in list(self.fetches):
-            self._give_up(replica)
+        self.files.keep(())
         for live in list(self._stops.values()):
             self._end(live, grace)  # it was given another grace, perhaps a longer one
         for replica in list(self.replicas):
             self.retire(replica, grace)
         if self._stops:
             await asyncio.wait(self._stops)
-
-    # --- files -------------------------------------------------------------------------------------------------------
-
-    def _entry(self, assignment: Assignment) -> tuple[ModelEntry, Variant] | None:
-        entry = self._find(assignment.model)
-        variant = (
-            None if entry is None else next((each for each in entry.variants if each.name == assignment.variant), None)
-        )
-        return None if entry is None or variant is None else (entry, variant)
-
-    def _path(self, assignment: Assignment) -> Path | None:
-        found = self._entry(assignment)
-        return None if found is None else self.catalogue.path_of(*found)
-
-    def _fetch(self, assignment: Assignment, device: DeviceSnapshot) -> None:
-        known = self.fetches.get(assignment.replica)
-        if known is not None and (known.error is None or self._now() < known.again_at):
-            return
-        found = self._entry(assignment)
-        kind = ModelKind.CHAT if found is None else found[0].kind
-        fetch = self.fetches[assignment.replica] = FileFetch(assignment, device, kind)
-        if found is None:
-            self._did_not_come(
-                fetch, ModelFileMissing(f"this node knows no {assignment.variant} of {assignment.model}")
-            )
-        elif self._files is None:
-            self._did_not_come(fetch, file_missing(self.catalogue, found[0]))
-        else:
-            log.info("fetching the file of %s", assignment.replica)
-            fetch.task = asyncio.create_task(
-                self._fetched(fetch, self._files, *found), name=f"file {assignment.replica}"
-            )
-
-    async def _fetched(self, fetch: FileFetch, files: ModelFiles, entry: ModelEntry, variant: Variant) -> None:
-        def report(transfer: TransferDescription) -> None:
-            share = transfer.bytes_done / transfer.bytes_total if transfer.bytes_total else 0.0
-            fetch.progress = LoadProgress(stage=FETCH, percent=round(100 * max(0.0, min(1.0, share)), 1))
-            self._on_change(False)
-
-        try:
-            await files.ensure(entry, variant, report)
-        except TarsError as error:
-            self._did_not_come(fetch, error)
-        except Exception as error:
-            log.exception("the file of %s could not be fetched", fetch.assignment.replica)
-            self._did_not_come(fetch, InternalError(f"the file of {entry.name} could not be fetched: {error}"))
-        else:
-            self.fetches.pop(fetch.assignment.replica, None)
-            self._on_change(True)
-
-    def _did_not_come(self, fetch: FileFetch, error: TarsError) -> None:
-        fetch.error, fetch.again_at = error, self._now() + FETCH_AGAIN_SECONDS
-        # Without a task it fails within a round: waking another one at once would spin.
-        self._on_change(fetch.task is not None)
-
-    def _give_up(self, replica: ReplicaId) -> None:
-        fetch = self.fetches.pop(replica)
-        if fetch.task is not None:
-            fetch.task.cancel()
 
     # --- loads -------------------------------------------------------------------------------------------------------
 
@@ -357,26 +247,26 @@ class Executor:
         return held
 
     async def _load(self, assignment: Assignment, device: DeviceSnapshot, path: Path) -> None:
-        found = self._entry(assignment)
+        found = self.files.entry(assignment)
         assert found is not None  # it has a path
         entry, variant = found
         settings, kind = assignment.settings, entry.kind
         try:
             adapters = [
-                AdapterSpec(name=each.name, path=str(self.catalogue.adapter_path(entry, each)), scale=each.scale)
+                AdapterSpec(name=each.name, path=str(self.files.catalogue.adapter_path(entry, each)), scale=each.scale)
                 for each in entry.adapters
             ]
-            draft = self.catalogue.draft_path(entry)
+            draft = self.files.catalogue.draft_path(entry)
             if entry.draft is not None and draft is None:
                 raise KeyError(entry.name)
         except KeyError:
-            fetch = self.fetches[assignment.replica] = FileFetch(assignment, device, kind)
             why = f"{entry.name} has adapters or a draft model whose files are not on this node: they do not travel yet"
-            self._did_not_come(fetch, ModelFileMissing(why, details={"model": entry.name}))
+            missing = ModelFileMissing(why, details={"model": entry.name})
+            self.files.cannot_come(assignment, device, kind, missing)
             return
         file = await asyncio.to_thread(LoadedFile.taken, assignment.model, assignment.variant, path, adapters)
         # From here to the replica's own entry there is no await: nobody sees a moment in which it is neither here nor on its way.
-        self.fetches.pop(assignment.replica, None)
+        self.files.came(assignment.replica)
         spec = LoadSpec(
             replica=assignment.replica,
             model=assignment.model,
@@ -436,19 +326,6 @@ class Executor:
             self._on_change(True)
 
         task.add_done_callback(stopped)
-
-
-def file_missing(catalogue: Catalogue, entry: ModelEntry) -> TarsError:
-    """Why no file of the model can be loaded, and where to get one."""
-    if (known := catalogue.missing(entry)) is not None:
-        return known
-    sources = "; ".join(f"{v.file} of {v.repo} on Hugging Face" for v in entry.variants if v.repo and v.file)
-    return ModelFileMissing(
-        f"the catalogue knows {entry.name}, but its file is not on this PC. "
-        + (f"Download {sources or 'it'}, then name it in a [[model]] table (name, path) of the node's ")
-        + "configuration, or start with `tars-node --model FILE`",
-        details={"model": entry.name},
-    )
 
 
 def _report(live: LiveReplica, files: Sequence[HeldFile]) -> ReplicaReport:

@@ -11,9 +11,9 @@ from coordinator_bench import Bench, card
 from tars.core.mesh_events import MemberView, MeshView
 from tars.core.mesh_messages import MemberState
 from tars.core.replicated_map import orders_for
+from tars.core.taking_over import ISOLATED_SECONDS, TAKE_OVER_SECONDS
 from tars.core.types import Bytes, Deployment, NodeId, NodeSnapshot, ReplicaState
 from tars.errors import BadModelFile, InvalidParams
-from tars.mesh.coordinator import ISOLATED_SECONDS, TAKE_OVER_SECONDS
 from tars.mesh.draining import Draining
 from tars.mesh.replicated_store import wall_ms
 from tars.messages.node import DeployParams

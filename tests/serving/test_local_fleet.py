@@ -9,7 +9,7 @@ from tars.core.coordination_view import FETCH
 from tars.core.mesh_messages import MemberState
 from tars.core.types import Deadline, Deployment, ReplicaState
 from tars.errors import BadModelFile, DiskFull, ReplicaFailed, StillLoading
-from tars.mesh.executor import FileFetch
+from tars.mesh.replica_files import FileFetch
 from tars.messages.base import CallContext
 from tars.messages.inference import CompleteParams
 from tars.messages.node import LoadProgress, MeasuredSpeeds
@@ -104,7 +104,7 @@ async def test_a_replica_whose_file_is_coming_counts_as_loading_and_says_how_far
     (live,) = bench.coordinator.replicas.values()
     bench.coordinator.executor.replicas.clear()
     fetch = FileFetch(live.assignment, live.device, live.kind, LoadProgress(stage=FETCH, percent=40.0))
-    bench.coordinator.executor.fetches[live.assignment.replica] = fetch
+    bench.coordinator.fetches[live.assignment.replica] = fetch
     assert [each.state for each in fleet.candidates("tiny")] == [ReplicaState.STARTING]
     loading = fleet.not_ready("tiny")
     assert isinstance(loading, StillLoading)
