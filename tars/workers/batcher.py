@@ -1,7 +1,7 @@
 """Which tokens are computed together, step after step: many sequences in one context, prompts in chunks between the decodes.
 
-Law of this file: it owns the waiting and the running answers, the KV cache's bookkeeping and the decodes; it knows no caller and samples
-nothing. Rows of logits go to `choose`, calls whose steps do not end go to `fail`.
+Law of this file: it owns the waiting and the running answers and the KV cache's bookkeeping; it knows no caller and samples nothing. How
+one decode is made is `decoding`'s business. Rows of logits go to `choose`, calls whose steps do not end go to `fail`.
 
 A step is one token for every running answer in one decode, then at most one chunk of the prompts that come in, in another: so a long prompt
 holds up the others by a chunk and no more, which may take as long as `Shapes.bound` says, or half as long again as the decode. Prompts are
@@ -22,13 +22,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import itemgetter
 
 from tars.errors import InternalError, TarsError, WorkerCrashed
+from tars.workers.decoding import Decoding, stream_of
 from tars.workers.drafting import Drafting
 from tars.workers.generation import Answer, Call, SavedCells
 from tars.workers.kv_cache import LEFT, KvCache, common_beginning
-from tars.workers.llama_context import Aborted, Context, NoRoom, Rows
+from tars.workers.llama_context import Context, Rows
 from tars.workers.pace import Pace
 
 ALONE_SECONDS = 0.5
@@ -99,23 +99,27 @@ class Batcher:
         self._context = context
         self._cache = cache
         self._shapes = shapes
-        self._room = room
         self._pace = Pace(shapes.chunk, shapes.most, shapes.bound)
         self._pace_alone = Pace(shapes.alone, shapes.most, ALONE_SECONDS, least=ALONE_LEAST)
-        self._choose = choose
         self._fail = fail
-        self._adapt = adapt
-        self._adapter = ""
         self._decode_seconds = 0.0
         self._drafting = drafting
+        self.decoding = Decoding(
+            context,
+            cache,
+            room=room,
+            gap=shapes.gap,
+            least_rows=shapes.least_rows,
+            chunk=shapes.chunk if shapes.exact else 0,
+            choose=choose,
+            adapt=adapt,
+            no_room=self._no_room,
+            stood_still=self._stood_still,
+        )
         self.waiting: deque[Answer] = deque()
         """Prepared answers without a stream, in the order they came; preempted ones stand at the front."""
         self.running: list[Answer] = []
         """Answers with a stream, in the order they got it."""
-        self.computing: frozenset[int] = frozenset()
-        """Calls of the decode that runs now."""
-        self.stopped_by_watchdog = False
-        self.steps = 0
         self.prompt_tokens = 0
         self.prompt_tokens_cached = 0
         self.preemptions = 0
@@ -210,81 +214,27 @@ class Batcher:
         self._close_up(rows)
         for group in self._groups(rows):
             # Where llama.cpp found no room for an earlier group, one of this may have been sent away.
-            still = sorted((answer for answer in group if answer.stream is not None), key=_stream_of)
+            still = sorted((answer for answer in group if answer.stream is not None), key=stream_of)
             if still:
-                self._compute([(answer, 1) for answer in still], fill=True)
+                self.decoding.compute([(answer, 1) for answer in still], fill=True)
 
     def _without_draft(self, drafting: Drafting, rows: list[Answer]) -> list[Answer]:
         """Compute what is worth drafting for, together where that may be, else one after the other; the rows that are left."""
         if len(rows) > drafting.most:
             return rows
-        ordered = sorted(rows, key=_stream_of)
+        ordered = sorted(rows, key=stream_of)
         together = all(self._may_join(left, right) for left, right in pairwise(ordered))
         left: list[Answer] = []
         for group in [ordered] if together else [[answer] for answer in ordered]:
             # One may have been sent away, or failed, with the group before it.
             still = [answer for answer in group if answer.stream is not None]
-            if still and not self._decode_drafted(drafting, still):
+            if still and not self.decoding.compute_drafted(drafting, still):
                 left += still
         return [answer for answer in left if answer.stream is not None]
 
-    def _decode_drafted(self, drafting: Drafting, rows: list[Answer]) -> bool:
-        """One decode of each answer's pending token and of those that the draft model proposes after it: as many tokens are taken as the
-        answer's sampler chooses too, and the one after them. False where nothing is proposed and nothing was done.
-        """
-        self.computing = frozenset(answer.call.number for answer in rows)
-        try:
-            proposals = drafting.propose(rows, self._room)
-        finally:
-            self.computing = frozenset()
-        if not proposals:
-            if self.stopped_by_watchdog:
-                drafting.give_up()
-            return False
-        count = 1 + len(proposals[0])
-        if (actions := self._cache.room_for(count * len(rows))) is None:
-            return False  # nobody is sent away for tokens that may be wrong
-        self._context.perform(actions)
-        tokens: list[int] = []
-        positions: list[int] = []
-        streams = [_stream_of(answer) for answer in rows]
-        for answer, proposed in zip(rows, proposals, strict=True):
-            tokens += [answer.tokens[answer.position], *proposed]
-            positions += range(answer.position, answer.position + count)
-        repeated = [stream for stream in streams for _ in range(count)]
-        logits = self._decode(rows, tokens, positions, repeated, list(range(len(tokens))), {})
-        if logits is None:
-            return True
-        going_on = list(range(len(rows)))
-        accepted = [0] * len(rows)
-        for place in range(count):
-            for index in going_on:
-                self._cache.append(streams[index], [tokens[index * count + place]])
-                rows[index].position += 1
-                rows[index].aborted = 0
-            self._choose([rows[index] for index in going_on], logits[[index * count + place for index in going_on]])
-            # One that ended, or whose call failed, has no stream any more.
-            going_on = [
-                index
-                for index in going_on
-                if rows[index].stream is not None
-                and place < count - 1
-                and rows[index].tokens[-1] == proposals[index][place]
-            ]
-            for index in going_on:
-                accepted[index] += 1
-            if not going_on:
-                break
-        for index, stream in enumerate(streams):
-            if not self._context.forget(stream, self._cache.length(stream)):
-                self._cache.forget(stream)
-                rows[index].position = 0
-            drafting.took(count - 1, accepted[index], ended=rows[index].stream is None)
-        return True
-
     def _close_up(self, rows: Sequence[Answer]) -> None:
         """Move an answer into a gap between the others, where it has enough tokens before it to be worth the copy."""
-        streams = [_stream_of(answer) for answer in rows]
+        streams = [stream_of(answer) for answer in rows]
         if len(rows) < 2 or max(streams) - min(streams) + 1 == len(rows) or self._context.copying:
             return
         ends = (min(streams), max(streams))
@@ -304,7 +254,7 @@ class Batcher:
         groups: dict[str, list[Answer]] = {}
         for answer in rows:
             groups.setdefault(answer.call.adapter, []).append(answer)
-        return [groups[adapter] for adapter in sorted(groups, key=lambda adapter: adapter != self._adapter)]
+        return [groups[adapter] for adapter in sorted(groups, key=lambda adapter: adapter != self.decoding.adapter)]
 
     def _prefill(self, prefilling: list[Answer], pace: Pace) -> bool:
         """A chunk of the oldest prompts, newly started ones included; whether any of it was computed."""
@@ -332,7 +282,7 @@ class Batcher:
             return False
         # Neither the swapping that made room nor a decode that was stopped says anything of the next chunk.
         began = time.perf_counter()
-        if not self._compute(parts, fill=False):
+        if not self.decoding.compute(parts, fill=False):
             return False
         pace.took(sum(count for _, count in parts), time.perf_counter() - began)
         return True
@@ -450,122 +400,29 @@ class Batcher:
         self.preemptions += 1
         return [answer for answer in rows if answer is not victim]
 
-    # --- one decode ---
+    # --- decodes that came to nothing ---
 
-    def _compute(self, parts: list[tuple[Answer, int]], *, fill: bool) -> bool:
-        """Decode so many pending tokens of each answer, and choose the next token where that was the last one. False where the decode
-        was stopped or found no room.
-        """
-        tokens: list[int] = []
-        positions: list[int] = []
-        streams: list[int] = []
-        wanted: list[int] = []
-        chosen: list[Answer] = []
-        fillers = self._companions([_stream_of(answer) for answer, _ in parts]) if fill else {}
-        entries: list[tuple[int, Answer | None, int]] = [(_stream_of(answer), answer, count) for answer, count in parts]
-        if fillers:
-            entries = sorted([*entries, *((stream, None, 1) for stream in fillers)], key=itemgetter(0))
-        for stream, answer, count in entries:
-            start = fillers[stream] if answer is None else answer.position
-            tokens += [0] if answer is None else answer.tokens[start : start + count]
-            positions += range(start, start + count)
-            streams += [stream] * count
-            if answer is not None and start + count == len(answer.tokens):
-                wanted.append(len(tokens) - 1)
-                chosen.append(answer)
-        rows = self._decode([answer for answer, _ in parts], tokens, positions, streams, wanted, fillers)
-        if rows is None:
-            return False
-        for stream, length in fillers.items():
-            self._context.forget(stream, length)
-        for answer, count in parts:
-            assert answer.stream is not None
-            start, answer.position, answer.aborted = answer.position, answer.position + count, 0
-            whole = (
-                self._shapes.exact
-                and answer.position <= answer.prompt_length
-                and answer.position % self._shapes.chunk == 0
-            )
-            self._cache.append(answer.stream, answer.tokens[start : answer.position], chunked=whole)
-        if chosen:
-            self._choose(chosen, rows)
-        return True
-
-    def _decode(
-        self,
-        answers: list[Answer],
-        tokens: list[int],
-        positions: list[int],
-        streams: list[int],
-        wanted: list[int],
-        fillers: dict[int, int],
-    ) -> Rows | None:
-        """The decode itself, with the adapter of the answers; None where it was stopped or found no room, which is dealt with then."""
-        self._adapter = answers[0].call.adapter
-        self._adapt(self._adapter)
-        self.computing = frozenset(answer.call.number for answer in answers)
-        try:
-            return self._context.decode(tokens, positions, streams, wanted)
-        except Aborted:
-            self._after_abort(answers, fillers, len(tokens))
-        except NoRoom:
-            self._after_no_room(answers)
-        finally:
-            self.computing = frozenset()
-            self.steps += 1
-        return None
-
-    def _companions(self, streams: list[int]) -> dict[int, int]:
-        """Idle streams that are computed along with these (ascending) ones, each with the position of its token, which is dropped again.
-
-        In split streams every gap costs a pass over the weights, which may be more than the rows in it; and where a single row goes through
-        other kernels than several, exact mode never computes one alone.
-        """
-        if self._context.shared:
-            return {}
-        along: list[int] = []
-        for left, right in pairwise(streams):
-            if right - left - 1 <= self._shapes.gap:
-                along += range(left + 1, right)
-        if len(streams) + len(along) < self._shapes.least_rows:
-            along += [stream for stream in (streams[0] - 1, streams[-1] + 1) if 0 <= stream < self._context.streams][:1]
-        return {stream: length for stream in along if (length := self._cache.length(stream)) < self._room}
-
-    def _after_abort(self, answers: list[Answer], fillers: dict[int, int], tokens: int) -> None:
-        """Some of the batch's cells may be there: drop them. Whoever set the flag is in the inbox, or it was the watchdog."""
-        for stream, length in fillers.items():
-            self._context.forget(stream, length)
+    def _stood_still(self, answers: list[Answer], tokens: int) -> None:
+        """The watchdog stopped a decode of so many tokens: it is tried once more, and then its calls fail."""
+        # A machine that became very slow computes a few tokens in the time that it had for many.
+        for pace in (self._pace, self._pace_alone):
+            pace.broken_off(tokens)
         for answer in answers:
-            assert answer.stream is not None
-            if not self._context.forget(answer.stream, answer.position):
-                self._cache.forget(answer.stream)
-                answer.position = 0
-        if self.stopped_by_watchdog:
-            self.stopped_by_watchdog = False
-            # A machine that became very slow computes a few tokens in the time that it had for many.
-            for pace in (self._pace, self._pace_alone):
-                pace.broken_off(tokens)
-            for answer in answers:
-                answer.aborted += 1
-            for call in {answer.call for answer in answers if answer.aborted > 1}:
-                self._fail(
-                    call,
-                    WorkerCrashed(
-                        "A computing step did not end, twice, and was stopped. Send the call again.",
-                        retry_after_ms=1000,
-                    ),
-                )
+            answer.aborted += 1
+        for call in {answer.call for answer in answers if answer.aborted > 1}:
+            self._fail(
+                call,
+                WorkerCrashed(
+                    "A computing step did not end, twice, and was stopped. Send the call again.",
+                    retry_after_ms=1000,
+                ),
+            )
 
-    def _after_no_room(self, answers: list[Answer]) -> None:
-        """The cache said that there is room and llama.cpp finds none: give up what is kept for later, else the youngest."""
+    def _no_room(self, answers: list[Answer]) -> None:
+        """The cache said that there is room and llama.cpp found none: give up what is kept for later, else the youngest."""
         if actions := self._cache.drop_oldest():
             self._context.perform(actions)
         elif len(self.running) > 1:
             self._preempt_youngest(answers)
         else:
             raise RuntimeError("llama.cpp has no room for a sequence that has the whole KV cache to itself")
-
-
-def _stream_of(answer: Answer) -> int:
-    assert answer.stream is not None
-    return answer.stream

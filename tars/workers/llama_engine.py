@@ -34,7 +34,6 @@ from tars.workers.inbox import Inbox
 from tars.workers.kv_cache import KvCache
 from tars.workers.preparation import Preparation, Prepared
 from tars.workers.sequence_state import read_state, write_state
-from tars.workers.thread_waiting import ThreadWaiting
 
 if TYPE_CHECKING:  # importing these imports llama_cpp, which is `load`'s stage `import`
     from tars.workers.adapters import Adapters
@@ -71,7 +70,6 @@ class LlamaEngine:
         self._cache: KvCache
         self._batcher: Batcher | None = None
         self._preparation: Preparation
-        self._waiting: ThreadWaiting
         self._format: AnswerFormat
         self._template_stop: list[str] = []
 
@@ -168,7 +166,6 @@ class LlamaEngine:
             drafting=self._drafting,
         )
         self._preparation = Preparation(self._model, template, self._format, spec.context, self._inbox.hand_back)
-        self._waiting = ThreadWaiting(spec.threads)
         self._measure_memory()
         return LoadedInfo(
             model_kind="chat",
@@ -283,14 +280,14 @@ class LlamaEngine:
         self._inbox.cancel(sequence)
         # A decode that computes for others too is awaited: its end frees the slot.
         batcher = self._batcher
-        if batcher is not None and batcher.computing == {sequence} and self._context is not None:
+        if batcher is not None and batcher.decoding.computing == {sequence} and self._context is not None:
             self._context.abort.set()
 
     def abort_step(self) -> bool:
         """Stop the decode that runs, for it does not end: it is tried once more, then its answers fail. False while none runs."""
         batcher = self._batcher
-        if batcher is not None and batcher.computing and self._context is not None:
-            batcher.stopped_by_watchdog = True
+        if batcher is not None and batcher.decoding.computing and self._context is not None:
+            batcher.decoding.stopped_by_watchdog = True
             self._context.abort.set()
             return True
         return False
@@ -328,7 +325,7 @@ class LlamaEngine:
 
     def progress_mark(self) -> int:
         """See the protocol: decodes and rounds of the loop."""
-        return self._mark + (self._batcher.steps if self._batcher is not None else 0)
+        return self._mark + (self._batcher.decoding.steps if self._batcher is not None else 0)
 
     def unload(self) -> None:
         """See the protocol."""
@@ -350,7 +347,7 @@ class LlamaEngine:
                 break
             began = time.perf_counter()
             self._context.abort.clear()
-            batcher.stopped_by_watchdog = False  # it came when its step had just ended
+            batcher.decoding.stopped_by_watchdog = False  # it came when its step had just ended
             now = time.monotonic()
             for submission in taken.submissions:
                 self._admit(submission)
@@ -360,13 +357,11 @@ class LlamaEngine:
             self._drop_ended(taken.cancelled, now)
             if batcher.busy:
                 batcher.step(self._flush)
-                self._waiting.look(self._context.native_seconds)
             self._mark += 1
             self._flush()
             self._busy_seconds += time.perf_counter() - began
         for call in list(self._calls.values()):
             self._close(call)
-        self._waiting.close()
         self._context.close()
         if self._drafting is not None:
             self._drafting.close()

@@ -271,7 +271,7 @@ def test_a_model_that_forgets_only_whole_sequences_computes_no_idle_streams_alon
     calls = Calls(tiny_gguf)
     batcher = calls.engine._batcher
     assert batcher is not None
-    assert batcher._companions([0, 3]) == {}
+    assert batcher.decoding._companions([0, 3]) == {}
     calls.close()
 
 

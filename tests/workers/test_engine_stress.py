@@ -297,7 +297,7 @@ class Storm:
         """Compare the books after every step, and let the poisoned calls' rows be no numbers."""
         batcher = self.engine._batcher
         assert batcher is not None
-        step, choose = batcher.step, batcher._choose
+        step, choose = batcher.step, batcher.decoding._choose
 
         def checked(between: Callable[[], None]) -> None:
             step(between)
@@ -318,7 +318,7 @@ class Storm:
                 self.rows.setdefault((answer.call.number, answer.index), {})[answer.generated] = row.copy()
             choose(answers, rows)
 
-        batcher.step, batcher._choose = checked, poisoned  # type: ignore[method-assign]
+        batcher.step, batcher.decoding._choose = checked, poisoned  # type: ignore[method-assign]
 
     def differences(self) -> list[str]:
         """Where the engine's bookkeeping, its answers and llama.cpp's memory disagree."""
