@@ -7,21 +7,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from engine_thread import EngineThread, EventLog
+from engine_thread import TUNED, Collected
 
 from tars.errors import (
     BadGrammar,
     Cancelled,
     DeadlineExceeded,
-    Draining,
-    InvalidParams,
     ReplicaFailed,
-    TarsError,
     WorkerCrashed,
 )
-from tars.messages.inference import CompleteParams, Generated
-from tars.messages.node import MeasuredSpeeds, TunedSettings
-from tars.workers.engine import LoadSpec, Resume, Saved, SaveParams, Submission
+from tars.workers.engine import Resume
 from tars.workers.kv_cache import LEFT
 from tars.workers.llama_engine import LlamaEngine
 
@@ -31,66 +26,8 @@ SYSTEM = (
     "the user and the assistant say hello to the world and to each other, in a system that is the same for all. " * 3
 )
 
-TUNED = TunedSettings(
-    flash_attention=False,
-    chunk=64,
-    speeds=MeasuredSpeeds(
-        prefill_tokens_per_second=10_000,
-        decode_tokens_per_second=2_000,
-        decode_tokens_per_second_all_slots=4_000,
-    ),
-)
-"""Not what the measurement at load finds: with flash attention a row's numbers depend on the others', and texts could not be compared."""
-
 ENDLESS = {"max_tokens": 4000, "logit_bias": {"4": -100.0}}
 """Token 4 is the tiny model's end."""
-
-
-class Collected(EventLog):
-    """What came for each call, from all of them at once."""
-
-    def __init__(self, engine: LlamaEngine, path: Path, **changes: object) -> None:
-        spec = {
-            "replica": "r",
-            "model": "m",
-            "engine": "llama",
-            "path": str(path),
-            "context": 512,
-            "slots": 4,
-            "tuned": TUNED,
-            **changes,
-        }
-        super().__init__()
-        self.thread = EngineThread(engine, LoadSpec.model_validate(spec))
-        self.engine = engine
-
-    def submit(
-        self, prompt: str, *, resume: Resume | None = None, seconds: float | None = None, **params: object
-    ) -> int:
-        work = CompleteParams.model_validate({"prompt": prompt, "max_tokens": 24, "temperature": 0.0, **params})
-        if resume is None:
-            return self.thread.submit(work, seconds)
-        number = next(self.thread.numbers)
-        self.engine.submit(Submission(number, work, None, resume))
-        return number
-
-    def until_tokens(self, number: int, count: int) -> list[int]:
-        while sum(len(delta.token_ids) for delta in self.deltas.get(number, [])) < count:
-            assert number not in self.ends, self.ends[number]
-            self.take()
-        return [token for delta in self.deltas[number] for token in delta.token_ids]
-
-    def end(self, number: int) -> Generated:
-        event = super().end(number)
-        told = [delta for delta in self.deltas.get(number, []) if delta.index == 0]
-        if told and not event.further and number not in self.resumed:
-            assert "".join(delta.text for delta in told) == event.text
-        return event
-
-    resumed: set[int] = set()
-
-    def ask(self, prompt: str, **params: object) -> Generated:
-        return self.end(self.submit(prompt, **params))
 
 
 @pytest.fixture(scope="module")
@@ -157,15 +94,6 @@ def test_a_second_turn_computes_only_what_is_new(batch: Collected) -> None:
     )  # a random model's bytes are other tokens when read again
 
 
-def test_n_answers_have_their_own_seeds_and_one_prompt(batch: Collected) -> None:
-    several = batch.ask(SYSTEM, n=3, seed=11, temperature=1.0, top_k=0, min_p=0.0, top_p=1.0)
-    single = [batch.ask(SYSTEM, seed=11 + index, temperature=1.0, top_k=0, min_p=0.0, top_p=1.0) for index in range(3)]
-    assert [several.text, *(choice.text for choice in several.further)] == [one.text for one in single]
-    assert [choice.index for choice in several.further] == [1, 2]
-    assert len({one.text for one in single}) == 3
-    assert several.usage.completion_tokens == sum(one.usage.completion_tokens for one in single)
-
-
 @pytest.mark.parametrize("kv_tokens", [None, 1024])
 def test_a_prompt_that_several_ask_for_at_once_is_computed_once(
     tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch, kv_tokens: int | None
@@ -210,12 +138,6 @@ def test_a_chunk_that_was_not_computed_says_nothing_about_the_pace(
     prompt = engine.ask(SYSTEM).usage.prompt_tokens
     assert took == [prompt]
     engine.thread.close()
-
-
-def test_a_drawn_seed_is_told_and_gives_the_text_again(batch: Collected) -> None:
-    drawn = batch.ask(SYSTEM, temperature=1.0)
-    assert drawn.seed is not None
-    assert batch.ask(SYSTEM, temperature=1.0, seed=drawn.seed).text == drawn.text
 
 
 def test_a_cancelled_call_frees_its_slot_within_a_step_and_harms_nobody(batch: Collected) -> None:
@@ -315,63 +237,6 @@ def test_cells_that_found_no_place_in_ram_are_computed_again(tiny_gguf: Path, mo
     engine.thread.close()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_broken_off_answer_goes_on_elsewhere_without_a_lost_or_doubled_token(
-    tiny_gguf: Path, exact: Collected, temperature: float
-) -> None:
-    params: dict[str, object] = {"max_tokens": 60, "temperature": temperature, "seed": 3, "stop": ["zzz"]}
-    whole = exact.ask(SYSTEM, **params)
-    started = exact.submit(SYSTEM, **params)
-    exact.until_tokens(started, 10)
-    exact.engine.cancel(started)
-    with pytest.raises(Cancelled):
-        exact.end(started)
-    shown = exact.deltas[started]
-    had = [token for delta in shown for token in delta.token_ids]
-    handed_out = sum(len(delta.token_ids) for delta in shown[:4])
-    other = Collected(LlamaEngine(), tiny_gguf, exact=True)
-    resumed = other.submit(SYSTEM, resume=Resume(generated=[had], handed_out=[handed_out], seed=3), **params)
-    other.resumed = {resumed}
-    result = other.end(resumed)
-    assert result.text == whole.text
-    assert result.usage == whole.usage.model_copy(update={"cached_tokens": result.usage.cached_tokens})
-    pieces = shown[:4] + other.deltas[resumed]
-    assert "".join(delta.text for delta in pieces) == whole.text
-    assert sum(len(delta.token_ids) for delta in pieces) == whole.usage.completion_tokens
-    other.thread.close()
-
-
-def test_a_saved_answer_moves_to_another_engine_and_computes_nothing_again(
-    tiny_gguf: Path, exact: Collected, tmp_path: Path
-) -> None:
-    params: dict[str, object] = {"max_tokens": 200, "temperature": 0.8, "seed": 5, "logit_bias": {"4": -100.0}}
-    whole = exact.ask(SYSTEM, **params)
-    started = exact.submit(SYSTEM, **params)
-    exact.until_tokens(started, 20)
-    file = tmp_path / "state"
-    file.touch(0o600)
-    saving = exact.thread.submit(SaveParams(sequence=started, path=str(file)))
-    with pytest.raises(Draining):
-        exact.end(started)
-    while saving not in exact.ends:
-        exact.take()
-    saved = exact.ends[saving]
-    assert isinstance(saved, Saved)
-    assert saved.bytes == file.stat().st_size > 1000
-    handed_out = sum(len(delta.token_ids) for delta in exact.deltas[started])
-    assert handed_out <= len(saved.generated)
-    other = Collected(LlamaEngine(), tiny_gguf, exact=True)
-    resume = Resume(generated=[saved.generated], handed_out=[handed_out], seed=saved.seed, path=str(file))
-    resumed = other.submit(SYSTEM, resume=resume, **params)
-    other.resumed = {resumed}
-    assert other.end(resumed).text == whole.text
-    steps = other.engine.counters().steps
-    assert steps <= 200 - len(saved.generated) + 2, "the prompt and the first tokens were computed again"
-    text = "".join(delta.text for delta in exact.deltas[started] + other.deltas[resumed])
-    assert text == whole.text
-    other.thread.close()
-
-
 def test_a_restored_answer_does_not_overwrite_cells_that_are_still_to_be_copied(
     tiny_gguf: Path, tmp_path: Path
 ) -> None:
@@ -383,12 +248,7 @@ def test_a_restored_answer_does_not_overwrite_cells_that_are_still_to_be_copied(
     moving = engine.submit("1 " * 80, **long)
     engine.until_tokens(moving, 10)
     file = tmp_path / "state"
-    file.touch(0o600)
-    saving = engine.thread.submit(SaveParams(sequence=moving, path=str(file)))
-    while saving not in engine.ends:
-        engine.take()
-    saved = engine.ends[saving]
-    assert isinstance(saved, Saved)
+    saved = engine.saved(moving, file)
     assert engine.engine._context is not None
     while actions := engine.engine._cache.drop_oldest():
         engine.engine._context.perform(actions)
@@ -402,52 +262,6 @@ def test_a_restored_answer_does_not_overwrite_cells_that_are_still_to_be_copied(
     assert result.usage.cached_tokens > 100
     assert [engine.end(resumed).text, result.text] == wanted
     engine.thread.close()
-
-
-@pytest.mark.parametrize("damage", ["gone", "cut", "another"])
-def test_a_state_that_does_not_suit_is_computed_again(exact: Collected, tmp_path: Path, damage: str) -> None:
-    params: dict[str, object] = {"max_tokens": 40, "logit_bias": {"4": -100.0}}
-    whole = exact.ask(SYSTEM, **params)
-    started = exact.submit(SYSTEM, **params)
-    exact.until_tokens(started, 5)
-    file = tmp_path / "state"
-    file.touch(0o600)
-    saving = exact.thread.submit(SaveParams(sequence=started, path=str(file)))
-    while saving not in exact.ends:
-        exact.take()
-    saved = exact.ends[saving]
-    assert isinstance(saved, Saved)
-    if damage == "gone":
-        file.unlink()
-    elif damage == "cut":
-        file.write_bytes(file.read_bytes()[:-500])
-    else:
-        file.write_bytes(file.read_bytes().replace(b'"tokens": [', b'"tokens": [1, ', 1))
-    resume = Resume(generated=[saved.generated], handed_out=[0], seed=saved.seed, path=str(file))
-    resumed = exact.submit(SYSTEM, resume=resume, **params)
-    assert exact.end(resumed).text == whole.text
-
-
-def test_saving_what_does_not_run_is_the_callers_error(batch: Collected, tmp_path: Path) -> None:
-    saving = batch.thread.submit(SaveParams(sequence=987_654, path=str(tmp_path / "state")))
-    while saving not in batch.ends:
-        batch.take()
-    assert isinstance(batch.ends[saving], InvalidParams)
-
-
-def test_a_state_that_cannot_be_written_leaves_the_answer_running(batch: Collected, tmp_path: Path) -> None:
-    running = batch.submit("5 hello", max_tokens=100, logit_bias={"4": -100.0})
-    batch.until_tokens(running, 2)
-    saving = batch.thread.submit(SaveParams(sequence=running, path=str(tmp_path / "no folder" / "state")))
-    assert batch.end(running).usage.completion_tokens == 100
-    while saving not in batch.ends:
-        batch.take()
-    assert isinstance(batch.ends[saving], TarsError)
-
-
-def test_tokens_of_another_vocabulary_are_refused(batch: Collected) -> None:
-    with pytest.raises(InvalidParams, match="tokens that this model does not have"):
-        batch.end(batch.submit("hello", resume=Resume(generated=[[10**8]], handed_out=[0], seed=1)))
 
 
 def test_a_step_that_the_watchdog_stops_is_tried_again(tiny_gguf: Path) -> None:
@@ -501,14 +315,3 @@ def test_a_step_that_never_ends_fails_its_calls_with_a_retryable_error(
 def test_exact_mode_refuses_shared_cells(tiny_gguf: Path) -> None:
     with pytest.raises(ReplicaFailed, match="Exact mode"):
         Collected(LlamaEngine(), tiny_gguf, exact=True, kv_tokens=512)
-
-
-def test_what_an_earlier_load_measured_is_taken_over(tiny_gguf: Path) -> None:
-    first = Collected(LlamaEngine(), tiny_gguf)
-    tuned = first.thread.info.tuned
-    first.thread.close()
-    second = Collected(LlamaEngine(), tiny_gguf, tuned=tuned)
-    assert second.thread.info.tuned == tuned
-    assert second.engine.counters().steps == 0
-    assert second.ask("hello").usage.completion_tokens > 0
-    second.thread.close()

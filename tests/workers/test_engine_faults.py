@@ -181,11 +181,9 @@ def saved(calls: Calls, tmp_path: Path, tokens: int = 5, **params: Any) -> tuple
     running = calls.submit(max_tokens=200, **params)
     calls.until(running, tokens)
     file = tmp_path / "state"
-    file.touch(0o600)
-    saving = calls.event(calls.thread.submit(SaveParams(sequence=running, path=str(file))))
-    assert isinstance(saving, Saved)
+    one = calls.saved(running, file)
     assert isinstance(calls.event(running), TarsError)
-    return file, saving
+    return file, one
 
 
 def resume_of(file: Path, one: Saved) -> Resume:

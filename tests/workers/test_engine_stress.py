@@ -350,8 +350,10 @@ class Storm:
         if swapped != batcher._swapped:
             found.append(f"{swapped} bytes are swapped and {batcher._swapped} counted")
         queued = {answer.call.number for answer in [*batcher.running, *batcher.waiting]}
-        if queued != set(self.engine._calls):
-            found.append(f"calls {set(self.engine._calls) ^ queued} are known and nowhere, or the other way round")
+        if queued != set(self.engine._answering._calls):
+            found.append(
+                f"calls {set(self.engine._answering._calls) ^ queued} are known and nowhere, or the other way round"
+            )
         return found
 
     def check_nothing_is_left(self, threads: int) -> None:
