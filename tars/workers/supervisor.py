@@ -1,8 +1,8 @@
 """One replica's worker, as the node uses it: start it, call it, let it be restarted, stop it.
 
-Law of this file: the driver of `lifecycle.py`. It performs that machine's effects on a `child.Child`, keeps the calls in flight, and
-decides nothing about restarts itself. Everything runs in one event loop, without a lock: no method awaits between reading and writing
-the same state.
+Law of this file: the driver of `lifecycle.py`. It performs that machine's effects on a `child.Child`, hands its calls over and their
+events back, and decides nothing about restarts itself. Everything runs in one event loop, without a lock: no method awaits between
+reading and writing the same state.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from tars.errors import (
     CallerError,
     Draining,
     InvalidParams,
-    Overloaded,
     ReplicaFailed,
     StillLoading,
     TarsError,
@@ -34,6 +33,7 @@ from tars.messages.inference import Delta, GenerationParams
 from tars.messages.node import EngineCounters, LoadedInfo, LoadProgress
 from tars.workers import lifecycle, protocol
 from tars.workers.calls import Call, CallHandle, OnEnd, too_late
+from tars.workers.calls_in_flight import CallsInFlight
 from tars.workers.child import Child, child_environment
 from tars.workers.engine import Event, Finished, LoadSpec, Resume, Saved, SaveParams, Work
 from tars.workers.lifecycle import Lifecycle
@@ -75,21 +75,15 @@ class ReplicaWorker:
         self.spec = spec
         self.device_busy = device_busy
         self.options = options
-        self.calls_total = 0
-        self.watchers: list[Callable[[], None]] = []
+        self.watchers: list[Callable[[], None]] = [lambda: on_change(self)]
         """Called as `on_change` is: for those who come after the worker was made."""
-        self._on_change = on_change
         self._lifecycle = Lifecycle(options.limits())
         self._child: Child | None = None
-        self._calls: dict[int, Call] = {}
-        self._next_call = _FIRST_CALL
+        self._calls = CallsInFlight(_FIRST_CALL)
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._changed = asyncio.Event()
-        self._idle = asyncio.Event()
-        self._idle.set()
         self._load_started = 0.0
-        self._seconds_per_call = 1.0
         self._pong: protocol.Pong | None = None
         self._epitaph: list[str] = []
 
@@ -147,30 +141,26 @@ class ReplicaWorker:
         return list(self._child.last_lines) if self._child is not None else self._epitaph
 
     @property
+    def calls_total(self) -> int:
+        """Calls that the worker ever got."""
+        return self._calls.total
+
+    @property
     def active_calls(self) -> int:
         """Calls that the engine serves now: those that have at least one slot.
 
-        The node alone gives this worker work, so counting here is exact and newer than the last pong. Only that the KV cache holds fewer
-        sequences than there are slots is known to nobody but the engine, which then says that some wait.
+        Counted here; only that the KV cache holds fewer sequences than there are slots is known to nobody but the engine, which then says
+        that some wait.
         """
         counters, slots = self.counters, self._slots
         if counters is not None and counters.waiting and 0 < counters.running < slots:
             slots = counters.running
-        return self._served(slots)
+        return self._calls.served(slots)
 
     @property
     def queued_calls(self) -> int:
         """Calls that wait for a slot."""
         return len(self._calls) - self.active_calls
-
-    def _served(self, slots: int) -> int:
-        """Calls, in their order, that find one of `slots` free; a call of several answers takes as many as it has."""
-        taken = served = 0
-        for call in self._calls.values():
-            if taken < slots or not call.width:
-                served += 1
-                taken += call.width
-        return served
 
     @property
     def _slots(self) -> int:
@@ -203,7 +193,7 @@ class ReplicaWorker:
         self._notify()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace):
-                await self._idle.wait()
+                await self._calls.wait_until_idle()
         self._fail_calls(Draining("The replica is being stopped. Send the call to another one, or again later."))
         self._happened(lifecycle.StopAsked())
         while (child := self._child) is not None:
@@ -247,8 +237,7 @@ class ReplicaWorker:
         has no state, and what `run` raises; then no file is left. What was generated before reaches the caller of `run` before its
         `Draining`.
         """
-        number = handle.number
-        call = self._calls.get(number) if number is not None else None
+        number, call = handle.number, self._calls.get(handle.number)
         if number is None or call is None or not call.open or not isinstance(call.work, GenerationParams):
             raise CallerError("This call is not running here, or is not a generation: there is no state to save.")
         path = _state_file(self.options.saved_folder)
@@ -259,61 +248,44 @@ class ReplicaWorker:
                     return SavedSequence(path, event)
             raise AssertionError("a call without an end")
         except BaseException:
-            _remove(path)
+            path.unlink(missing_ok=True)
             raise
 
     def break_off(self, handle: CallHandle, error: TarsError) -> None:
         """End a call with `error`, after what has come of it until now; its work in the engine is cancelled. One that has ended is none."""
-        call = self._calls.get(handle.number) if handle.number is not None else None
-        if call is not None:
+        if (call := self._calls.get(handle.number)) is not None:
             call.fail(error)
 
-    def _begin(
-        self, work: Work, deadline: Deadline, resume: Resume | None, on_end: OnEnd | None = None
-    ) -> tuple[int, Call]:
+    def _begin(self, work: Work, deadline: Deadline, resume: Resume | None, on_end: OnEnd | None) -> tuple[int, Call]:
         state = self._lifecycle.state if isinstance(work, SaveParams) else self.state
         if state is not ReplicaState.READY or self._child is None:
             raise self._not_ready()
         width = 0 if isinstance(work, SaveParams) else work.n if isinstance(work, GenerationParams) else 1
-        queued = len(self._calls) - self._served(self._slots)
-        busy = sum(call.width for call in self._calls.values()) >= self._slots
-        if width and busy and queued >= self.options.queue_limit:
-            raise Overloaded(
-                f"{queued} calls wait for this replica already, which is its bound. Try again in a moment.",
-                # By then about half of the queue is served: a newcomer finds room, and not everybody comes back at once.
-                retry_after_ms=int(min(60.0, max(0.2, self._seconds_per_call * queued / (2 * self._slots))) * 1000),
-                details={"limit": self.options.queue_limit, "queued": queued},
-            )
+        if width:
+            self._calls.refuse_beyond(self.options.queue_limit, self._slots)
         remaining = deadline.remaining(time.monotonic())
         if remaining <= 0:
             raise too_late()
-        number = self._next_call
         params = {"work": work.model_dump(exclude_unset=True), "timeout_ms": max(1, int(remaining * 1000))}
         if resume is not None:
             params["resume"] = resume.model_dump()
         try:
-            data = frame(protocol.request(number, protocol.METHOD_OF[type(work)], params))
+            data = frame(protocol.request(self._calls.next_number, protocol.METHOD_OF[type(work)], params))
         except TypeError:
             raise InvalidParams(
                 "The call holds something that JSON cannot carry: half of a surrogate pair, an integer over 64 bits, "
                 "or more than 250 levels of nesting. Take it out."
             ) from None
-        self._next_call += 1
-        self.calls_total += 1
-        call = self._calls[number] = Call(work, remaining, width, on_end)
-        self._idle.clear()
+        number, call = self._calls.add(work, remaining, width, on_end)
         self._child.send_bytes(data)
         return number, call
 
     def _end(self, number: int, call: Call) -> None:
         call.close()
-        was_known = self._calls.pop(number, None) is not None
+        was_known = self._calls.remove(number) is not None
         if call.open and was_known and self._child is not None:
             self._child.send(protocol.notification(protocol.CANCEL, {"id": number}))
-        # A moving average over about ten calls: what `Overloaded` tells callers to wait.
-        self._seconds_per_call += 0.1 * (time.monotonic() - call.started - self._seconds_per_call)
-        if not self._calls:
-            self._idle.set()
+        self._calls.lasted(time.monotonic() - call.started)
 
     def _not_ready(self) -> TarsError:
         """Why no call can be taken now."""
@@ -341,12 +313,10 @@ class ReplicaWorker:
                 )
 
     def _fail_calls(self, error: TarsError) -> None:
-        for number, call in list(self._calls.items()):
+        for number, call in self._calls.remove_all().items():
             call.fail(error)
             if self._child is not None and self._lifecycle.state is ReplicaState.READY:
                 self._child.send(protocol.notification(protocol.CANCEL, {"id": number}))
-        self._calls.clear()
-        self._idle.set()
 
     # --- the lifecycle's driver ---
 
@@ -364,12 +334,11 @@ class ReplicaWorker:
 
     def _notify(self) -> None:
         self._changed.set()
-        try:
-            self._on_change(self)
-            for watcher in self.watchers:
+        for watcher in self.watchers:
+            try:
                 watcher()
-        except Exception:
-            log.exception("%s: an observer of this worker failed", self.spec.replica)
+            except Exception:
+                log.exception("%s: an observer of this worker failed", self.spec.replica)
 
     def _perform(self, effect: lifecycle.Effect) -> None:
         match effect:
@@ -445,11 +414,9 @@ class ReplicaWorker:
             self._happened(lifecycle.PingAnswered(self._pong.mark, self._pong.in_flight))
         elif number == LOAD_REQUEST:
             self._load_answered(message)
-        elif isinstance(number, int) and (call := self._calls.pop(number, None)) is not None:
+        elif isinstance(number, int) and (call := self._calls.remove(number)) is not None:
             # It counts no longer, however slowly its caller reads.
             call.finish(_end_event(call.work, message))
-            if not self._calls:
-                self._idle.set()
 
     def _load_answered(self, message: dict[str, Any]) -> None:
         if "error" in message:
@@ -474,10 +441,6 @@ def _state_file(folder: Path | None) -> Path:
     descriptor, name = tempfile.mkstemp(prefix="sequence-", suffix=".state", dir=folder)
     os.close(descriptor)
     return Path(name)
-
-
-def _remove(path: Path) -> None:
-    path.unlink(missing_ok=True)
 
 
 def _load_left_ms(percent: float, elapsed: float) -> int:

@@ -549,6 +549,19 @@ async def test_whoever_watches_a_worker_hears_of_its_changes_also_after_it_was_m
     assert heard[-1] is ReplicaState.STOPPED
 
 
+async def test_an_observer_that_fails_keeps_no_other_from_hearing(make: Make) -> None:
+    worker = await make()
+    heard: list[ReplicaState] = []
+
+    def fails() -> None:
+        raise RuntimeError("not my day")
+
+    worker.watchers.insert(0, fails)
+    worker.watchers.append(lambda: heard.append(worker.state))
+    await worker.stop(0.0)
+    assert heard[-1] is ReplicaState.STOPPED
+
+
 async def test_where_no_call_may_wait_those_that_find_a_slot_still_run(make: Make) -> None:
     worker = await make(queue_limit=0)
     assert await collect(worker, CompleteParams(prompt="count 1"))
