@@ -41,11 +41,22 @@ def run_node(*arguments, environment=None):
     )
 
 
-def only_chats(folder, grace_seconds):
+def only_chats(folder, grace_seconds=30, more=""):
     """A configuration without the embedding model, whose libraries are most of a node's start."""
     file = folder / "chats.toml"
-    file.write_text(f'[node]\ngrace_seconds = {grace_seconds}\n[[deploy]]\nmodel = "tars-help-desk"\n')
+    file.write_text(f'[node]\ngrace_seconds = {grace_seconds}\n[[deploy]]\nmodel = "tars-help-desk"\n{more}')
     return file
+
+
+async def call_that_lasts(node, client):
+    """One that is under way, and whose engine stands still: it outlasts whatever happens to the node."""
+    for worker in node.workers():
+        worker.send_signal(signal.SIGSTOP)
+    talking = asyncio.create_task(client.complete("the", max_tokens=5))
+    async with asyncio.timeout(20):
+        while not any(replica.active_calls for replica in (await client.describe()).replicas):
+            pass
+    return talking
 
 
 # --- what needs no model -----------------------------------------------------------------------------------------
@@ -173,20 +184,15 @@ async def test_a_node_without_arguments_serves_both_demo_models(tmp_path):
 
 @pytest.mark.model
 async def test_a_killed_worker_comes_back_and_its_call_is_answered_then(tmp_path):
-    async with running_node(tmp_path / "state") as node, Client(node.url) as client:
+    chats = only_chats(tmp_path)
+    async with running_node(tmp_path / "state", "--config", chats) as node, Client(node.url) as client:
         await node.ready()
         described = await client.describe()
         restarts = sum(replica.restarts for replica in described.replicas)
         assert restarts == 0
 
         workers = node.workers()
-        for worker in workers:
-            worker.send_signal(signal.SIGSTOP)  # so that the call is surely under way when its worker dies
-        running = asyncio.create_task(client.complete("the", max_tokens=5))
-        async with asyncio.timeout(20):
-            described = await client.describe()
-            while not any(replica.active_calls for replica in described.replicas):
-                described = await client.describe()
+        running = await call_that_lasts(node, client)
         for worker in workers:
             worker.send_signal(signal.SIGKILL)
         answered = await asyncio.wait_for(running, 60)
@@ -197,8 +203,9 @@ async def test_a_killed_worker_comes_back_and_its_call_is_answered_then(tmp_path
 
 
 @pytest.mark.model
-async def test_a_node_killed_outright_leaves_no_worker_behind(tmp_path):
-    async with running_node(tmp_path / "state") as node:
+async def test_a_node_killed_outright_leaves_no_worker_behind(tmp_path, tiny_gguf):
+    chats = only_chats(tmp_path, more=f'[[deploy]]\nmodel = "tiny"\n[[model]]\nname = "tiny"\npath = "{tiny_gguf}"\n')
+    async with running_node(tmp_path / "state", "--config", chats) as node:
         await node.ready()
         workers = node.workers()
         assert len(workers) >= 2
@@ -243,12 +250,7 @@ async def test_a_node_that_stops_refuses_new_calls_and_tells_those_whose_time_is
     chats = only_chats(tmp_path, grace_seconds=15)
     async with running_node(tmp_path / "state", "--config", chats) as node, Client(node.url) as client:
         await node.ready()
-        for worker in node.workers():
-            worker.send_signal(signal.SIGSTOP)  # so that the call surely outlasts the grace time
-        talking = asyncio.create_task(client.complete("the", max_tokens=5))
-        async with asyncio.timeout(20):
-            while not any(replica.active_calls for replica in (await client.describe()).replicas):
-                pass
+        talking = await call_that_lasts(node, client)
         node.send(signal.SIGTERM)
         await node.printed("1 running call", 20)
         body = {"model": "tars-help-desk", "prompt": "the", "max_tokens": 5}
@@ -266,12 +268,7 @@ async def test_a_second_ctrl_c_ends_the_node_before_its_grace_time_is_over(tmp_p
     chats = only_chats(tmp_path, grace_seconds=300)
     async with running_node(tmp_path / "state", "--config", chats) as node, Client(node.url) as client:
         await node.ready()
-        for worker in node.workers():
-            worker.send_signal(signal.SIGSTOP)  # so that the call surely outlasts the first signal
-        talking = asyncio.create_task(client.complete("the", max_tokens=5))
-        async with asyncio.timeout(20):
-            while not any(replica.active_calls for replica in (await client.describe()).replicas):
-                pass
+        talking = await call_that_lasts(node, client)
         node.send(signal.SIGINT)
         await node.printed("1 running call", 20)
         node.send(signal.SIGINT)
@@ -318,16 +315,17 @@ async def test_any_gguf_is_served_by_its_path_and_what_does_not_fit_is_refused_w
 
 @pytest.mark.model
 async def test_json_logs_are_one_object_a_line(tmp_path):
-    async with running_node(tmp_path / "state", "--log-format", "json") as node:
+    chats = only_chats(tmp_path)
+    async with running_node(tmp_path / "state", "--config", chats, "--log-format", "json") as node:
         await node.ready()
         node.send(signal.SIGTERM)
         assert await node.ended() == 0
         assert all(json.loads(line)["level"] for line in node.output.splitlines())
 
 
-@pytest.mark.model
+@pytest.mark.slow
 async def test_the_state_folder_is_one_nodes_at_a_time(tmp_path):
-    async with running_node(tmp_path / "state"):
+    async with running_node(tmp_path / "state", environment={"TARS_DEMO_MODELS": "false"}):
         second = await asyncio.to_thread(run_node, "--listen", "127.0.0.1:0", "--state-dir", tmp_path / "state")
     assert second.returncode == 2
     assert "--state-dir" in second.stderr
@@ -335,7 +333,11 @@ async def test_the_state_folder_is_one_nodes_at_a_time(tmp_path):
 
 @pytest.mark.model
 async def test_every_face_of_a_node_answers(tmp_path):
-    async with running_node(tmp_path / "state") as node, aiohttp.ClientSession(node.url) as session:
+    chats = only_chats(tmp_path)
+    async with (
+        running_node(tmp_path / "state", "--config", chats) as node,
+        aiohttp.ClientSession(node.url) as session,
+    ):
         await node.ready()
         for path in ("/", "/health", "/status", "/models", "/config", "/metrics", "/v1/models"):
             async with session.get(path) as response:
