@@ -14,7 +14,7 @@ import orjson
 from pydantic import ValidationError
 
 from tars.errors import InternalError, InvalidParams, InvalidRequest, LimitExceeded, ParseError, TarsError
-from tars.messages.base import CallMeta, Message
+from tars.messages.base import CallMeta, Message, fields_of
 from tars.rpc.options import EnvelopeLimits
 from tars.rpc.validation import faults
 
@@ -30,8 +30,6 @@ _MAX_ID_LENGTH = 1024
 _MEMBERS = {"jsonrpc", "method", "params", "id"}
 _NAME_SHOWN = 64
 """How much of an unknown name is said back."""
-_HOLDS_FLOATS: dict[type, bool] = {}
-"""By type of result, filled as types are met: making a schema costs a millisecond."""
 
 
 @dataclass(slots=True)
@@ -85,11 +83,12 @@ def load_json(body: bytes, limits: EnvelopeLimits) -> Any:
 def encode_result(request_id: RequestId, result: object) -> bytes:
     """The answer's bytes. Raises `InternalError` where JSON cannot say the result (lone surrogates, 65-bit integers, NaN)."""
     try:
-        # orjson writes null for NaN and infinity: a vector with a hole in it would look like an answer.
-        if _HOLDS_FLOATS.get(type(result), True) and _may_hold_floats(result) and not _finite(result):
-            raise ValueError
         said = result.wire() if isinstance(result, Message) else result
-        return orjson.dumps({"jsonrpc": "2.0", "result": said, "id": request_id}, default=_fields)
+        answer = orjson.dumps({"jsonrpc": "2.0", "result": said, "id": request_id}, default=fields_of)
+        # orjson writes null for NaN and infinity: a vector with a hole in it would look like an answer. No null, no such hole.
+        if b"null" in answer and not _finite(result):
+            raise ValueError
+        return answer
     except (TypeError, ValueError, RecursionError):
         raise InternalError(
             "The answer cannot be written as JSON, which is a fault of this node and not of the call. Report it with the trace id."
@@ -100,7 +99,7 @@ def encode_error(request_id: RequestId, error: dict[str, Any]) -> bytes:
     """The error answer's bytes, of `TarsError.to_json`'s object; details that JSON cannot say are left out."""
     answer = {"jsonrpc": "2.0", "error": error, "id": request_id}
     try:
-        return orjson.dumps(answer, default=_fields)
+        return orjson.dumps(answer, default=fields_of)
     except (TypeError, ValueError, RecursionError):
         kept = ("kind", "retryable", "retry_after_ms", "node", "trace_id")
         data = {key: error["data"][key] for key in kept if key in error["data"]}
@@ -113,7 +112,7 @@ def encode_notification(method: str, request_id: RequestId, delta: Message) -> b
     """A notification's bytes: the delta's fields and the call's `id` as its params. Raises `InternalError` as `encode_result` does."""
     try:
         return orjson.dumps(
-            {"jsonrpc": "2.0", "method": method, "params": {"id": request_id, **delta.wire()}}, default=_fields
+            {"jsonrpc": "2.0", "method": method, "params": {"id": request_id, **delta.wire()}}, default=fields_of
         )
     except (TypeError, ValueError, RecursionError):
         raise InternalError(
@@ -130,16 +129,6 @@ def too_large(limit: int, actual: int | None) -> LimitExceeded:
     )
 
 
-def _may_hold_floats(value: object) -> bool:
-    """False for a message whose schema has no number but integers: most answers need no look."""
-    kind = type(value)
-    known = _HOLDS_FLOATS.get(kind)
-    if known is None:
-        known = not isinstance(value, Message) or b'"number"' in orjson.dumps(value.model_json_schema())
-        _HOLDS_FLOATS[kind] = known
-    return known
-
-
 def _finite(value: object) -> bool:
     """True where no float in it is NaN or infinite. A vector is summed first (C speed): any NaN or infinity shows in the sum."""
     if type(value) is list or type(value) is tuple:
@@ -154,13 +143,6 @@ def _finite(value: object) -> bool:
     if isinstance(value, Message):
         value = value.__dict__
     return all(map(_finite, value.values())) if type(value) is dict else True
-
-
-def _fields(value: object) -> object:
-    """How orjson writes a message: its fields as they are, without `model_dump`'s copy (they carry no aliases and no serialisers)."""
-    if isinstance(value, Message):
-        return value.wire()
-    raise TypeError
 
 
 def _too_deep(limit: int) -> LimitExceeded:

@@ -241,7 +241,7 @@ def test_a_delta_that_json_cannot_say_is_an_internal_error() -> None:
         encode_notification("inference.delta", 3, Delta.model_construct(text="\ud800"))
 
 
-def test_a_message_that_holds_floats_is_known_from_its_schema() -> None:
+def test_what_is_no_number_is_found_in_messages_inside_messages() -> None:
     class Speed(Message):
         value: float
 
