@@ -13,8 +13,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
-from time import monotonic
 
 from aiohttp import ClientPayloadError, hdrs, web
 from aiohttp.http_exceptions import HttpProcessingError
@@ -26,10 +24,11 @@ from tars.rpc.access import CALLER, ROLE, RenderError
 from tars.rpc.admission import Admission, stopping
 from tars.rpc.dispatcher import LOCAL, Arrival, Dispatcher
 from tars.rpc.envelope import Call, Element, decode, encode_notification, too_large
+from tars.rpc.event_stream import EventStream
 from tars.rpc.method_table import METHODS, MethodSpec, Role
 from tars.rpc.methods import handlers_of
 from tars.rpc.options import RpcOptions
-from tars.rpc.whole_answer import JSON_HEADERS, REQUEST_ID_HEADER, WholeAnswer
+from tars.rpc.whole_answer import JSON_HEADERS, WholeAnswer
 from tars.serving.service import NodeService
 
 RPC_PATH = "/rpc"
@@ -39,11 +38,6 @@ PEER: web.RequestKey[str] = web.RequestKey("peer", str)
 SOURCE: web.RequestKey[str] = web.RequestKey("source", str)
 """And the address of a stranger."""
 
-STREAM_HEADERS = {
-    hdrs.CONTENT_TYPE: "text/event-stream; charset=utf-8",
-    hdrs.CACHE_CONTROL: "no-store",
-    "X-Accel-Buffering": "no",  # nginx would hold the deltas back otherwise
-}
 _TIMEOUT_HEADER = "X-Request-Timeout-Ms"
 _TRACE_HEADER = "traceparent"
 _PRIORITY_HEADER = "X-Priority"
@@ -232,40 +226,24 @@ async def _stream(
 ) -> web.StreamResponse:
     """Answer one call as an event stream."""
     call_id = dispatcher.call_id(element, arrival)
-    response = web.StreamResponse(headers={**STREAM_HEADERS, REQUEST_ID_HEADER: call_id})
-    await response.prepare(request)
-    last_write = monotonic()
-
-    async def send(frame: bytes) -> None:
-        nonlocal last_write
-        last_write = monotonic()
-        try:
-            await response.write(frame)
-        except ConnectionError:
-            raise Cancelled("The caller closed the stream; the work was stopped.") from None
+    stream = EventStream(request, call_id, heartbeat_seconds)
 
     async def emit(spec: MethodSpec, delta: Message) -> None:
         name = (spec.delta_notification if type(delta) is spec.delta else spec.progress_notification) or spec.name
-        await send(b"data: " + encode_notification(name, element.id, delta) + b"\n\n")
+        frame = b"data: " + encode_notification(name, element.id, delta) + b"\n\n"
+        try:
+            await stream.send(frame)
+        except ConnectionError:
+            raise Cancelled("The caller closed the stream; the work was stopped.") from None
 
-    async def beat() -> None:
-        # A comment: event-stream readers skip it, and writing to a connection that is gone fails.
-        with suppress(Cancelled):
-            while True:
-                silent = monotonic() - last_write
-                if silent >= heartbeat_seconds:
-                    await send(b": still here\n\n")
-                    silent = 0.0
-                await asyncio.sleep(heartbeat_seconds - silent)
-
-    heart = asyncio.create_task(beat())
+    await stream.open()
     try:
         answer = await dispatcher.answer(element, arrival, emit, call_id)
         if answer is not None:
-            await send(b"data: " + answer + b"\n\n")
-            await response.write_eof()
+            await stream.send(b"data: " + answer + b"\n\n")
+            await stream.end()
     except (Cancelled, ConnectionError):
         pass  # the reader went away between the last delta and the response: there is nobody to tell
     finally:
-        heart.cancel()
-    return response
+        stream.close()
+    return stream.response

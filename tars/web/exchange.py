@@ -7,11 +7,10 @@ Origin, key, content type) was checked before, by `rpc.access`.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, aclosing, asynccontextmanager, nullcontext
 from time import monotonic
 from typing import Any, TypeVar, cast
 
@@ -20,11 +19,13 @@ from aiohttp import hdrs, web
 from pydantic import ValidationError
 
 from tars.core.types import Deadline
-from tars.errors import Cancelled, InvalidParams, TarsError
-from tars.messages.base import MAX_TIMEOUT_MS, CallContext, Message, Priority
+from tars.errors import Cancelled, InternalError, InvalidParams, TarsError
+from tars.messages.base import MAX_TIMEOUT_MS, CallContext, Message, Priority, fields_of
+from tars.messages.inference import Delta, Progress
 from tars.rpc.admission import Admission, internal_error, trace_id_of
 from tars.rpc.envelope import load_json
-from tars.rpc.http_server import STREAM_HEADERS, arrival_of, read_body
+from tars.rpc.event_stream import EventStream
+from tars.rpc.http_server import arrival_of, read_body
 from tars.rpc.options import RpcOptions
 from tars.rpc.validation import faults
 from tars.rpc.whole_answer import REQUEST_ID_HEADER
@@ -192,33 +193,30 @@ class Exchange:
         frames: Callable[[BoundsT], AsyncGenerator[bytes, None]],
         error_frame: Callable[[TarsError], bytes],
     ) -> web.StreamResponse:
-        response = web.StreamResponse(headers={**STREAM_HEADERS, REQUEST_ID_HEADER: self.trace_id})
-        heart: asyncio.Task[None] | None = None
+        stream = EventStream(self.request, self.trace_id, self.face.options.heartbeat_seconds)
         try:
             try:
                 async with bounds as within, aclosing(frames(within)) as source:
                     async for frame in source:
-                        if heart is None:
-                            await response.prepare(self.request)
-                            heart = asyncio.create_task(beat(response, self.face.options.heartbeat_seconds))
-                        await response.write(frame)
+                        if not stream.opened:
+                            await stream.open()
+                        await stream.send(frame)
             except ConnectionError:
                 raise
             except Exception as fault:
-                if not response.prepared:
+                if not stream.opened:
                     raise
                 if not isinstance(fault, TarsError):
                     log.exception("%s met a fault of ours (trace %s)", self.request.path, self.trace_id)
                 self.error = fault if isinstance(fault, TarsError) else internal_error()
-                await response.write(error_frame(self.error))
-            await response.write_eof()
+                await stream.send(error_frame(self.error))
+            await stream.end()
         except ConnectionError:
             # The caller closed the connection between two frames: nobody is left to tell.
             self.error = caller_left()
         finally:
-            if heart is not None:
-                heart.cancel()
-        return response
+            stream.close()
+        return stream.response
 
     @asynccontextmanager
     async def _within_bounds(self, *, streams: bool) -> AsyncIterator[CallContext]:
@@ -287,7 +285,7 @@ def json_response(body: object, *, status: int = 200, headers: Mapping[str, str]
 def dump(body: object) -> bytes:
     """JSON bytes; messages are written as their fields."""
     try:
-        return orjson.dumps(body, default=_fields)
+        return orjson.dumps(body, default=fields_of)
     except (TypeError, ValueError, RecursionError):
         raise internal_error() from None
 
@@ -297,12 +295,13 @@ def event(body: object, name: str | None = None) -> bytes:
     return (b"" if name is None else b"event: %s\n" % name.encode()) + b"data: %s\n\n" % dump(body)
 
 
-async def beat(response: web.StreamResponse, seconds: float) -> None:
-    """A comment now and then: readers of event streams skip it, no proxy closes a silent stream, and a lost connection is noticed."""
-    with suppress(ConnectionError):
-        while True:
-            await asyncio.sleep(seconds)
-            await response.write(b": still here\n\n")
+async def result_of(stream: AsyncIterator[Delta | Progress | ResultT]) -> ResultT:
+    """What a stream of the service ends with; its pieces are dropped."""
+    async with closing(stream) as items:
+        async for item in items:
+            if not isinstance(item, Delta | Progress):
+                return item
+    raise no_result()
 
 
 def closing(stream: AsyncIterator[ResultT]) -> AbstractAsyncContextManager[AsyncIterator[ResultT]]:
@@ -315,10 +314,9 @@ def caller_left() -> Cancelled:
     return Cancelled("The caller went away before the answer was complete; the work was stopped.")
 
 
-def _fields(value: object) -> object:
-    if isinstance(value, Message):
-        return value.wire()
-    raise TypeError
+def no_result() -> InternalError:
+    """Of a stream that ended without one."""
+    return InternalError("The model's answer ended without its result; report it with the trace id.")
 
 
 def _patience_ms(headers: Mapping[str, str]) -> int | None:

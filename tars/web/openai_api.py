@@ -15,14 +15,14 @@ from dataclasses import replace
 from aiohttp import web
 
 from tars.core.types import ModelKind
-from tars.errors import InternalError, MethodNotFound, TarsError, UnknownModel
+from tars.errors import MethodNotFound, TarsError, UnknownModel
 from tars.messages.base import CallContext
-from tars.messages.inference import ChatResult, CompleteParams, CompleteResult, Delta, Progress, Usage
+from tars.messages.inference import CompleteParams, CompleteResult, Delta, Progress, Usage
 from tars.messages.node import ModelDescription
 from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
-from tars.web.exchange import Exchange, Face, closing, event, json_response, translated, validated
+from tars.web.exchange import Exchange, Face, closing, event, json_response, no_result, result_of, translated, validated
 from tars.web.openai_answers import (
     ChatChunks,
     CompletionChunks,
@@ -98,15 +98,8 @@ class OpenAIApi:
         params = translated(request.to_params, body)
         answer_id, created = _answer_id("chatcmpl"), int(time.time())
         if not request.stream:
-
-            async def run(call: CallContext) -> ChatResult:
-                async with closing(self._service.chat(params, call)) as items:
-                    async for item in items:
-                        if isinstance(item, ChatResult):
-                            return item
-                raise _no_result()
-
-            return json_response(chat_answer(answer_id, created, await exchange.whole(run)))
+            result = await exchange.whole(lambda call: result_of(self._service.chat(params, call)))
+            return json_response(chat_answer(answer_id, created, result))
 
         chunks = ChatChunks(answer_id, created, self._name(params.model, ModelKind.CHAT), usage=request.wants_usage)
 
@@ -124,7 +117,7 @@ class OpenAIApi:
                         yield opening + b"".join(map(event, chunks.ends(item))) + usage + DONE
                         return
                     opening = b""
-            raise _no_result()
+            raise no_result()
 
         return await exchange.stream(frames, _error_frame(exchange))
 
@@ -139,7 +132,10 @@ class OpenAIApi:
         if not request.stream:
 
             async def run(call: CallContext) -> list[CompleteResult]:
-                return [await self._completed(params, _numbered(call, at, runs)) for at, params in enumerate(runs)]
+                return [
+                    await result_of(self._service.complete(params, _numbered(call, at, runs)))
+                    for at, params in enumerate(runs)
+                ]
 
             return json_response(completion_answer(answer_id, created, await exchange.whole(run), echoed))
 
@@ -164,7 +160,7 @@ class OpenAIApi:
                             yield opening + b"".join(map(event, chunks.ends(first, item)))
                             break
                     else:
-                        raise _no_result()
+                        raise no_result()
             yield (event(chunks.usage(usages)) if request.wants_usage else b"") + DONE
 
         return await exchange.stream(frames, _error_frame(exchange))
@@ -183,13 +179,6 @@ class OpenAIApi:
         params = translated(validated(RerankRequest, body).to_params, body)
         result = await exchange.whole(lambda call: self._service.rerank(params, call))
         return json_response(rerank_answer(_answer_id("rerank"), result))
-
-    async def _completed(self, params: CompleteParams, call: CallContext) -> CompleteResult:
-        async with closing(self._service.complete(params, call)) as items:
-            async for item in items:
-                if isinstance(item, CompleteResult):
-                    return item
-        raise _no_result()
 
     def _deployed(self) -> list[ModelDescription]:
         return [model for model in self._service.models().models if model.deployed]
@@ -220,7 +209,3 @@ def _answer_id(prefix: str) -> str:
 
 def _error_frame(exchange: Exchange) -> Callable[[TarsError], bytes]:
     return lambda error: event(exchange.face.error_json(error, exchange.trace_id))
-
-
-def _no_result() -> InternalError:
-    return InternalError("The model's answer ended without its result; report it with the trace id.")

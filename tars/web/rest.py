@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 
 from aiohttp import hdrs, web
 
-from tars.errors import InternalError, InvalidParams, TarsError
+from tars.errors import InvalidParams, TarsError
 from tars.messages.base import CallContext
 from tars.messages.inference import (
     ChatParams,
@@ -26,7 +26,7 @@ from tars.rpc.admission import Admission
 from tars.rpc.options import RpcOptions
 from tars.serving.service import NodeService
 from tars.web import metrics
-from tars.web.exchange import Exchange, Face, Json, closing, event, json_response, validated
+from tars.web.exchange import Exchange, Face, Json, closing, event, json_response, no_result, result_of, validated
 
 LIVE: dict[str, str] = {hdrs.CACHE_CONTROL: "no-store"}
 """What says how the node is now must never come out of a cache."""
@@ -119,15 +119,7 @@ class RestFacade:
             return self._service.complete(params, call)
 
         if not streams:
-
-            async def run(call: CallContext) -> ChatResult | CompleteResult:
-                async with closing(start(call)) as items:
-                    async for item in items:
-                        if not isinstance(item, Delta | Progress):
-                            return item
-                raise _no_result()
-
-            return json_response(await exchange.whole(run))
+            return json_response(await exchange.whole(lambda call: result_of(start(call))))
 
         async def frames(call: CallContext) -> AsyncGenerator[bytes, None]:
             async with closing(start(call)) as items:
@@ -139,7 +131,7 @@ class RestFacade:
                     else:
                         yield event(item, "result")
                         return
-            raise _no_result()
+            raise no_result()
 
         return await exchange.stream(
             frames, lambda error: event(exchange.face.error_json(error, exchange.trace_id), "error")
@@ -154,7 +146,3 @@ class RestFacade:
         """POST /rerank: `inference.rerank`."""
         params = validated(RerankParams, await exchange.json())
         return json_response(await exchange.whole(lambda call: self._service.rerank(params, call)))
-
-
-def _no_result() -> InternalError:
-    return InternalError("The model's answer ended without its result; report it with the trace id.")

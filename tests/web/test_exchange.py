@@ -8,13 +8,13 @@ import orjson
 import pytest
 from aiohttp import web
 
-from tars.errors import InvalidParams, Overloaded
-from tars.messages.inference import ChatParams, EmbedParams, TokenizeParams
+from tars.errors import InternalError, InvalidParams, Overloaded
+from tars.messages.inference import ChatParams, Delta, EmbedParams, Progress, Tokenized, TokenizeParams
 from tars.rpc.access import Access, access_middleware
 from tars.rpc.admission import Admission
 from tars.rpc.listener import listen
 from tars.rpc.options import EnvelopeLimits, RpcOptions
-from tars.web.exchange import Face, dump, event, json_response, translated, validated
+from tars.web.exchange import Face, dump, event, json_response, result_of, translated, validated
 from tars.web.rest import error_body
 from tars.web.routes import render_refusal
 
@@ -226,6 +226,24 @@ async def test_frames_are_closed_when_the_caller_leaves(ask, service):
         await closed.wait()
         await service.all_ended.wait()
     assert service.ended[0][1].kind == "cancelled"
+
+
+async def test_a_result_is_what_a_stream_ends_with_and_a_stream_without_one_is_a_fault_of_ours():
+    closed = []
+
+    async def stream(*items):
+        try:
+            for item in items:
+                yield item
+        finally:
+            closed.append(items)
+
+    pieces = (Delta(text="a"), Progress(stage="load", percent=1, node="box"))
+    result = Tokenized(tokens=[1])
+    assert await result_of(stream(*pieces, result)) is result
+    with pytest.raises(InternalError):
+        await result_of(stream(*pieces))
+    assert closed == [(*pieces, result), pieces]
 
 
 def test_what_messages_refuse_is_the_callers_fault_with_its_place():
