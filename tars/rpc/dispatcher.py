@@ -213,19 +213,19 @@ class Dispatcher:
             caller=caller,
         ) as deadline:
             context = CallContext(
-                deadline,
-                running.trace_id,
-                running.spec.name,
-                meta.idempotency_key,
-                meta.hops,
-                caller,
-                arrival.face,
-                arrival.peer,
-                arrival.source,
-                meta.priority or arrival.priority,
-                meta.resume,
-                running.emit is not None,
-                arrival.role is not Role.CLIENT,
+                deadline=deadline,
+                trace_id=running.trace_id,
+                method=running.spec.name,
+                idempotency_key=meta.idempotency_key,
+                hops=meta.hops,
+                caller=caller,
+                face=arrival.face,
+                peer=arrival.peer,
+                source=arrival.source,
+                priority=meta.priority or arrival.priority,
+                resume=meta.resume,
+                streamed=running.emit is not None,
+                administrator=arrival.role is not Role.CLIENT,
             )
             work = handler(params, context)
             if running.spec.streams:
