@@ -2,7 +2,7 @@
 
 Law of this file: pure and deterministic, so that every node makes the same plan from the same snapshot. In this order: what is placed and
 still valid stays (a healthy replica never moves); missing replicas are searched for (`placement_search`); every (model, device) gets a
-verdict and every replica that fits nowhere a refusal with a remedy (`placement_reasons`). Nothing is ever placed in hope: on every
+verdict and every replica that fits nowhere a refusal with a remedy (`placement_verdicts`). Nothing is ever placed in hope: on every
 device the bytes of all assignments stay within `DeviceSnapshot.capacity`, save what is resident already.
 """
 

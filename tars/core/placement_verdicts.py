@@ -1,7 +1,8 @@
 """The words of a plan: every replica's reason, every refusal's remedy at once, and every device's verdict when somebody looks at it.
 
-Law of this file: pure; it puts together what `placement_reasons` says and decides nothing. 1,000 devices and 300 models have 300,000
-verdicts, of which a person reads one model's: so they are made on the first look, from values that cannot change any more.
+Law of this file: pure; it puts together what `placement_reasons` and `placement_remedies` say and decides nothing. 1,000 devices and 300
+models have 300,000 verdicts, of which a person reads one model's: so they are made on the first look, from values that cannot change
+any more.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from tars.core.placement_reasons import Standing, reason_for, refusal_of, verdicts_on
+from tars.core.placement_reasons import Standing, reason_for, verdicts_on
+from tars.core.placement_remedies import refusal_of
 from tars.core.placement_wants import Circumstances, Place, Want
 from tars.core.types import Assignment, Bytes, DeviceId, DeviceVerdict, Plan, Refusal, ReplicaId
 
