@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from tars.core.coordination_orders import orders_for
 from tars.core.coordination_view import (
     RUNNING,
     CoordinationSettings,
@@ -19,6 +20,7 @@ from tars.core.coordination_view import (
     Scene,
     same_load,
 )
+from tars.core.crowded_devices import CrowdedDevices
 from tars.core.load_bars import LoadBars
 from tars.core.making_room import Ground, Relocation, Room
 from tars.core.placement import fits, plan, replica_id
@@ -49,14 +51,6 @@ class _Pending:
     began: float
 
 
-@dataclass(slots=True)
-class _Foreign:
-    """What programs beside TARS held on a device when its replicas last changed."""
-
-    replicas: frozenset[ReplicaId]
-    held: int
-
-
 class Coordination:
     """See the module's law. One for each node; asked only while that node coordinates."""
 
@@ -72,8 +66,7 @@ class Coordination:
         self._leaving_since: dict[ReplicaId, float] = {}
         self._over_since: dict[DeviceId, float] = {}
         self._refused_since: dict[str, float] = {}
-        self._foreign: dict[DeviceId, _Foreign] = {}
-        self._crowded_since: dict[DeviceId, float] = {}
+        self._crowded = CrowdedDevices(self._settings.crowd_free, self._settings.crowd_growth)
         self._pending: _Pending | None = None
         self._last: tuple[CoordinationView, Decision] | None = None
 
@@ -90,7 +83,8 @@ class Coordination:
         found, circumstances = self._plan(scene)
         if self._pending is None and self._begin_move(scene, found, circumstances):
             found, circumstances = self._plan(scene)
-        orders, moves = self._orders(scene, found)
+        moves = self._leaving(scene, found)
+        orders = orders_for(scene, found, moves, self._again)
         refusals = (*found.refusals, *_without_file(scene))
         found = replace(found, refusals=tuple(sorted(refusals, key=lambda refusal: refusal.model)))
         return Decision(found, orders, self._wake_at(scene), moves)
@@ -149,32 +143,7 @@ class Coordination:
         self._ready_since = away
         unreported = {each.replica for each in scene.ordered.values() if scene.state(each) is None}
         self._ordered_since = {each: self._ordered_since.get(each, now) for each in sorted(unreported)}
-        self._note_foreign(scene)
-
-    def _note_foreign(self, scene: Scene) -> None:
-        """Since when each device is crowded."""
-        settings = self._settings
-        here: dict[DeviceId, set[ReplicaId]] = {}
-        quiet = {device for device in scene.devices if device not in scene.in_motion()}
-        for replica, report in scene.reports.items():
-            here.setdefault(report.assignment.device, set()).add(replica)
-        for device in scene.devices.values():
-            if device.id not in quiet:
-                self._foreign.pop(device.id, None)
-                continue
-            held = device.memory_total - device.memory_free - device.memory_held
-            replicas = frozenset(here.get(device.id, ()))
-            known = self._foreign.get(device.id)
-            if known is None or known.replicas != replicas:
-                known = self._foreign[device.id] = _Foreign(replicas, held)
-            known.held = min(known.held, held)
-            crowded = device.memory_free < settings.crowd_free and held - known.held >= settings.crowd_growth
-            if crowded and replicas:
-                self._crowded_since.setdefault(device.id, scene.now)
-            else:
-                self._crowded_since.pop(device.id, None)
-        for gone in set(self._crowded_since) - quiet:
-            del self._crowded_since[gone]
+        self._crowded.note(scene)
 
     def _follow_move(self, scene: Scene) -> None:
         """End the pending move where its successor is ready and its source gone, or where it can no longer be."""
@@ -289,7 +258,7 @@ class Coordination:
             if refusal.model in scene.wanted
         }
         refused = [model for model, since in self._refused_since.items() if _lasted(since, settings.move_hold, now)]
-        crowded = [device for device, since in self._crowded_since.items() if _lasted(since, settings.crowd_hold, now)]
+        crowded = [device for device, since in self._crowded.since.items() if _lasted(since, settings.crowd_hold, now)]
         planned = {each.replica: each for each in found.assignments}
         if not (refused or crowded) or any(scene.state(each) is None for each in planned.values()):
             return False
@@ -324,63 +293,7 @@ class Coordination:
         self._pending = _Pending(source, successor, gain, scene.now)
         return True
 
-    # --- the orders --------------------------------------------------------------------------------------------------
-
-    def _orders(self, scene: Scene, found: Plan) -> tuple[dict[NodeId, tuple[Assignment, ...]], tuple[Move, ...]]:
-        """What runs and is planned, what leaves once its successor is ready, and the next load of each quiet device."""
-        targets = {each.replica: each for each in found.assignments}
-        stays = [each for each in targets.values() if scene.state(each) is not None]
-        coming = self._coming(scene, targets)
-        moves = self._leaving(scene, found)
-        leaves = [scene.reports[move.replica].assignment for move in moves]
-        kept = [*(self._as_ordered(each, scene) for each in (*stays, *leaves)), *coming]
-        kept = [each for each in kept if each.replica not in self._again]
-        names = {each.replica for each in kept}
-        busy = scene.in_motion() | {each.device for each in coming}
-        busy |= {
-            report.assignment.device
-            for replica, report in scene.reports.items()
-            if replica not in names and (report.state in RUNNING or report.state is ReplicaState.STOPPING)
-        }
-        taken: Counter[DeviceId] = Counter()
-        for each in kept:
-            if scene.state(each) is not ReplicaState.FAILED:
-                # What it takes by now: an order's words are of the time when it was given, and one that leaves has no newer ones.
-                report, planned = scene.reports.get(each.replica), targets.get(each.replica) or scene.updated(each)
-                known = None if report is None else report.taken
-                taken[each.device] += planned.memory.total if known is None else known
-        priority = {model: deployment.priority for model, (deployment, _) in scene.wanted.items()}
-        for each in sorted(targets.values(), key=lambda each: (-priority[each.model], each.replica)):
-            if each.replica in names or each.device in busy or each.replica in scene.reports:
-                continue
-            if taken[each.device] + each.memory.total > scene.devices[each.device].capacity:
-                continue
-            kept.append(each)
-            busy.add(each.device)
-        by_node: dict[NodeId, list[Assignment]] = {node.id: [] for node in scene.nodes}
-        for each in sorted(kept, key=lambda each: each.replica):
-            by_node[each.node].append(each)
-        return {node: tuple(assignments) for node, assignments in by_node.items()}, moves
-
-    def _coming(self, scene: Scene, targets: Mapping[ReplicaId, Assignment]) -> list[Assignment]:
-        """What was ordered and is not reported yet: the next one of each quiet device, where a PC that was off has everything before it."""
-        motion = scene.in_motion()
-        first: dict[DeviceId, Assignment] = {}
-        for replica, each in sorted(targets.items()):
-            ordered = scene.ordered.get(replica)
-            if ordered is None or each.device in motion or scene.state(each) is not None:
-                continue
-            if same_load(ordered, each):
-                first.setdefault(each.device, ordered)
-        return list(first.values())
-
-    def _as_ordered(self, assignment: Assignment, scene: Scene) -> Assignment:
-        """The words of the order in force, or of the report: an order that says the same is not written again."""
-        known = scene.ordered.get(assignment.replica)
-        if known is not None and same_load(known, assignment):
-            return known
-        report = scene.reports.get(assignment.replica)
-        return assignment if report is None else report.assignment
+    # --- what leaves -------------------------------------------------------------------------------------------------
 
     def _leaving(self, scene: Scene, found: Plan) -> tuple[Move, ...]:
         """Healthy replicas that are planned elsewhere and stay until as many are ready there: nobody is without an answer meanwhile."""
@@ -430,7 +343,7 @@ class Coordination:
         ends: list[float] = []
         for since, hold in (
             *((since, settings.crowd_hold) for since in self._over_since.values()),
-            *((since, settings.crowd_hold) for since in self._crowded_since.values()),
+            *((since, settings.crowd_hold) for since in self._crowded.since.values()),
             *((since, settings.move_hold) for since in self._refused_since.values()),
             *((since, settings.order_patience) for since in self._ordered_since.values()),
             *((since, settings.drain_patience) for since in self._leaving_since.values()),

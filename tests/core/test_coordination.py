@@ -26,55 +26,11 @@ def pc(mesh: PretendMesh, name: str):
 # --- one step after the other ----------------------------------------------------------------------------------------
 
 
-def test_wishes_become_loads_one_a_device_at_a_time() -> None:
-    mesh = PretendMesh([node("a", gpu("a", "RTX 4090"))], [Deployment("mistral-7b", replicas=3)])
-    for loaded in (0, 1, 2):
-        orders = mesh.decide().orders[NodeId("a")]
-        assert len(orders) == loaded + 1
-        mesh.obey()
-        assert mesh.decide().orders[NodeId("a")] == orders, "nothing more while one loads"
-        mesh.finish()
-    assert len(mesh.decision.plan.assignments) == 3
-
-
-def test_two_devices_load_side_by_side() -> None:
-    mesh = PretendMesh(TWO, [Deployment("mistral-7b"), Deployment("phi-2")])
-    assert [len(orders) for orders in mesh.decide().orders.values()] == [1, 1]
-
-
-def test_a_copy_of_a_file_does_not_keep_the_device_from_loading_something_else() -> None:
-    mesh = PretendMesh([node("a", gpu("a", "RTX 4090"))], [Deployment("mistral-7b"), Deployment("phi-2")])
-    mesh.decide()
-    mesh.obey()
-    replicas = pc(mesh, "a").replicas
-    (first,) = replicas
-    replicas[first] = replace(replicas[first], state=ReplicaState.STARTING, stage="fetch", percent=3.0)
-    assert len(mesh.decide().orders[NodeId("a")]) == 2
-
-
-def test_an_order_that_says_the_same_is_not_written_again() -> None:
-    mesh = PretendMesh(TWO, [Deployment("mistral-7b"), Deployment("phi-2")])
-    mesh.settle()
-    before = mesh.orders
-    mesh.now += 5
-    assert {each: orders.assignments for each, orders in before.items()} == mesh.decide().orders
-
-
 def test_what_fits_nowhere_is_refused_and_never_ordered() -> None:
     mesh = PretendMesh(TWO, [Deployment("llama-3.1-70b"), Deployment("phi-2")])
     mesh.settle()
     assert list(mesh.ready()) == ["phi-2"]
     assert [refusal.model for refusal in mesh.decision.plan.refusals] == ["llama-3.1-70b"]
-
-
-def test_a_changed_wish_unloads_the_old_replica_before_it_loads_the_new_one() -> None:
-    mesh = PretendMesh(TWO, [Deployment("phi-2", context=1024)])
-    mesh.settle()
-    mesh.wanted = [Deployment("phi-2", context=2048)]
-    assert not any(mesh.decide().orders.values())
-    mesh.settle()
-    assert [each.settings.context for each in mesh.decision.plan.assignments] == [2048]
-    assert len(mesh.ready()["phi-2"]) == 1
 
 
 # --- nodes come and go -----------------------------------------------------------------------------------------------
