@@ -29,7 +29,7 @@ from tars.core.suspicion import overrules, suspicion_seconds
 from tars.core.timers import Timers
 from tars.core.types import NodeId
 
-__all__ = ["Candidate", "Membership", "MembershipSettings", "Tell", "coordinator_of"]
+__all__ = ["Membership", "MembershipSettings", "Tell"]
 
 MOST_UPDATES = 256
 """In one envelope."""
@@ -46,21 +46,6 @@ class Tell:
     body: Body
     about: NodeId | None = None
     more: tuple[Update, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Candidate:
-    """A node that could coordinate."""
-
-    node: NodeId
-    priority: int = 0
-    draining: bool = False
-
-
-def coordinator_of(candidates: Iterable[Candidate]) -> NodeId | None:
-    """The first by (highest priority, NodeId); one that drains only where nobody else is left. Nodes that see the same say the same."""
-    first = min(candidates, key=lambda each: (each.draining, -each.priority, each.node), default=None)
-    return None if first is None else first.node
 
 
 @lru_cache(maxsize=4096)

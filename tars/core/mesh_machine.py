@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tars.core.membership import Candidate, Membership, MembershipSettings, Tell, coordinator_of
+from tars.core.coordinator_choice import Candidate, coordinator_of
+from tars.core.membership import Membership, MembershipSettings, Tell
 from tars.core.mesh_events import (
     Changed,
     CoordinatorChanged,

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from tars.core.membership import Candidate, Membership, MembershipSettings, Tell, coordinator_of
+from tars.core.membership import Membership, MembershipSettings, Tell
 from tars.core.mesh_events import MemberChanged
 from tars.core.mesh_messages import Ack, Envelope, MemberState, News, Ping, PingRequest, Update
 from tars.core.timers import NEVER, Timers
@@ -456,21 +456,3 @@ def test_a_helper_hands_on_where_the_target_says_it_is():
     outbox = bench.hear(N, body=Ack(ping.number))
     (answer,) = [each for each in outbox if isinstance(each, Tell) and each.to == T]
     assert Update(N, 1, ALIVE, ("n:2",)) in bench.membership.updates_for(answer)
-
-
-# --- who coordinates ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("candidates", "coordinator"),
-    [
-        ([], None),
-        ([("b", 0, False), ("a", 0, False)], "a"),
-        ([("a", 0, False), ("b", 5, False)], "b"),
-        ([("a", -1, False), ("b", 0, False)], "b"),
-        ([("a", 9, True), ("b", 0, False)], "b"),
-        ([("b", 1, True), ("a", 0, True)], "b"),
-    ],
-)
-def test_who_coordinates(candidates, coordinator):
-    assert coordinator_of(Candidate(NodeId(node), *more) for node, *more in candidates) == coordinator
