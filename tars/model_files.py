@@ -20,7 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tars.core.gguf import GgufError, GgufHeader, GgufHeaderLonger, parse_gguf
+from tars.core.gguf import GgufHeader, parse_gguf
+from tars.core.gguf_reader import GgufError, GgufHeaderLonger
 from tars.core.types import Bytes, ModelShape
 from tars.errors import BadModelFile, ModelError, ModelFileMissing
 from tars.state_folder import StateFolder

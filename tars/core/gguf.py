@@ -1,18 +1,17 @@
 """The header of a GGUF file: metadata, tensor list and the counts that decide its memory.
 
-Law of this file: bytes in, values out; no file is opened here and no tensor data is read. Nothing is allocated or repeated by a number
-from the file before that number was checked against the bytes that are there, so that a hostile header costs as little as a good one.
+Law of this file: bytes in, values out; no file is opened here and no tensor data is read. How the bytes are read without trust is
+`gguf_reader`'s.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
 
 from __future__ import annotations
 
 import math
-import struct
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tars.core.gguf_reader import GgufArray, GgufError, GgufReader, damaged, shown
 from tars.core.tensors import TENSOR_TYPES, Tensor, host_bytes, layer_bytes, tensor_bytes, tensor_nbytes
 from tars.core.types import Bytes, ModelShape
 
@@ -23,16 +22,8 @@ MOST_METADATA_KEYS = 65_536
 """Real files have 20 to 60; a Mixtral with one table per expert has a few hundred."""
 MOST_TENSORS = 65_536
 """Llama-3.1-405B has about 1,140; DeepSeek-V3, with 61 layers of stacked experts, about 1,000."""
-MOST_STRINGS = 4_000_000
-"""In all arrays together. The largest vocabularies have 262,144 tokens and about twice as many merges."""
-MOST_STRING_BYTES = 16 * 2**20
-"""One string. The longest in use are chat templates (tens of KiB) and, in T5 files, a precompiled character map (a few hundred KiB)."""
-MOST_NAME_BYTES = 65_535
-"""One metadata key (the format's own bound); tensor names are shorter (64)."""
 MOST_DIMENSIONS = 4
 """ggml's GGML_MAX_DIMS."""
-SMALL_ARRAY = 4096
-"""Numeric arrays up to this length are read (a head count per layer); longer ones, which belong to the tokenizer, are only counted."""
 
 FILE_TYPES: dict[int, str] = {
     0: "F32",
@@ -57,23 +48,6 @@ FILE_TYPES: dict[int, str] = {
     38: "MXFP4",
 }
 """`general.file_type` -> the quantisation's name (llama.h, `llama_ftype`); others are named by their commonest tensor type."""
-
-
-class GgufError(ValueError):
-    """The bytes are no GGUF file that TARS can serve. The message says what is wrong and what to do, and names no path."""
-
-
-class GgufHeaderLonger(GgufError):
-    """The header does not end within the bytes given, and the file has more: read more of it and try again."""
-
-
-@dataclass(frozen=True, slots=True)
-class GgufArray:
-    """An array that was counted and skipped: `count` elements of value type `type` from `offset` on."""
-
-    type: int
-    count: int
-    offset: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,7 +174,9 @@ def parse_gguf(buffer: memoryview | bytes, file_bytes: int) -> GgufHeader:
     Raises `GgufError` and nothing else: not a GGUF file, big-endian, version 1, split, truncated in the header or in the data (with the
     bytes that are missing), counts that cannot be.
     """
-    reader = _Reader(memoryview(buffer).cast("B") if not isinstance(buffer, bytes) else memoryview(buffer), file_bytes)
+    reader = GgufReader(
+        memoryview(buffer).cast("B") if not isinstance(buffer, bytes) else memoryview(buffer), file_bytes
+    )
     version = _preamble(reader)
     tensor_count = reader.uint64()
     key_count = reader.uint64()
@@ -211,12 +187,12 @@ def parse_gguf(buffer: memoryview | bytes, file_bytes: int) -> GgufHeader:
     for _ in range(key_count):
         key = reader.name("metadata key")
         if key in metadata:
-            raise _damaged(f"the metadata key {_shown(key)} stands there twice")
+            raise damaged(f"the metadata key {shown(key)} stands there twice")
         metadata[key] = reader.value(reader.uint32())
     _refuse_split(metadata)
     alignment = metadata.get("general.alignment", DEFAULT_ALIGNMENT)
     if type(alignment) is not int or not 1 <= alignment <= 2**20 or alignment & (alignment - 1):
-        raise _damaged("its alignment is no power of two up to 1 MiB")
+        raise damaged("its alignment is no power of two up to 1 MiB")
     tensors = _tensors(reader, tensor_count, alignment)
     data_offset = _aligned(reader.at, alignment)
     if tensors:
@@ -236,7 +212,7 @@ def parse_gguf(buffer: memoryview | bytes, file_bytes: int) -> GgufHeader:
     )
 
 
-def _preamble(reader: _Reader) -> int:
+def _preamble(reader: GgufReader) -> int:
     if reader.left == 0:
         raise GgufError("The file is empty. Download it again.")
     magic = reader.take(min(4, reader.left))
@@ -267,34 +243,34 @@ def _refuse_split(metadata: dict[str, Any]) -> None:
         )
 
 
-def _tensors(reader: _Reader, count: int, alignment: int) -> tuple[Tensor, ...]:
+def _tensors(reader: GgufReader, count: int, alignment: int) -> tuple[Tensor, ...]:
     found: dict[str, Tensor] = {}
     expected = 0
     for _ in range(count):
         name = reader.name("tensor name")
         rank = reader.uint32()
         if not 1 <= rank <= MOST_DIMENSIONS:
-            raise _damaged(f"the tensor {_shown(name)} has {rank} dimensions")
+            raise damaged(f"the tensor {shown(name)} has {rank} dimensions")
         dimensions = tuple(reader.uint64() for _ in range(rank))
         type_number = reader.uint32()
         offset = reader.uint64()
         if type_number not in TENSOR_TYPES:
             raise GgufError(
-                f"The tensor {_shown(name)} has a type that TARS does not know (number {type_number}): the file is damaged or "
+                f"The tensor {shown(name)} has a type that TARS does not know (number {type_number}): the file is damaged or "
                 "newer than this TARS. Download it again, or use another quantisation."
             )
         if min(dimensions) < 1 or math.prod(dimensions) >= 2**62:
-            raise _damaged(f"the tensor {_shown(name)} has impossible dimensions")
+            raise damaged(f"the tensor {shown(name)} has impossible dimensions")
         if name in found:
-            raise _damaged(f"the tensor {_shown(name)} stands there twice")
+            raise damaged(f"the tensor {shown(name)} stands there twice")
         type_name = TENSOR_TYPES[type_number][0]
         try:
             nbytes = tensor_nbytes(dimensions, type_name)
         except ValueError as wrong:
-            raise _damaged(f"the tensor {_shown(name)} cannot be: {wrong}") from None
+            raise damaged(f"the tensor {shown(name)} cannot be: {wrong}") from None
         # llama.cpp refuses holes and overlaps as well (gguf.cpp): each tensor starts where the one before it ends.
         if offset != expected:
-            raise _damaged(f"the data of tensor {_shown(name)} do not start where the tensor before it ends")
+            raise damaged(f"the data of tensor {shown(name)} do not start where the tensor before it ends")
         found[name] = Tensor(name, dimensions, type_name, nbytes, offset)
         expected = _aligned(expected + nbytes, alignment)
     return tuple(found.values())
@@ -302,136 +278,3 @@ def _tensors(reader: _Reader, count: int, alignment: int) -> tuple[Tensor, ...]:
 
 def _aligned(offset: int, alignment: int) -> int:
     return -(-offset // alignment) * alignment
-
-
-def _shown(name: str) -> str:
-    return repr(name[:80])
-
-
-def _damaged(what: str) -> GgufError:
-    return GgufError(f"The file's header is damaged: {what}. Download or convert it again.")
-
-
-_STRING = 8
-_ARRAY = 9
-_BOOL = 7
-_SCALARS: dict[int, struct.Struct] = {
-    number: struct.Struct("<" + code)
-    for number, code in {
-        0: "B",
-        1: "b",
-        2: "H",
-        3: "h",
-        4: "I",
-        5: "i",
-        6: "f",
-        7: "B",
-        10: "Q",
-        11: "q",
-        12: "d",
-    }.items()
-}
-_UINT32 = _SCALARS[4]
-_UINT64 = _SCALARS[10]
-
-
-class _Reader:
-    """A cursor over the header that checks every step against the bytes left."""
-
-    def __init__(self, view: memoryview, file_bytes: int):
-        self.view = view
-        self.file_bytes = file_bytes
-        self.at = 0
-        self.strings = 0
-
-    @property
-    def left(self) -> int:
-        return len(self.view) - self.at
-
-    def take(self, size: int) -> bytes:
-        if size > self.left:
-            raise self._ran_out()
-        start, self.at = self.at, self.at + size
-        return bytes(self.view[start : self.at])
-
-    def uint32(self) -> int:
-        return int(_UINT32.unpack(self.take(4))[0])
-
-    def uint64(self) -> int:
-        return int(_UINT64.unpack(self.take(8))[0])
-
-    def check_count(self, what: str, count: int, *, most: int, least_bytes: int) -> None:
-        if count > most:
-            raise _damaged(f"it claims {count:,} {what}, more than any real file has ({most:,})")
-        if count * least_bytes > self.left:
-            raise self._ran_out()
-
-    def name(self, what: str) -> str:
-        length = self.uint64()
-        if length > MOST_NAME_BYTES:
-            raise _damaged(f"a {what} claims to be {length:,} bytes long")
-        try:
-            return self.take(length).decode()
-        except UnicodeDecodeError:
-            raise _damaged(f"a {what} is not UTF-8 text") from None
-
-    def value(self, kind: int) -> Any:
-        if kind == _ARRAY:
-            return self._array()
-        if kind == _STRING:
-            length = self.uint64()
-            if length > MOST_STRING_BYTES:
-                raise _damaged(f"a text in its metadata claims to be {length:,} bytes long")
-            # Not strict: a stray byte in a description must not keep a good model from being served.
-            return self.take(length).decode(errors="replace")
-        scalar = _SCALARS.get(kind)
-        if scalar is None:
-            raise _damaged(f"a metadata value has the unknown type {kind}")
-        number = scalar.unpack(self.take(scalar.size))[0]
-        return bool(number) if kind == _BOOL else number
-
-    def _array(self) -> tuple[Any, ...] | GgufArray:
-        kind = self.uint32()
-        count = self.uint64()
-        start = self.at
-        if kind == _STRING:
-            self._skip_strings(count)
-            return GgufArray(kind, count, start)
-        scalar = _SCALARS.get(kind)
-        if scalar is None:
-            # Arrays of arrays are in the format's description and in no file; llama.cpp refuses them too.
-            raise _damaged(f"an array in its metadata has elements of type {kind}")
-        if count * scalar.size > self.left:
-            raise self._ran_out()
-        self.at += count * scalar.size
-        if count > SMALL_ARRAY:
-            return GgufArray(kind, count, start)
-        numbers = (row[0] for row in scalar.iter_unpack(self.view[start : self.at]))
-        return tuple(map(bool, numbers)) if kind == _BOOL else tuple(numbers)
-
-    def _skip_strings(self, count: int) -> None:
-        # The one loop that a vocabulary of 128k tokens and 280k merges runs through: kept to one unpack and one addition a string.
-        self.strings += count
-        if self.strings > MOST_STRINGS:
-            raise _damaged(f"its lists hold more than {MOST_STRINGS:,} texts")
-        if count * 8 > self.left:
-            raise self._ran_out()
-        unpack: Callable[..., tuple[int]] = _UINT64.unpack_from
-        view, at = self.view, self.at
-        last = len(view) - 8
-        for _ in range(count):
-            if at > last:
-                raise self._ran_out()
-            at += 8 + unpack(view, at)[0]
-        if at > len(view):
-            raise self._ran_out()
-        self.at = at
-
-    def _ran_out(self) -> GgufError:
-        if self.file_bytes > len(self.view):
-            return GgufHeaderLonger(
-                f"The header is longer than the {len(self.view):,} bytes of it that were read, or is damaged."
-            )
-        return GgufError(
-            f"The file is truncated or damaged: its header does not end within its {self.file_bytes:,} bytes. Download it again."
-        )

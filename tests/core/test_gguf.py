@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tars.core.gguf import GgufArray, GgufError, GgufHeaderLonger, parse_gguf
+from tars.core.gguf import parse_gguf
+from tars.core.gguf_reader import GgufError, GgufHeaderLonger
 from tars.core.tensors import Tensor
 
 UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64 = 4, 5, 6, 7, 8, 9, 10
@@ -139,16 +140,6 @@ def test_a_prefix_that_holds_the_header_is_enough_and_a_shorter_one_says_so(tiny
         parse_gguf(content[: header.data_offset // 2], len(content))
 
 
-def test_short_number_lists_are_read_and_long_ones_only_counted():
-    def numbers(count):
-        return struct.pack("<IQ", INT32, count) + bytes(4 * count)
-
-    header = parse(file_of([pair("short", ARRAY, numbers(3)), pair("long", ARRAY, numbers(5000))]))
-    assert header.metadata["short"] == (0, 0, 0)
-    assert isinstance(header.metadata["long"], GgufArray)
-    assert header.metadata["long"].count == 5000
-
-
 def test_head_counts_by_layer_count_as_their_mean_rounded_up():
     by_layer = struct.pack("<IQ3I", UINT32, 3, 2, 2, 1)
     assert parse(file_of([*MODEL, pair("llama.attention.head_count_kv", ARRAY, by_layer)])).shape().kv_heads == 2
@@ -247,10 +238,6 @@ def test_counts_that_the_bytes_cannot_hold_are_refused():
 def test_damaged_metadata_are_refused(value):
     pairs = 2 if value.count(b"key") == 2 else 1
     assert refused(file_of([value], pair_count=pairs) + bytes(64))
-
-
-def test_a_text_longer_than_any_real_one_is_refused():
-    assert "claims to be" in refused(file_of([pair("key", STRING, text(bytes(17 * 2**20)))]))
 
 
 @pytest.mark.parametrize(
