@@ -42,14 +42,15 @@ from tars.core.health import BreakerState, Uniform
 from tars.core.hedging import full_jitter
 from tars.core.replica_ledger import Choice, Observation, Reservation
 from tars.core.retry_rules import Blame, lesson_of, may_go_on, needs_budget
-from tars.core.routing import HOP_SECONDS, Candidate, standing_of
+from tars.core.routing import HOP_SECONDS, Candidate, may_take
 from tars.core.routing_state import RoutingState
-from tars.core.types import ReplicaId, ReplicaState
+from tars.core.types import ReplicaId
 
 LOOK_SECONDS = 1.0
 """A call that waits for a replica, or stays with a late one because there is no other, looks again so often, told or not."""
-LEARNED_AFTER = frozenset({4, 16, 64, 256})
-"""Pieces after the first one, at which the bound on the next is taken from what was learned since."""
+LEARNED_AFTER = frozenset({0, 4, 16, 64, 256})
+"""Pieces after the first one, at which the bound on the next is taken from what was learned: a replica that nobody had measured is given
+much time for its second token, and shows meanwhile how long it needs."""
 NOTHING: tuple[Effect, ...] = ()
 
 Effects = Sequence[Effect]
@@ -121,20 +122,17 @@ class CallMachine:
         if ids:
             self._progress.gave(running.candidate, index, ids)
             running.record.tokens += len(ids)
+        replica = running.reservation.replica
         if running.began:
-            self._state.deadlines.saw_gap(running.reservation.replica, now - running.since, now)
-            self._state.ledger.heard(running.reservation.replica)
-            running.since = now
+            self._state.deadlines.saw_gap(replica, now - running.since, now)
+            self._state.ledger.heard(replica)
             running.gaps += 1
-            if running.gaps not in LEARNED_AFTER or self._shape.forwarded:
-                return NOTHING
-            # A replica that nobody had measured was given much time for its second token; what it showed since bounds the next.
-            running.patience = self._state.deadlines.gap(running.reservation.replica, now)
-            return self._armed([], now)
-        self._begins(running, now)
+        else:
+            self._begins(running, now)
         running.since = now
-        if not self._shape.forwarded:
-            running.patience = self._state.deadlines.gap(running.reservation.replica, now)
+        if self._shape.forwarded or running.gaps not in LEARNED_AFTER:
+            return NOTHING
+        running.patience = self._state.deadlines.gap(replica, now)
         return self._armed([], now)
 
     def caller_reads(self) -> None:
@@ -260,8 +258,7 @@ class CallMachine:
         self.attempts.append(record)
         patience = inf
         if not shape.forwarded:
-            predicted = reservation.predicted_first if shape.streams else reservation.predicted
-            patience = deadlines.first_token(reservation.replica, predicted, now)
+            patience = deadlines.first_token(reservation.replica, self._predicted(reservation), now)
             if not shape.streams and not hedge:
                 usual = deadlines.answer_p95(shape.model, reservation.units, now)
                 self._hedge_at = inf if usual is None else now + usual
@@ -272,6 +269,10 @@ class CallMachine:
         resume = self._progress.tokens if continues or saved is not None else None
         file = None if resume is None else self._progress.file or candidate.file_sha256
         return self._armed([Start(number, reservation, resume, saved, file)], now)
+
+    def _predicted(self, reservation: Reservation) -> float:
+        """Seconds until its first event, as it was ranked; without a stream that is the answer."""
+        return reservation.predicted_first if self._shape.streams else reservation.predicted
 
     def _handed_over(self, candidate: Candidate) -> object | None:
         """The state that was saved of the call, where this replica can go on from it. It is there once."""
@@ -287,7 +288,7 @@ class CallMachine:
             return self._fail(self._last or NO_REPLICA, now)
         progress, remaining = self._progress, self._shape.deadline - now
         able = progress.able(self._candidates()) if self._shape.shown else self._candidates()
-        ready = [each.replica for each in able if each.state is ReplicaState.READY and standing_of(each) <= 3]
+        ready = [each.replica for each in able if may_take(each)]
         if ready:
             soonest = progress.again_from(ready, now) - now
             if soonest >= remaining:
@@ -343,9 +344,12 @@ class CallMachine:
             state.ledger.breaker(chosen.replica, now),
             state.ledger.breaker(chosen.node, now),
         )
+        # Nothing is taken from the one budget where the other one refuses.
         if troubled or (hedge and not state.hedges.may_hedge(chosen.units)) or not self._may_try_again():
             state.ledger.release(chosen, now)
             return None
+        if hedge:
+            state.hedges.take(chosen.units)
         return choice
 
     def _may_try_again(self) -> bool:
@@ -357,9 +361,8 @@ class CallMachine:
     def _begins(self, running: _Attempt, now: float) -> None:
         """Its first event came: it works."""
         running.began = True
-        reservation, streams = running.reservation, self._shape.streams
-        predicted = reservation.predicted_first if streams else reservation.predicted
-        self._state.deadlines.saw_first_token(reservation.replica, now - running.record.started, predicted, now)
+        reservation, took = running.reservation, now - running.record.started
+        self._state.deadlines.saw_first_token(reservation.replica, took, self._predicted(reservation), now)
         self._state.ledger.began(reservation)
 
     def _gave_up(self, running: _Attempt, failure: Failure, now: float) -> None:

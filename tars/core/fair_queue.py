@@ -175,12 +175,12 @@ class FairQueue:
         if kind is None:
             raise IndexError("nobody waits")
         caller = kind.first()
-        entry = caller.line[0]
+        entry = caller.line.popleft()
         kind.clock = max(kind.clock, caller.counter)
         self._clock = max(self._clock, kind.counter)
         caller.counter += entry.units
         kind.counter += entry.units / kind.weight
-        self._take_out(kind, caller, entry)
+        self._taken_out(kind, caller, entry)
         return entry
 
     def pass_by(self, entry: Entry) -> None:
@@ -198,7 +198,7 @@ class FairQueue:
         if caller is None or entry not in caller.line:
             return False
         caller.line.remove(entry)
-        self._take_out(kind, caller, entry, removed=True)
+        self._taken_out(kind, caller, entry)
         return True
 
     def charge(self, caller: str, priority: Priority, units: float) -> None:
@@ -233,9 +233,7 @@ class FairQueue:
         fewer = 1 if line is None else len(line.line) + 1
         return longest.line[-1] if len(longest.line) > fewer else entry
 
-    def _take_out(self, kind: _Class, caller: _Caller, entry: Entry, *, removed: bool = False) -> None:
-        if not removed:
-            caller.line.popleft()
+    def _taken_out(self, kind: _Class, caller: _Caller, entry: Entry) -> None:
         kind.waiting -= 1
         self._waiting -= 1
         if caller.line:

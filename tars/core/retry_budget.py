@@ -18,10 +18,8 @@ AT_START = 10.0
 class RetryBudget:
     """One per node; see the module's law."""
 
-    def __init__(self, share: float = SHARE, most: float = MOST_SAVED, start: float = AT_START):
-        self._share = share
-        self._most = most
-        self._saved = min(start, most)
+    def __init__(self) -> None:
+        self._saved = AT_START
         self.taken = 0
         """Further attempts that were allowed since the start."""
         self.refused = 0
@@ -34,7 +32,7 @@ class RetryBudget:
 
     def call(self) -> None:
         """A call came from a caller (not from a peer: that call is in its gateway's budget)."""
-        self._saved = min(self._most, self._saved + self._share)
+        self._saved = min(MOST_SAVED, self._saved + SHARE)
 
     def may_retry(self) -> bool:
         """Whether one more attempt may be made; takes it."""

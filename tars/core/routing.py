@@ -1,7 +1,7 @@
 """Which replica answers a call, and why the others did not.
 
-Law of this file: `rank` and `choose` are pure; what they decide by is in their arguments, what they decided is in their result. What a node
-learns of its replicas while calls run (who is busy, how fast, who failed lately) is `replica_ledger`'s.
+Law of this file: `rank` is pure; what it decides by is in its arguments, what it decided is in its result. What a node learns of its
+replicas while calls run (who is busy, how fast, who failed lately) is `replica_ledger`'s.
 
 The prediction for a new call on a replica, in seconds:
 
@@ -142,7 +142,7 @@ def predicted_seconds(
     return first_seconds(candidate, prompt_tokens, otherwise) + units / speed * (1 + COLD_PART * candidate.cold)
 
 
-def first_seconds(candidate: Candidate, prompt_tokens: float = 0.0, otherwise: float = 128.0) -> float:
+def first_seconds(candidate: Candidate, prompt_tokens: float, otherwise: float) -> float:
     """Time until a new call's first token would be here: the queue, its prompt, and the way there."""
     speed = candidate.measured or candidate.speed or otherwise
     ahead = candidate.ahead
@@ -167,6 +167,11 @@ def standing_of(candidate: Candidate) -> int:
             return 4
 
 
+def may_take(candidate: Candidate) -> bool:
+    """Whether a call can go there at all: its replica is ready, and its node neither dead nor gone."""
+    return candidate.state is ReplicaState.READY and candidate.standing not in (MemberState.DEAD, MemberState.LEFT)
+
+
 def rank(candidates: Sequence[Candidate], call_key: str, demand: Demand = USUAL) -> Ranked:
     """Order the ready candidates: by standing, then by predicted completion; ties are spread over calls by rendezvous hash of `call_key`.
 
@@ -174,7 +179,7 @@ def rank(candidates: Sequence[Candidate], call_key: str, demand: Demand = USUAL)
     """
     units = units_of(candidates, demand)
     otherwise = usual_speed(candidates)
-    able = [each for each in candidates if each.state is ReplicaState.READY and standing_of(each) <= 3]
+    able = [each for each in candidates if may_take(each)]
     kept = [each for each in able if standing_of(each) < 3] or able
     seconds = {each.replica: predicted_seconds(each, units, demand.prompt_tokens, otherwise) for each in kept}
 
@@ -185,12 +190,6 @@ def rank(candidates: Sequence[Candidate], call_key: str, demand: Demand = USUAL)
     # Most calls have one place to go: nothing to sort, nothing to hash.
     order = tuple(each.replica for each in (kept if len(kept) < 2 else sorted(kept, key=place)))
     return Ranked(order, seconds, candidates, units, otherwise)
-
-
-def choose(candidates: Sequence[Candidate], call_key: str, demand: Demand = USUAL) -> ReplicaId | None:
-    """The first of `rank`'s order; None where nobody can take the call."""
-    order = rank(candidates, call_key, demand).order
-    return order[0] if order else None
 
 
 def _hash(call_key: str, replica: ReplicaId) -> bytes:

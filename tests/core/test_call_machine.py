@@ -566,10 +566,22 @@ def test_streams_forwarded_calls_and_unmeasured_ones_are_not_hedged():
 def test_without_hedge_budget_there_is_none():
     call = Call(replica("a"), replica("b"), streams=False, state=measured())
     while call.state.hedges.may_hedge(1.0):
-        pass
+        call.state.hedges.take(1.0)
     call.begin()
     assert plain(call.until_wake()) == []
     assert not call.state.ledger.in_flight(ReplicaId("a")) * call.state.ledger.in_flight(ReplicaId("b"))
+
+
+def test_a_hedge_that_the_retry_budget_refuses_takes_nothing_from_the_hedge_budget():
+    call = Call(replica("a"), replica("b"), streams=False, state=measured())
+    while call.state.retries.may_retry():
+        pass
+    saved = call.state.hedges.saved
+    assert call.state.hedges.may_hedge(4.0)
+    call.begin()
+    assert plain(call.until_wake()) == []
+    assert call.now == 0.1, "that was the time of the hedge"
+    assert (call.state.hedges.saved, call.state.hedges.extra_units) == (saved, 0.0)
 
 
 # --- any fleet, any faults ----------------------------------------------------------------------------------------------

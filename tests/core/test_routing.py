@@ -12,7 +12,6 @@ from tars.core.routing import (
     UNITS_PER_CALL,
     Candidate,
     Demand,
-    choose,
     predicted_seconds,
     rank,
     standing_of,
@@ -24,6 +23,12 @@ from tars.core.types import ModelKind, NodeId, ReplicaId, ReplicaState
 
 def candidate(name, state=ReplicaState.READY, **more):
     return Candidate(ReplicaId(name), "m", ModelKind.CHAT, state, **more)
+
+
+def choose(candidates, call_key, *demand):
+    """The first of the order; None where nobody can take the call."""
+    order = rank(candidates, call_key, *demand).order
+    return order[0] if order else None
 
 
 def test_the_replica_that_would_be_done_first_comes_first():
