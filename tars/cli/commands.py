@@ -23,7 +23,7 @@ from tars.cli.connection import (
     checked_text,
     connection_options,
     pass_connection,
-    print_json,
+    print_answer,
     read_standard_input,
     report_failure,
 )
@@ -83,10 +83,7 @@ def embed(
                 texts, model=model, dimensions=dimensions, input_type=input_type, truncate=not no_truncate
             ),
         )
-    if connection.as_json:
-        print_json(result)
-    else:
-        connection.console().print(embeddings_view(result, texts))
+    print_answer(connection, result, lambda: embeddings_view(result, texts))
     return Exit.OK
 
 
@@ -117,10 +114,7 @@ def rerank(
             connection,
             lambda client: client.rerank(query, documents, model=model, top_n=top, truncate=not no_truncate),
         )
-    if connection.as_json:
-        print_json(result)
-    else:
-        connection.console().print(rerank_view(result, documents))
+    print_answer(connection, result, lambda: rerank_view(result, documents))
     return Exit.OK
 
 
@@ -157,10 +151,7 @@ def _lines(text: str) -> list[str]:
 def models(connection: Connection) -> int:
     """List the models: deployed ones first, then what the catalogue knows."""
     result = ask(connection, lambda client: client.models())
-    if connection.as_json:
-        print_json(result)
-    else:
-        connection.console().print(models_view(result))
+    print_answer(connection, result, lambda: models_view(result))
     return Exit.OK
 
 
@@ -209,10 +200,7 @@ def deploy(
             device=device,
         ),
     )
-    if connection.as_json:
-        print_json(result)
-    else:
-        connection.console().print(deploy_view(result))
+    print_answer(connection, result, lambda: deploy_view(result))
     if not result.accepted:
         return Exit.FAILED
     if wait:
@@ -231,12 +219,8 @@ def deploy(
 def undeploy(connection: Connection, model: str) -> int:
     """Have the node unload MODEL and free its memory; the file stays."""
     result = ask(connection, lambda client: client.remove(model))
-    if connection.as_json:
-        print_json(result)
-    elif result.removed:
-        click.echo(f"{plain(result.model)} is no longer deployed")
-    else:
-        click.echo(f"{plain(result.model)} was not deployed")
+    said = "is no longer deployed" if result.removed else "was not deployed"
+    print_answer(connection, result, lambda: f"{plain(result.model)} {said}")
     return Exit.OK
 
 
@@ -251,10 +235,11 @@ def ping(connection: Connection) -> int:
         return await client.ping(), (time.perf_counter() - started) * 1000
 
     result, elapsed_ms = ask(connection, timed)
-    if connection.as_json:
-        print_json(result)
-    else:
-        click.echo(f"{connection.url}: TARS {plain(result.version)}, {plain(result.state)}, {elapsed_ms:.1f} ms")
+    print_answer(
+        connection,
+        result,
+        lambda: f"{connection.url}: TARS {plain(result.version)}, {plain(result.state)}, {elapsed_ms:.1f} ms",
+    )
     return Exit.OK
 
 

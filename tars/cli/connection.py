@@ -20,7 +20,7 @@ import click
 import orjson
 from click.core import ParameterSource
 from pydantic import BaseModel
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from tars.cli.output import plain
 from tars.client import Client
@@ -180,6 +180,21 @@ def print_json(value: BaseModel | dict[str, Any]) -> None:
     """One JSON document on one line of standard output."""
     document = value.model_dump(mode="json") if isinstance(value, BaseModel) else value
     click.echo(orjson.dumps(document).decode())
+
+
+def print_answer(
+    connection: Connection, message: BaseModel | dict[str, Any], view: Callable[[], RenderableType]
+) -> None:
+    """The answer on standard output: with `--json` the message itself and nothing else, otherwise what `view` makes of it for people.
+
+    A text is written as it is; anything else is laid out for the width of the terminal.
+    """
+    if connection.as_json:
+        print_json(message)
+    elif isinstance(shown := view(), str):
+        click.echo(shown)
+    else:
+        connection.console().print(shown)
 
 
 def report_failure(error: Exception, connection: Connection) -> Exit:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import click
 
-from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json
+from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_answer
 from tars.cli.output import plain
 from tars.messages.node import DrainResult
 
@@ -31,7 +31,4 @@ def resume(connection: Connection) -> int:
 
 
 def _say(connection: Connection, result: DrainResult) -> None:
-    if connection.as_json:
-        print_json(result)
-    else:
-        click.echo(plain(result.message) or plain(result.state))
+    print_answer(connection, result, lambda: plain(result.message) or plain(result.state))

@@ -13,7 +13,7 @@ import click
 from rich.console import RenderableType
 from rich.text import Text
 
-from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json
+from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_answer, print_json
 from tars.cli.output import cell, duration, plain, table_of
 from tars.messages.admission import KeysResult, TokenNewResult, TokensResult
 from tars.messages.node import PeersResult
@@ -95,10 +95,7 @@ def join_lines(made: TokenNewResult) -> list[str]:
 def list_tokens(connection: Connection) -> int:
     """List the tokens that this node made, newest first."""
     result = ask(connection, lambda client: client.tokens())
-    if connection.as_json:
-        print_json(result)
-    else:
-        connection.console().print(tokens_view(result, time.time()))
+    print_answer(connection, result, lambda: tokens_view(result, time.time()))
     return Exit.OK
 
 
@@ -128,12 +125,9 @@ def tokens_view(result: TokensResult, now: float) -> RenderableType:
 def revoke_token(connection: Connection, token_id: str) -> int:
     """End a token early, by its ID from `tars token list`."""
     result = ask(connection, lambda client: client.revoke_token(token_id))
-    if connection.as_json:
-        print_json(result)
-    elif result.revoked:
-        click.echo(f"token {plain(result.id)} opens nothing any more")
-    else:
-        click.echo(f"token {plain(result.id)} could no longer be used anyway; `tars token list` shows why")
+    unusable = "could no longer be used anyway; `tars token list` shows why"
+    said = "opens nothing any more" if result.revoked else unusable
+    print_answer(connection, result, lambda: f"token {plain(result.id)} {said}")
     return Exit.OK
 
 
@@ -173,10 +167,7 @@ def new_key(connection: Connection, name: str, admin: bool) -> int:
 def list_keys(connection: Connection) -> int:
     """List who has a key."""
     result = ask(connection, lambda client: client.keys())
-    if connection.as_json:
-        print_json(result)
-    else:
-        connection.console().print(keys_view(result, time.time()))
+    print_answer(connection, result, lambda: keys_view(result, time.time()))
     return Exit.OK
 
 
@@ -202,10 +193,7 @@ def keys_view(result: KeysResult, now: float) -> RenderableType:
 def revoke_key(connection: Connection, name: str) -> int:
     """End the key of NAME on every node."""
     result = ask(connection, lambda client: client.revoke_key(name))
-    if connection.as_json:
-        print_json(result)
-    else:
-        click.echo(f"the key of {plain(result.name)} works nowhere any more")
+    print_answer(connection, result, lambda: f"the key of {plain(result.name)} works nowhere any more")
     return Exit.OK
 
 
@@ -223,10 +211,7 @@ def node() -> None:
 def list_nodes(connection: Connection) -> int:
     """List the nodes that this node sees, itself included."""
     result = ask(connection, lambda client: client.peers())
-    if connection.as_json:
-        print_json(result)
-    else:
-        connection.console().print(nodes_view(result))
+    print_answer(connection, result, lambda: nodes_view(result))
     return Exit.OK
 
 
@@ -259,12 +244,8 @@ def remove_node(connection: Connection, node: str, yes: bool) -> int:
     if not yes and not connection.as_json and connection.console().is_terminal:
         click.confirm(f"Remove {plain(node)} from the mesh?", abort=True)
     result = ask(connection, lambda client: client.remove_node(node))
-    if connection.as_json:
-        print_json(result)
-    elif result.removed:
-        click.echo(f"{plain(result.name)} ({plain(result.node)}) is no longer in the mesh")
-    else:
-        click.echo(f"{plain(result.name)} ({plain(result.node)}) was removed before")
+    said = "is no longer in the mesh" if result.removed else "was removed before"
+    print_answer(connection, result, lambda: f"{plain(result.name)} ({plain(result.node)}) {said}")
     return Exit.OK
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from tars.catalogue import Catalogue
-from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json
+from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_answer
 from tars.cli.output import plain
 from tars.cli.plan_output import explain_view, plan_view
 from tars.core.explanation import explain as explain_words
@@ -113,16 +113,10 @@ def plan(connection: Connection, nodes: tuple[Path, ...], model: str | None, con
             if nodes
             else ask(connection, lambda client: client.explain(model))
         )
-        if connection.as_json:
-            print_json(explanation)
-        else:
-            connection.console().print(explain_view(explanation))
+        print_answer(connection, explanation, lambda: explain_view(explanation))
         return Exit.OK
     result = Fleet.read(nodes, context).plan() if nodes else ask(connection, lambda client: client.plan())
-    if connection.as_json:
-        print_json(result)
-    else:
-        connection.console().print(plan_view(result))
+    print_answer(connection, result, lambda: plan_view(result))
     return Exit.OK
 
 
@@ -142,14 +136,8 @@ def explain(connection: Connection, model: str, id: str | None) -> int:
         if model != "call":
             raise click.UsageError("one model at a time: tars explain MODEL; a call: tars explain call ID")
         found = ask(connection, lambda client: client.explain_call(id))
-        if connection.as_json:
-            print_json(found)
-        else:
-            click.echo(plain(found.text))
+        print_answer(connection, found, lambda: plain(found.text))
         return Exit.OK
     explanation = ask(connection, lambda client: client.explain(model))
-    if connection.as_json:
-        print_json(explanation)
-    else:
-        connection.console().print(explain_view(explanation))
+    print_answer(connection, explanation, lambda: explain_view(explanation))
     return Exit.OK

@@ -16,7 +16,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json
+from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_answer
 from tars.cli.output import plain, transfer_progress
 from tars.client import Client
 from tars.core.types import Bytes
@@ -60,10 +60,7 @@ def pull(connection: Connection, model: str, variant: str | None, from_file: Pat
         return await client.pull(model, variant=variant, timeout=seconds)
 
     result = ask(connection, lambda client: watched(client, pulled(client), connection.console(stderr=True)))
-    if connection.as_json:
-        print_json(result)
-    else:
-        click.echo(said(result))
+    print_answer(connection, result, lambda: said(result))
     return Exit.OK
 
 

@@ -16,7 +16,7 @@ from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_json
+from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_answer, print_json
 from tars.cli.mesh_output import one_node_view
 from tars.cli.output import not_served, not_served_view, plain
 from tars.cli.status_output import status_view
@@ -83,19 +83,13 @@ def status(connection: Connection, node: str | None, watch: bool, wait: bool, wa
         return Seen(description, await seen_mesh(client), tuple(not_served(await client.models())))
 
     seen = ask(connection, look)
-    if connection.as_json:
-        print_json(seen.document())
-    else:
-        connection.console().print(seen.view())
+    print_answer(connection, seen.document(), seen.view)
     return Exit.FAILED if wait and seen.missing else Exit.OK
 
 
 def _one(connection: Connection, node: str) -> int:
     mesh = ask(connection, lambda client: client.describe_mesh(node=node))
-    if connection.as_json:
-        print_json(mesh)
-    else:
-        connection.console().print(Group(*(one_node_view(each, time.time()) for each in mesh.nodes)))
+    print_answer(connection, mesh, lambda: Group(*(one_node_view(each, time.time()) for each in mesh.nodes)))
     return Exit.OK
 
 

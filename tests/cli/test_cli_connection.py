@@ -8,6 +8,7 @@ from typing import Any
 import click
 import orjson
 import pytest
+from rich.text import Text
 
 from tars.cli.connection import (
     HINTS,
@@ -16,6 +17,7 @@ from tars.cli.connection import (
     Exit,
     ask,
     checked_text,
+    print_answer,
     read_standard_input,
     report_failure,
 )
@@ -54,6 +56,18 @@ def test_each_branch_of_failures_has_its_exit_code_and_one_line(
     assert captured.out == ""
     assert captured.err.startswith("error: ")
     assert "Traceback" not in captured.err
+
+
+def test_an_answer_is_the_message_for_programs_and_words_for_people(capsys: pytest.CaptureFixture[str]) -> None:
+    message = {"models": 1}
+    print_answer(Connection(as_json=True), message, lambda: pytest.fail("nobody reads it"))
+    assert capsys.readouterr().out == '{"models":1}\n'
+    print_answer(Connection(), message, lambda: "word " * 60)
+    assert capsys.readouterr().out == "word " * 60 + "\n"
+    print_answer(Connection(), message, lambda: Text("word " * 60))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert max(map(len, lines)) <= PIPE_WIDTH
 
 
 def test_an_errors_rows_are_shown_below_it_and_not_twice(capsys: pytest.CaptureFixture[str]) -> None:
