@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from aiohttp import web
 
 from tars.errors import TarsError, UnknownModel
 from tars.messages.admission import (
@@ -61,6 +64,11 @@ from tars.messages.node import (
     PlanResult,
     RemoveResult,
 )
+from tars.rpc.access import Access, access_middleware
+from tars.rpc.http_server import add_rpc_routes, refusal_renderer
+from tars.rpc.listener import listen
+from tars.rpc.options import RpcOptions
+from tars.web.routes import add_web_routes
 
 _SERVED = {
     "finish_reason": "stop",
@@ -296,3 +304,19 @@ class FakeNode:
     def call_ended(self, method: str, error: TarsError | None, trace_id: str) -> None:
         self.ended.append((method, error, trace_id))
         self.ended_one.set()
+
+
+@asynccontextmanager
+async def listening(node: FakeNode, *, every_face: bool = False) -> AsyncIterator[str]:
+    """The node behind a real port, open to this PC; its URL. `every_face`: the web's routes too, and not JSON-RPC's alone."""
+    options = RpcOptions()
+    access = Access(options.access)
+    app = web.Application()
+    app.middlewares.append(access_middleware(access, refusal_renderer(add_rpc_routes(app, node, options))))
+    if every_face:
+        add_web_routes(app, node, options)
+    listener = await listen(app, "127.0.0.1", 0, access, shutdown_seconds=1.0)
+    try:
+        yield listener.url
+    finally:
+        await listener.close()

@@ -7,18 +7,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
 
 import pytest
-from aiohttp import web
 from chaos_answers import Heard, Text
 from chaos_callers import Callers, Gateway, GatewayGone, undisturbed
 from chaos_deck import Call, Kind
-from fake_node import FakeNode
+from fake_node import FakeNode, listening
 
 from tars.errors import Draining, Overloaded, PeerUnreachable, TarsError, WorkerCrashed
-from tars.rpc.access import Access, access_middleware
-from tars.rpc.http_server import add_rpc_routes, refusal_renderer
-from tars.rpc.listener import listen
-from tars.rpc.options import RpcOptions
-from tars.web.routes import add_web_routes
 
 QUESTION = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0.0}
 CALLS = {
@@ -42,15 +36,8 @@ def node() -> FakeNode:
 
 @pytest.fixture
 async def gateway(node: FakeNode) -> AsyncIterator[Gateway]:
-    options = RpcOptions()
-    access = Access(options.access)
-    app = web.Application()
-    app.middlewares.append(access_middleware(access, refusal_renderer(add_rpc_routes(app, node, options))))
-    add_web_routes(app, node, options)
-    listener = await listen(app, "127.0.0.1", 0, access, shutdown_seconds=1.0)
-    async with Gateway("a", listener.url, None, None) as one:
+    async with listening(node, every_face=True) as url, Gateway("a", url, None, None) as one:
         yield one
-    await listener.close()
 
 
 @pytest.mark.parametrize("kind", Kind)

@@ -9,17 +9,12 @@ import sys
 from collections.abc import AsyncIterator
 
 import pytest
-from aiohttp import web
-from fake_node import FakeNode
+from fake_node import FakeNode, listening
 
 from tars.client import BatchCall, CallOptions, Client, GenerationOptions
 from tars.errors import BadPeerAnswer, InvalidParams, StillLoading, UnknownModel
 from tars.messages.inference import ChatMessage, ChatResult, CompleteResult, Delta, GenerationParams, Progress
-from tars.rpc.access import Access, access_middleware
-from tars.rpc.http_server import add_rpc_routes, refusal_renderer
-from tars.rpc.listener import listen
 from tars.rpc.method_table import METHODS, Role
-from tars.rpc.options import RpcOptions
 
 
 @pytest.fixture
@@ -29,14 +24,8 @@ def node() -> FakeNode:
 
 @pytest.fixture
 async def client(node: FakeNode) -> AsyncIterator[Client]:
-    options = RpcOptions()
-    access = Access(options.access)
-    app = web.Application()
-    app.middlewares.append(access_middleware(access, refusal_renderer(add_rpc_routes(app, node, options))))
-    listener = await listen(app, "127.0.0.1", 0, access, shutdown_seconds=1.0)
-    async with Client(listener.url) as one:
+    async with listening(node) as url, Client(url) as one:
         yield one
-    await listener.close()
 
 
 async def test_how_urgent_a_call_is_goes_along(client: Client, node: FakeNode) -> None:
