@@ -391,13 +391,7 @@ def test_what_was_only_on_a_lost_disk_may_be_gone():
 def mesh(seed=1, nodes=2, model="qwen-0.5b"):
     """A mesh of `nodes` PCs with cards, each with a replica of `model`, at rest."""
     world = World(seed)
-    chosen = []
-    while len(chosen) < nodes:
-        node = world.new_node()
-        if any(device.compute_capability for device in node.pc.devices):
-            chosen.append(node)
-        else:
-            world.forget(node)
+    chosen = [world.new_node_with_card() for _ in range(nodes)]
     chosen[0].found()
     world.time.run_until(1.0)
     for node in chosen[1:]:

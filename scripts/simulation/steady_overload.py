@@ -10,7 +10,6 @@ import random
 
 from breach import Breach
 from virtual_engine import PREFILL_SECONDS, STEP_SECONDS
-from virtual_node import VirtualNode
 from world import World
 
 from tars.core.records import Wish
@@ -35,11 +34,11 @@ class Overload:
         self.world = world
         self.dice = random.Random(f"{world.seed}/overload")
         self.times = self.dice.uniform(*TIMES_CAPACITY)
-        first = self._node()
+        first = world.new_node_with_card()
         first.found()
         count = self.dice.choice((2, 2, 3))
         for number in range(1, count):
-            node = self._node()
+            node = world.new_node_with_card()
             world.time.at(0.5 * number, lambda node=node: node.join(first))  # type: ignore[misc]
         world.time.run_until(3.0)
         first.write(DEPLOYMENT + MODEL, Wish(Deployment(MODEL, replicas=count)))
@@ -76,14 +75,6 @@ class Overload:
 
     def _call(self) -> None:
         self.world.callers.call(MODEL, ModelKind.CHAT, length=LENGTH, patience=PATIENCE_SECONDS)
-
-    def _node(self) -> VirtualNode:
-        """One with a card: a CPU alone may be too small."""
-        while True:
-            node = self.world.new_node()
-            if any(device.compute_capability for device in node.pc.devices):
-                return node
-            self.world.forget(node)
 
     def _slots(self) -> list[int]:
         return [

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from breach import Breach
 from virtual_engine import Work, token_of
 from virtual_fleet import content_of
-from virtual_gateway import GatewayCall
+from virtual_gateway import GatewayCall, VirtualGateway
 from virtual_keys import Entry
 
 from tars.core.call_effects import LATE, Failure
@@ -155,10 +155,10 @@ class Sending:
 
     def __init__(self, caller: Caller):
         self._caller = caller
+        self._gateway: VirtualGateway
         self._call: GatewayCall | None = None
         self._entry: Entry | None = None
         self._whole: list[tuple[int, Sequence[int], str]] = []
-        self._file = ""
 
     @property
     def _current(self) -> bool:
@@ -167,19 +167,21 @@ class Sending:
     def begin(self) -> None:
         caller = self._caller
         assert caller.gateway is not None
-        gateway = caller.gateway.gateway
+        self._gateway = caller.gateway.gateway
         if not self._current or caller.outcome is not None:
             return
         if caller.key is None:
-            self._call = gateway.take(caller.work, self)
+            self._call = self._gateway.take(caller.work, self)
         else:
-            gateway.keys.claim(caller.key, caller.work.model, caller.work.deadline, self._run, self._known, self.failed)
+            self._gateway.keys.claim(
+                caller.key, caller.work.model, caller.work.deadline, self._run, self._known, self.failed
+            )
 
     def leave(self) -> None:
         if self._call is not None:
             self._call.cancel()
         if self._entry is not None:
-            self._keys.fail(self._entry)
+            self._gateway.keys.fail(self._entry)
 
     # --- as a `Reader` ------------------------------------------------------------------------------------------------
 
@@ -197,29 +199,22 @@ class Sending:
     def answered(self, seen: Observation | None) -> None:
         if self._entry is not None:
             said = json.dumps([self._entry.claim.token, self._whole]).encode()
-            self._keys.succeed(self._entry, said, self._known)
+            self._gateway.keys.succeed(self._entry, said, self._known)
         elif self._current:
             self._give()
 
     def failed(self, failure: Failure) -> None:
         if self._entry is not None:
-            self._keys.fail(self._entry)
+            self._gateway.keys.fail(self._entry)
         if self._current and self._caller.outcome is None:
             self._caller.failed(failure)
 
     # --- under a key --------------------------------------------------------------------------------------------------
 
-    @property
-    def _keys(self):  # type: ignore[no-untyped-def]
-        assert self._caller.gateway is not None
-        return self._gateway.keys
-
     def _run(self, entry: Entry) -> None:
-        assert self._caller.gateway is not None
         self._entry = entry
-        self._gateway = self._caller.gateway.gateway
         if not self._current:
-            self._keys.fail(entry)
+            self._gateway.keys.fail(entry)
             return
         self._call = self._gateway.take(self._caller.work, self)
 

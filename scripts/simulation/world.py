@@ -108,10 +108,14 @@ class World:
         self.register(bought)
         return node
 
-    def forget(self, node: VirtualNode) -> None:
-        """It is given back before it ran."""
-        self.nodes.remove(node)
-        self.ever.discard(node.id)
+    def new_node_with_card(self) -> VirtualNode:
+        """The next one that has a card: a CPU alone may be too small. The others are given back before they ran."""
+        while True:
+            node = self.new_node()
+            if any(device.compute_capability for device in node.pc.devices):
+                return node
+            self.nodes.remove(node)
+            self.ever.discard(node.id)
 
     def register(self, bought: Pc) -> None:
         self._names[bought.node] = bought.name
