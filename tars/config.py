@@ -1,7 +1,7 @@
 """How a configuration is read: command line over environment over file over default.
 
 Law of this file: a key that is unknown, or of the wrong type, is refused with the file, the line and what would be right: a typo that is
-silently ignored costs an evening. Every key can also be given as `TARS_<SECTION>_<KEY>`. The keys themselves stand in `config_schema.py`.
+silently ignored costs an evening. Every key can also be given as `TARS_<SECTION>_<KEY>`. The keys themselves stand in `config_schema`.
 """
 
 from __future__ import annotations
@@ -16,29 +16,15 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tars.config_schema import (
-    DEFAULT_PORT,
-    AdapterSource,
-    ApiKey,
-    Config,
-    DeclaredDevice,
-    DemoSection,
-    DeploySection,
-    DeviceCap,
-    DevicesSection,
-    EnginesSection,
-    ExpectedDevice,
-    FilesSection,
-    LimitsSection,
-    ListenAddress,
-    MeshSection,
-    ModelSource,
-    NodeSection,
-    Section,
-    SecuritySection,
-    SimulatedDevice,
-    WorkerSection,
-)
+from tars.config_schema.devices import DeclaredDevice, DeviceCap, DevicesSection, ExpectedDevice, SimulatedDevice
+from tars.config_schema.listen_address import DEFAULT_PORT, ListenAddress
+from tars.config_schema.mesh import FilesSection, MeshSection
+from tars.config_schema.models import AdapterSource, DemoSection, DeploySection, ModelSource
+from tars.config_schema.node import LimitsSection, NodeSection
+from tars.config_schema.section import Section
+from tars.config_schema.security import ApiKey, SecuritySection
+from tars.config_schema.whole import Config
+from tars.config_schema.workers import EnginesSection, WorkerSection
 from tars.config_text import KeyPath, parse_variable, read_toml
 from tars.errors import ConfigError
 

@@ -31,7 +31,7 @@ from engine_results import (
 from engine_servers import Deployed, node_config
 from generation_load import LlamaServerManner, OpenAiManner, Recorded, TarsManner, read_answer
 
-from tars.config_schema import Config
+from tars.config_schema.whole import Config
 
 WORDS = [f"word{number}" for number in range(500)]
 

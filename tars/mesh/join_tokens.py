@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from tars.config_schema import ListenAddress
+from tars.config_schema.listen_address import ListenAddress
 from tars.core.types import NodeId
 from tars.errors import InvalidParams, JoinRefused, LimitExceeded, Overloaded
 from tars.state_folder import StateFolder

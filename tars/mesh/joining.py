@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from tars.config_schema import ListenAddress
+from tars.config_schema.listen_address import ListenAddress
 from tars.core.mesh_messages import Record
 from tars.core.records import Member
 from tars.core.replicated_map import MEMBER

@@ -19,7 +19,7 @@ import orjson
 from cryptography import x509
 from pydantic import ValidationError
 
-from tars.config_schema import ListenAddress
+from tars.config_schema.listen_address import ListenAddress
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, ConfigError, JoinRefused, NotAMember, PeerUnreachable, TarsError
 from tars.mesh.certificates import UNREADABLE, PeerCertificate, check_clock, hash_of_ca

@@ -1,4 +1,4 @@
-"""How workers are watched, in the words of this layer; the configuration's are `config_schema.WorkerSection`'s.
+"""How workers are watched, in the words of this layer; the configuration's are `config_schema.workers`'.
 
 Law of this file: values, their defaults and the reasons of these; nothing is done here.
 """

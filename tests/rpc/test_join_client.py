@@ -16,7 +16,7 @@ from aiohttp import web
 from mesh_bench import MeshNode, certified, new_id, running_mesh
 from raw_server import raw_server, sockets_closed
 
-from tars.config_schema import ListenAddress
+from tars.config_schema.listen_address import ListenAddress
 from tars.core.records import Member
 from tars.core.types import NodeId
 from tars.errors import BadPeerAnswer, ConfigError, JoinRefused, NotAMember, PeerUnreachable, TarsError
