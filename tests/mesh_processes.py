@@ -11,8 +11,8 @@ import signal
 import ssl
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,6 +34,8 @@ from tars.rpc.listener import bind
 Seen = TypeVar("Seen")
 
 HELP_DESK = "tars-help-desk"
+ENDLESS = {"0": -100.0, "1": -100.0, "2": -100.0}
+"""A `logit_bias` for it: without the tokens that end a text or a turn an answer is as long as it may be."""
 MINILM = "all-minilm-l6-v2"
 START_SECONDS = 90.0
 """Imports take 2 s of processor time, many times that on a busy machine."""
@@ -322,15 +324,23 @@ async def until(
         await asyncio.sleep(gap)
 
 
-@asynccontextmanager
-async def stopping(pcs: Sequence[Pc]) -> AsyncIterator[None]:
-    """At the end every PC is stopped; where the test failed, what each printed is shown."""
+@contextmanager
+def shown_if_it_fails(pcs: Sequence[Pc]) -> Iterator[None]:
+    """What each printed last."""
     try:
         yield
     except BaseException:
         for pc in pcs:
             print(f"--- {pc.name} ---\n{pc.output[-6000:]}")
         raise
+
+
+@asynccontextmanager
+async def stopping(pcs: Sequence[Pc]) -> AsyncIterator[None]:
+    """At the end every PC is stopped; where the test failed, what each printed is shown."""
+    try:
+        with shown_if_it_fails(pcs):
+            yield
     finally:
         await asyncio.gather(*(pc.stop() for pc in pcs))
 

@@ -47,6 +47,10 @@ class RunningNode:
         """The worker processes now."""
         return psutil.Process(self.process.pid).children(recursive=True)
 
+    def processes(self):
+        """Its own and its workers'."""
+        return [psutil.Process(self.process.pid), *self.workers()]
+
     def send(self, number):
         self.process.send_signal(number)
 
@@ -59,6 +63,23 @@ class RunningNode:
 
 def node_command(*arguments):
     return [sys.executable, "-m", "tars.node", *map(str, arguments)]
+
+
+def send_all(processes, number):
+    """A signal to each that is still there."""
+    for process in processes:
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+@asynccontextmanager
+async def frozen(processes):
+    """They stand still meanwhile."""
+    try:
+        send_all(processes, signal.SIGSTOP)
+        yield
+    finally:
+        send_all(processes, signal.SIGCONT)
 
 
 @asynccontextmanager

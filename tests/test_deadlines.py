@@ -13,48 +13,16 @@ import aiohttp
 import openai
 import orjson
 import pytest
-from mesh_processes import Pc, assemble, stopping, until
-from tiny_gguf import write_tiny_gguf
-
-from tars.messages.node import EngineCounters
+from counted_engine import LONG_CALL, TOKENS, at_rest, counters, gateway_and_server
+from mesh_processes import Pc, until
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
-ANSWERS, TOKENS = 8, 900
-WORK: dict[str, Any] = {
-    "model": "tiny",
-    "prompt": "Once upon a time",
-    "max_tokens": TOKENS,
-    "n": ANSWERS,
-    # Tokens 2 and 4 end the tiny model's text.
-    "logit_bias": {"2": -100.0, "4": -100.0},
-}
+ANSWERS = 8
+WORK: dict[str, Any] = {**LONG_CALL, "n": ANSWERS}
 """Ten seconds and more of an idle machine."""
 WHOLE = ANSWERS * TOKENS
 BUDGET_MS = 700
-
-
-async def counters(pc: Pc) -> EngineCounters:
-    (replica,) = (await pc.client.describe()).replicas
-    assert replica.counters is not None
-    return replica.counters
-
-
-async def at_rest(pc: Pc) -> int:
-    """Wait until the engine computes nothing and stays so over three of its reports; tokens that it generated until now."""
-    seen: list[EngineCounters] = []
-
-    async def look() -> list[EngineCounters]:
-        seen.append(await counters(pc))
-        return seen[-3:]
-
-    def still(last: list[EngineCounters]) -> bool:
-        return len({(each.generated_tokens, each.steps, each.running, each.waiting) for each in last}) == 1 and (
-            len(last) == 3 and not last[0].running and not last[0].waiting
-        )
-
-    await until(look, still, 10, "the engine is at rest", gap=0.25)
-    return seen[-1].generated_tokens
 
 
 async def post(pc: Pc, path: str, body: Mapping[str, Any], headers: Mapping[str, str]) -> Any:
@@ -112,43 +80,36 @@ FACES = [
 
 
 async def test_the_budget_of_every_face_reaches_the_engine_which_stops_when_it_is_gone(tmp_path: Path) -> None:
-    model = write_tiny_gguf(tmp_path / "tiny.gguf", layers=6, embedding=256, feed_forward=1024)
-    worker = "[worker]\nping_interval_seconds = 0.1\n"
-    gateway = Pc(tmp_path, "gateway", priority=10, memory_mib=64, more=worker)
-    server = Pc(tmp_path, "server", more=f'{worker}[[model]]\nname = "tiny"\npath = "{model}"\n')
-    async with stopping([gateway, server]):
-        await assemble([gateway, server])
-        await gateway.client.deploy("tiny", slots=4, context=1024)
-        await server.holds("tiny")
-        await gateway.asks("Hello", model="tiny")
+    async with gateway_and_server(tmp_path, layers=6, embedding=256, feed_forward=1024) as (gateway, server):
+        made = (await at_rest(server)).generated_tokens
         for asked in (server, gateway):
             for face in FACES:
-                await runs_no_longer_than_its_budget(asked, server, face)
+                made = await runs_no_longer_than_its_budget(asked, server, face, made)
         assert (await server.client.describe()).calls_from_peers >= len(FACES)
-        await the_engine_has_the_budget_itself(server)
+        await the_engine_has_the_budget_itself(server, made)
 
 
-async def runs_no_longer_than_its_budget(asked: Pc, server: Pc, face: Any) -> None:
-    before = await at_rest(server)
+async def runs_no_longer_than_its_budget(asked: Pc, server: Pc, face: Any, before: int) -> int:
+    """`before`: tokens that the engine generated until now; gives back the same for afterwards."""
     began = time.monotonic()
     async with asyncio.timeout(20):
         await face(asked)
     took = time.monotonic() - began
-    made = await at_rest(server) - before
-    assert 0 < made < WHOLE / 2, f"{face.__name__} at {asked.name}: {made} of {WHOLE} tokens"
+    after = (await at_rest(server)).generated_tokens
+    assert 0 < after - before < WHOLE / 2, f"{face.__name__} at {asked.name}: {after - before} of {WHOLE} tokens"
     assert took < 5
+    return after
 
 
-async def the_engine_has_the_budget_itself(server: Pc) -> None:
+async def the_engine_has_the_budget_itself(server: Pc, before: int) -> None:
     """The node stands still from before the deadline until long after it: nobody can tell the engine to stop."""
-    before = await at_rest(server)
     call = asyncio.create_task(over_rpc(server))
     await until(lambda: counters(server), lambda seen: seen.running > 0, 10, "the engine works")
     server.send(signal.SIGSTOP)
     await asyncio.sleep(4 * BUDGET_MS / 1000)
     server.send(signal.SIGCONT)
     # The first report after it is of what the engine did alone.
-    made = (await at_rest(server)) - before
+    made = (await at_rest(server)).generated_tokens - before
     assert 0 < made < WHOLE / 2
     async with asyncio.timeout(10):
         await call
