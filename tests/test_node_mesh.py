@@ -55,6 +55,11 @@ async def test_two_pcs_become_a_mesh_by_one_line_and_each_answers_for_the_others
             assert vectors.served_by.node == one.node_id()
         assert [delta async for delta in one.client.chat_stream("What is TARS?", model=HELP_DESK, max_tokens=4)]
 
+        # From here on it is about who belongs to the mesh: nothing has to be loaded for that again and again.
+        for model in (MINILM, HELP_DESK):
+            await two.client.remove(model)
+        for pc in (one, two):
+            await pc.holds()
         # A restart needs no token, and does not mind the old one on its command line.
         for join in (None, line):
             assert await two.stop() == 0
