@@ -221,13 +221,14 @@ def _counts(
     told: Sequence[NodeId], said: Mapping[NodeId, KeyReply | None], claim: Claim, *, higher_only: bool = False
 ) -> KeyReply | None:
     """What a home says of another claim that counts: one with a higher epoch, else the first home's word. None: this one counts."""
-    known = [reply for home in told if (reply := said.get(home)) is not None and reply.claim is not None]
-    over = [reply for reply in known if reply.claim is not None and reply.claim.epoch > claim.epoch]
-    if over:
-        return max(over, key=lambda reply: 0 if reply.claim is None else reply.claim.epoch)
-    if higher_only or not known or known[0].claim is None or known[0].claim.token == claim.token:
+    known = [(reply.claim, reply) for home in told if (reply := said.get(home)) is not None and reply.claim is not None]
+    if not known:
         return None
-    return known[0]
+    highest, over = max(known, key=lambda each: each[0].epoch)
+    if highest.epoch > claim.epoch:
+        return over
+    first, word = known[0]
+    return None if higher_only or first.token == claim.token else word
 
 
 def freeing(key: str, body: str, claim: Claim, run: Run | None, homes: Callable[[], Sequence[NodeId]]) -> Steps[None]:
