@@ -523,6 +523,7 @@ def test_a_slow_answer_is_asked_of_a_second_replica_and_the_first_one_wins():
         start = call.until(Start)
         assert call.now == 0.1
         assert start.attempt == 1
+        assert call.state.hedges.extra_units == 4.0
         assert call.machine.attempts[1].hedge
         assert call.finished(winner) == [Stop(1 - winner), Answer(winner)]
         assert {each.outcome for each in call.machine.attempts} == {"answered", "hedge_lost"}

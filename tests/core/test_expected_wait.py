@@ -50,6 +50,15 @@ def test_calls_of_an_idle_replica_say_nothing_of_what_it_can_do():
     assert rate.per_second(40.0) == 40.0
 
 
+def test_of_a_call_that_came_to_an_idle_replica_only_the_saturated_part_counts():
+    rate = ServiceRate()
+    rate.note(1, False, 0.0)
+    start = rate.started(0.0)
+    rate.note(1, True, 8.0)
+    rate.ended(start, 100.0, 10.0)
+    assert rate.per_second(None) == pytest.approx(10.0)
+
+
 def test_a_replica_that_became_slower_shows_it_within_the_horizon():
     rate = ServiceRate()
     run(rate, running=2, seconds_a_call=2.0, units=100.0, until=60.0)

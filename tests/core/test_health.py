@@ -105,6 +105,6 @@ def test_whatever_happens_it_is_half_open_within_the_longest_cooldown_and_works_
                 breaker.tried(now)
             case _:
                 breaker.gave_up()
-        assert 0 <= breaker.cooldown(now) <= COOLDOWN_MOST_SECONDS
+        assert 0 <= breaker.cooldown(now) <= COOLDOWN_MOST_SECONDS + 1e-9  # a sum of floats rounds
         assert (breaker.state(now) is BreakerState.OPEN) == (breaker.cooldown(now) > 0)
     assert breaker.may_try(now + COOLDOWN_MOST_SECONDS + PROBE_MOST_SECONDS)

@@ -150,6 +150,14 @@ def test_an_owner_does_not_wait_for_a_successor_that_it_does_not_see_alive(mesh)
     assert mesh.settle(frozen, b"late", lives=lambda node: node != D) is None
 
 
+def test_of_two_that_ran_it_in_two_parts_the_first_homes_word_counts_though_that_is_the_owner_itself(mesh):
+    run = mesh.claim(A, homes=(A,))
+    mesh.claim(C, homes=(B,))
+    mesh.own[C] = KeyReply(KeyState.ANSWERED, None, b"theirs")
+    assert mesh.settle(run, b"42") is None
+    assert mesh.claim(D) == Known(b"42")
+
+
 def test_another_body_is_refused_and_what_was_granted_for_it_is_freed(mesh):
     run = mesh.claim(C, homes=(B,))
     # A became a home since and knows nothing.
