@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tars.workers import thread_waiting
 from tars.workers.engine import LoadSpec
 from tars.workers.stdio import READ_SIZE, FramingError, MessageReader, frame
 from tars.workers.watchdog import ABORT_SECONDS
@@ -39,6 +40,10 @@ LINES_BURST = 500
 WRONG = re.compile(r"error|exception|failed|fatal|^Traceback ", re.IGNORECASE)
 """Lines of a worker that say why something went wrong: people see these, everything else is for a collector (`log_format = json`)."""
 
+SPINS_OF_OTHERS = "10000"
+"""How often an OpenMP thread looks before it sleeps, in an engine that does not choose (see `thread_waiting`): beside two busy programs
+30,000 looks make a fifth of what these make."""
+
 SECRET = re.compile(r"^TARS_|KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL", re.IGNORECASE)
 """Names of environment variables that a worker never sees: it needs none of TARS's, and native code prints what it likes.
 `TOKENIZERS_PARALLELISM` is set after this sieve."""
@@ -50,10 +55,7 @@ def child_environment(spec: LoadSpec, base: Mapping[str, str], extra: Mapping[st
     search = [package_root, *filter(None, [extra.get("PYTHONPATH"), base.get("PYTHONPATH")])]
     threads = str(max(1, spec.threads))
     return {
-        # How often an OpenMP thread that waits for the others looks before it sleeps. Measured with 125M parameters on 2 cores, 8 callers:
-        # sleeping at once (OMP_WAIT_POLICY=passive) costs half the speed of an idle machine, 3,000 a tenth, 10,000 nothing against
-        # libgomp's own 300,000; beside two busy programs 3,000 and 10,000 do equally well, 30,000 makes a fifth of their tokens.
-        "GOMP_SPINCOUNT": "10000",
+        **(thread_waiting.ENVIRONMENT if spec.engine == "llama" else {"GOMP_SPINCOUNT": SPINS_OF_OTHERS}),
         # glibc's arenas of threads are heaps of 64 MiB, in whose rests large activations do not fit.
         "MALLOC_ARENA_MAX": "1",
         **{name: value for name, value in base.items() if not SECRET.search(name)},

@@ -22,6 +22,7 @@ from tars.workers.generation import ending_error
 from tars.workers.inbox import Inbox
 from tars.workers.kv_cache import KvCache
 from tars.workers.preparation import Preparation
+from tars.workers.thread_waiting import ThreadWaiting
 
 if TYPE_CHECKING:  # importing these imports llama_cpp, which is `load`'s stage `import`
     from tars.workers.adapters import Adapters
@@ -50,6 +51,7 @@ class LlamaEngine:
         self._answering: Answering
         self._batcher: Batcher | None = None
         self._preparation: Preparation
+        self._waiting: ThreadWaiting
 
     # --- load ---
 
@@ -146,6 +148,7 @@ class LlamaEngine:
         )
         self._batcher = self._answering.batcher
         self._preparation = Preparation(self._model, template, answers, spec.context, self._inbox.hand_back)
+        self._waiting = ThreadWaiting(spec.threads)
         self._measure_memory()
         return LoadedInfo(
             model_kind="chat",
@@ -262,11 +265,13 @@ class LlamaEngine:
                     answering.begin(prepared)
             self._drop_ended(taken.cancelled, now)
             if batcher.busy:
+                self._waiting.look(self._context.native_seconds, began)
                 batcher.step(answering.flush)
             self._mark += 1
             answering.flush()
             self._busy_seconds += time.perf_counter() - began
         answering.close()
+        self._waiting.close()
         self._context.close()
         if self._drafting is not None:
             self._drafting.close()

@@ -49,8 +49,12 @@ def test_an_end_is_told_in_words(code: int, text: str) -> None:
 
 
 def test_waiting_threads_sleep_unless_the_operator_says_otherwise() -> None:
-    assert child_environment(spec(), {}, {})["GOMP_SPINCOUNT"] == "10000"
-    assert child_environment(spec(), {"GOMP_SPINCOUNT": "7"}, {})["GOMP_SPINCOUNT"] == "7"
+    embedder = spec().model_copy(update={"engine": "sentence-transformers"})
+    assert child_environment(embedder, {}, {})["GOMP_SPINCOUNT"] == "10000"
+    llama = spec().model_copy(update={"engine": "llama"})
+    assert child_environment(llama, {}, {})["GOMP_SPINCOUNT"] == "300000"
+    for each in (embedder, llama):
+        assert child_environment(each, {"GOMP_SPINCOUNT": "7"}, {})["GOMP_SPINCOUNT"] == "7"
 
 
 def test_memory_that_threads_free_is_everybodys_unless_the_operator_says_otherwise() -> None:
