@@ -29,7 +29,7 @@ from tars.core.idempotency_claims import (
     settling,
 )
 from tars.core.idempotency_keys import Claim, KeyReply, KeyState, KeyTable, homes_of, new_homes
-from tars.core.mesh_messages import MemberState
+from tars.core.peer import LIVE
 from tars.core.types import NodeId
 
 if TYPE_CHECKING:
@@ -254,8 +254,7 @@ class VirtualKeys:
 
     def others(self) -> list[NodeId]:
         """The other nodes that this one sees alive."""
-        live = (MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING)
-        return [each.node for each in self._node.machine.view().members.values() if each.state in live]
+        return [each.node for each in self._node.machine.view().members.values() if each.state in LIVE]
 
     def _homes(self, key: str) -> tuple[NodeId, ...]:
         return homes_of(key, (self._node.id, *self.others()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from tars.core.explanation import explain
 from tars.core.placement_cost import contradiction
 from tars.core.routing import Candidate
-from tars.core.types import Deployment, KvType, ModelEntry, ReplicaState
+from tars.core.types import Deployment, KvType, ReplicaState
 from tars.errors import InvalidParams, ModelFileMissing, TarsError
 from tars.mesh.coordinator import Coordinator, refusal_error
 from tars.mesh.model_store import FileStore
@@ -92,7 +92,7 @@ class ModelRequests:
 
     async def explain(self, model: str) -> ExplainResult:
         """For a deployed model the plan in force; for another one what would happen if it were deployed."""
-        entry = self._entry(model)
+        entry = self._coordinator.known.resolve(model)
         deployment = self._coordinator.deployments.get(entry.name)
         nodes = await self._view.nodes()
         problem = self._coordinator.problems.get(entry.name)
@@ -121,7 +121,7 @@ class ModelRequests:
 
     async def deploy(self, params: DeployParams) -> DeployResult:
         """Refused, and not wanted, where it fits nowhere."""
-        entry = self._entry(params.model)
+        entry = self._coordinator.known.resolve(params.model)
         deployment = Deployment(
             model=entry.name,
             replicas=params.replicas,
@@ -185,12 +185,6 @@ class ModelRequests:
         return TransfersResult(transfers=[] if self._files is None else self._files.transfers())
 
     # --- inside ------------------------------------------------------------------------------------------------------
-
-    def _entry(self, model: str) -> ModelEntry:
-        """By name or alias: this node's own, looked at again where its file was bad; else a peer's. Raises `UnknownModel`."""
-        entry = self._coordinator.find(model)
-        own = self._coordinator.catalogue
-        return own.resolve(model) if entry is None or entry.name in own.entries else entry
 
     def _routing(self, model: str) -> list[str]:
         """Where a usual call to the model would go now, where there is a choice."""
