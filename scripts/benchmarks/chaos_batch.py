@@ -12,16 +12,15 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 from chaos_callers import PATIENCE_SECONDS, Gateway, GatewayGone
 from chaos_deck import CHAT_MODEL, Call
 from chaos_mesh import ChaosMesh, running_mesh
 from engine_results import Aim
+from running_node import send_all
 
 from tars.errors import TarsError
 
@@ -74,8 +73,8 @@ async def frozen_batch(
         both, lost_both = await _batch(gateway, calls, None, 1.0)
         stopped = mesh.processes("c")
         mesh.harmed.add("c")
-        frozen, lost_frozen = await _batch(gateway, calls, lambda: _signal(stopped, signal.SIGSTOP), FROZEN_AFTER)
-        _signal(stopped, signal.SIGCONT)
+        frozen, lost_frozen = await _batch(gateway, calls, lambda: send_all(stopped, signal.SIGSTOP), FROZEN_AFTER)
+        send_all(stopped, signal.SIGCONT)
         await other.stop(signal.SIGTERM)
         await _known_gone(mesh)
         alone, lost_alone = await _batch(gateway, calls, None, 1.0)
@@ -109,12 +108,6 @@ async def _batch(
 
     await asyncio.gather(*(caller() for _ in range(2 * SLOTS)))
     return time.monotonic() - began, lost
-
-
-def _signal(processes: Sequence[psutil.Process], number: int) -> None:
-    for process in processes:
-        with suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
 
 
 async def _known_gone(mesh: ChaosMesh) -> None:

@@ -23,6 +23,7 @@ from chaos_faults import NodeView
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 import network_namespaces
 from mesh_processes import Pc, converge
+from running_node import send_all
 from soak import worker_name
 
 from tars.errors import TarsError
@@ -159,8 +160,7 @@ class ChaosMesh:
         if node is None:
             return []
         try:
-            parent = psutil.Process(node.process.pid)
-            found = [parent, *parent.children(recursive=True)]
+            found: list[psutil.Process] = node.processes()
         except psutil.Error:
             return []
         self._seen.update(found)
@@ -169,9 +169,7 @@ class ChaosMesh:
     def thaw(self) -> None:
         """Whoever was stopped goes on, so that it can end."""
         for name in self.pcs:
-            for process in self.processes(name):
-                with suppress(psutil.Error):
-                    process.send_signal(signal.SIGCONT)
+            send_all(self.processes(name), signal.SIGCONT)
 
     def end_what_is_left(self) -> list[int]:
         """Workers of nodes that were killed while they themselves were frozen, say; their process ids."""
@@ -282,12 +280,3 @@ async def _assemble(mesh: ChaosMesh, stack: AsyncExitStack, cores: Mapping[str, 
 async def _cancelled(task: asyncio.Task[None]) -> None:
     task.cancel()
     await asyncio.wait([task])
-
-
-def processes_left_in(folder: Path) -> list[int]:
-    """Of any node or worker that was started with this folder."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        if process.pid != os.getpid() and any(str(folder) in word for word in process.info["cmdline"] or ()):
-            found.append(process.pid)
-    return found

@@ -17,6 +17,7 @@ from chaos_deck import MODELS
 from chaos_faults import Fault, FaultKind, FaultRecord, chosen, victims
 from chaos_mesh import READY_SECONDS, ChaosMesh
 from mesh_processes import until
+from running_node import frozen
 
 from tars.errors import TarsError
 
@@ -95,7 +96,7 @@ class Nemesis:
                 case FaultKind.KILL | FaultKind.COORDINATOR:
                     await self._kill(record, fault.hold)
                 case FaultKind.FREEZE:
-                    await self._hold(record, fault.hold, lambda: self._stopped(self._mesh.processes(record.node)))
+                    await self._hold(record, fault.hold, lambda: frozen(self._mesh.processes(record.node)))
                 case FaultKind.WORKER_KILL | FaultKind.WORKER_FREEZE:
                     await self._strike_worker(fault, record)
                 case FaultKind.CUT | FaultKind.SWALLOW:
@@ -169,18 +170,6 @@ class Nemesis:
                 await asyncio.sleep(0.1)
 
     @asynccontextmanager
-    async def _stopped(self, processes: Sequence[psutil.Process]) -> AsyncIterator[None]:
-        try:
-            for process in processes:
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGSTOP)
-            yield
-        finally:
-            for process in processes:
-                with suppress(psutil.NoSuchProcess):
-                    process.send_signal(signal.SIGCONT)
-
-    @asynccontextmanager
     async def _cut(self, name: str, kind: FaultKind) -> AsyncIterator[None]:
         host = self._mesh.pcs[name].host
         assert host is not None
@@ -205,7 +194,7 @@ class Nemesis:
             )
         else:
             # Its other replica is what keeps the model alive meanwhile: nobody else may be struck at this one.
-            async with self._harmed(record.node), self._stopped([process]):
+            async with self._harmed(record.node), frozen([process]):
                 await asyncio.sleep(fault.hold)
 
     async def _same_worker(self, record: FaultRecord, process: psutil.Process) -> bool:
