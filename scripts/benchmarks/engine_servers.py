@@ -41,15 +41,23 @@ class Deployed:
         return "\n".join(lines)
 
 
-def node_config(deployed: Sequence[Deployed]) -> str:
-    """A configuration that leaves everything else as it comes, but for bounds that a benchmark meets and a user does not."""
-    return "\n\n".join(['[node]\nname = "bench"', "[demo]\nmodels = false", *(each.toml() for each in deployed)]) + "\n"
+def node_config(deployed: Sequence[Deployed], more: str = "") -> str:
+    """A configuration that leaves everything else as it comes, but for `more`: bounds that a benchmark meets and a user does not."""
+    tables = ['[node]\nname = "bench"', "[demo]\nmodels = false", *(each.toml() for each in deployed), more]
+    return "\n\n".join(filter(None, tables)) + "\n"
 
 
-def rpc(url: str, method: str, params: Mapping[str, Any] | None = None, timeout: float = 60.0) -> Any:
+def rpc(
+    url: str,
+    method: str,
+    params: Mapping[str, Any] | None = None,
+    timeout: float = 60.0,
+    api_key: str | None = None,
+) -> Any:
     """One JSON-RPC call's result; RuntimeError for an error answer, OSError where nobody answers."""
     body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": method, **({"params": params} if params else {})}).encode()
-    request = urllib.request.Request(url + "/rpc", data=body, headers={"Content-Type": "application/json"})
+    headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
+    request = urllib.request.Request(url + "/rpc", data=body, headers=headers)
     with urllib.request.urlopen(request, timeout=timeout) as response:
         answer = json.loads(response.read())
     if "error" in answer:
@@ -57,17 +65,18 @@ def rpc(url: str, method: str, params: Mapping[str, Any] | None = None, timeout:
     return answer["result"]
 
 
-def replicas(url: str) -> list[dict[str, Any]]:
+def replicas(url: str, api_key: str | None = None) -> list[dict[str, Any]]:
     """What `node.describe` says of the replicas."""
-    found: list[dict[str, Any]] = rpc(url, "node.describe")["replicas"]
+    found: list[dict[str, Any]] = rpc(url, "node.describe", api_key=api_key)["replicas"]
     return found
 
 
-def _all_ready(count: int, url: str) -> bool:
-    states = [replica["state"] for replica in replicas(url)]
+def _all_ready(count: int, url: str, api_key: str | None) -> bool:
+    found = replicas(url, api_key)
+    states = [replica["state"] for replica in found]
     if "failed" in states:
-        raise SystemExit(f"bench: a model failed to load: {[each['last_error'] for each in replicas(url)]}")
-    refused = rpc(url, "mesh.plan")["refusals"]
+        raise SystemExit(f"bench: a model failed to load: {[each['last_error'] for each in found]}")
+    refused = rpc(url, "mesh.plan", api_key=api_key)["refusals"]
     if refused:
         raise SystemExit(f"bench: nothing fits here: {refused[0]['model']}: {refused[0]['remedy']}")
     return states.count("ready") == count
@@ -75,12 +84,17 @@ def _all_ready(count: int, url: str) -> bool:
 
 @contextmanager
 def tars_node(
-    deployed: Sequence[Deployed], name: str = "tars-node", environment: Mapping[str, str] | None = None
+    deployed: Sequence[Deployed],
+    name: str = "tars-node",
+    environment: Mapping[str, str] | None = None,
+    *,
+    more: str = "",
+    api_key: str | None = None,
 ) -> Iterator[Server]:
-    """A node of its own state folder, once all its models are ready."""
+    """A node of its own state folder, once all its models are ready. `more`: of its configuration; `api_key`: one of the keys in it."""
     with tempfile.TemporaryDirectory() as state:
         config = Path(state) / "bench.toml"
-        config.write_text(node_config(deployed), encoding="utf-8")
+        config.write_text(node_config(deployed, more), encoding="utf-8")
 
         def command(port: int) -> list[str]:
             listen = f"127.0.0.1:{port}"
@@ -89,7 +103,7 @@ def tars_node(
             ]  # fmt: skip
 
         def ready(url: str) -> bool:
-            return _all_ready(len(deployed), url)
+            return _all_ready(len(deployed), url, api_key)
 
         with served(name, command, ready=ready, seconds=LOAD_SECONDS, environment=environment) as server:
             yield server

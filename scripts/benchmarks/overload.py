@@ -12,15 +12,11 @@ import argparse
 import asyncio
 import json
 import random
-import sys
-import tempfile
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +25,10 @@ import orjson
 import psutil
 from engine_prompts import text_of
 from engine_results import Aim, quantile, verdict
+from engine_servers import Deployed, tars_node
 from rich.console import Console
 from rich.table import Table
-from server_process import Server, end_on_signals, served
+from server_process import Server, end_on_signals
 
 CHAT, EMBED = "tars-help-desk", "all-minilm-l6-v2"
 MODELS = {"tokens": CHAT, "texts": EMBED}
@@ -53,7 +50,6 @@ CLOSED_CALLERS = 12
 AIM_FLAT, AIM_MODEST, AIM_LATE, AIM_BATCH = 0.9, 0.95, 0.05, 0.05
 REFUSED_SECONDS = 0.25
 """A refusal after more than this did not come at once: some wait, because their turn was expected sooner than it came."""
-LOAD_SECONDS = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,31 +212,11 @@ def _poisson(dice: random.Random, name: str, rate: float, seconds: float) -> Ite
         at += dice.expovariate(rate)
 
 
-@contextmanager
-def node(models: Sequence[str]) -> Iterator[Server]:
+def node(models: Sequence[str]) -> AbstractContextManager[Server]:
     """A node with these models and a key for each caller, once all are ready."""
-    with tempfile.TemporaryDirectory() as state:
-        keys = "".join(f'[[security.api_key]]\nname = "{name}"\nkey = "{key}"\n' for name, key in KEYS.items())
-        wanted = "".join(f'[[deploy]]\nmodel = "{model}"\n' for model in models)
-        config = Path(state) / "bench.toml"
-        config.write_text(f"[limits]\nmax_concurrent_calls = 1024\n{keys}{wanted}", encoding="utf-8")
-
-        def command(port: int) -> list[str]:
-            listen = f"127.0.0.1:{port}"
-            return [
-                sys.executable, "-m", "tars.node", "--config", str(config), "--listen", listen, "--state-dir", f"{state}/state",
-            ]  # fmt: skip
-
-        with served("tars-node", command, ready=partial(_ready, len(models)), seconds=LOAD_SECONDS) as server:
-            yield server
-
-
-def _ready(models: int, url: str) -> bool:
-    body = json.dumps({"jsonrpc": "2.0", "id": 1, "method": "models.list"}).encode()
-    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {KEYS['greedy']}"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}/rpc", body, headers), timeout=10) as response:
-        found = json.loads(response.read())["result"]["models"]
-    return sum(model["state"] == "ready" for model in found) == models
+    keys = "".join(f'[[security.api_key]]\nname = "{name}"\nkey = "{key}"\n' for name, key in KEYS.items())
+    more = f"[limits]\nmax_concurrent_calls = 1024\n{keys}"
+    return tars_node([Deployed(model) for model in models], more=more, api_key=KEYS["greedy"])
 
 
 async def measure(server: Server, seconds: float, console: Console, what: Sequence[str]) -> dict[str, Any]:
