@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import pretend_card
@@ -13,6 +14,18 @@ settings.register_profile("full", settings(), deadline=None, suppress_health_che
 # `scripts/test fast`: a quarter of the examples. Tests that want more than usual ask for a multiple of the profile's.
 settings.register_profile("fast", settings.get_profile("full"), max_examples=25)
 settings.load_profile("full")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In one of several processes: the files that take long come first, so that at the end no process waits for another one's.
+
+    By their number of tests, which is xdist's own order, those would be the last: a mesh of real nodes is often a file of one test.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    long = {item.path for item in items for mark in ("slow", "model") if item.get_closest_marker(mark)}
+    counts = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path not in long, -counts[item.path]))
 
 
 @pytest.fixture(scope="session")
