@@ -2,9 +2,11 @@
 
 import itertools
 import random
+from dataclasses import replace
 from heapq import heappop, heappush
 from math import inf
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -21,9 +23,11 @@ from tars.core.call_effects import (
     Wake,
 )
 from tars.core.call_machine import CallMachine
+from tars.core.hedging import EXTRA_PART
+from tars.core.learned_deadlines import GAP_UNKNOWN_SECONDS
 from tars.core.mesh_messages import MemberState
 from tars.core.replica_ledger import Observation
-from tars.core.routing import Candidate, Demand
+from tars.core.routing import HOP_SECONDS, Candidate, Demand
 from tars.core.routing_state import RoutingState
 from tars.core.types import ModelKind, NodeId, ReplicaId, ReplicaState
 
@@ -504,6 +508,27 @@ def test_tokens_that_are_on_time_cost_no_effects():
             assert plain(call.until_wake()) == []
 
 
+# --- what is learned ----------------------------------------------------------------------------------------------------
+
+
+def test_what_a_worker_showed_says_nothing_of_the_one_that_takes_its_place():
+    call = Call(replica("a"), replica("b"), state=taught("a", "b"))
+    call.begin()
+    first, _ = call.started()
+    assert call.state.deadlines.gap(first, 4.0) < GAP_UNKNOWN_SECONDS
+    call.failed(0, CRASHED)
+    assert call.state.deadlines.gap(first, 4.0) == GAP_UNKNOWN_SECONDS
+
+
+@pytest.mark.parametrize(("local", "seconds"), [(True, 0.1), (False, 0.1 - HOP_SECONDS)])
+def test_the_way_to_a_peer_is_no_part_of_its_speed(local, seconds):
+    there = replace(replica("a"), local=local)
+    call = Call(there, streams=False)
+    call.begin()
+    call.finished(0)
+    assert call.state.ledger.annotated(there, 0.0).measured == pytest.approx(4.0 / seconds)
+
+
 # --- hedges -------------------------------------------------------------------------------------------------------------
 
 
@@ -571,6 +596,14 @@ def test_without_hedge_budget_there_is_none():
     call.begin()
     assert plain(call.until_wake()) == []
     assert not call.state.ledger.in_flight(ReplicaId("a")) * call.state.ledger.in_flight(ReplicaId("b"))
+
+
+@pytest.mark.parametrize(("streams", "earned"), [(False, 4.0 * EXTRA_PART), (True, 0.0)])
+def test_whole_answers_earn_hedges_and_streams_do_not(streams, earned):
+    call = Call(replica("a"), streams=streams)
+    call.begin()
+    call.finished(0)
+    assert call.state.hedges.saved == pytest.approx(earned)
 
 
 def test_a_hedge_that_the_retry_budget_refuses_takes_nothing_from_the_hedge_budget():

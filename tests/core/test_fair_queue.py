@@ -97,6 +97,16 @@ def test_what_cost_more_than_was_predicted_is_charged_later():
     assert served(queue, 10).count("long answers") == 5
 
 
+def test_what_cost_more_than_was_predicted_is_charged_to_its_priority_too():
+    queue = FairQueue(200)
+    for _ in range(60):
+        queue.add(entry("person"))
+        queue.add(entry("night job", priority=BATCH))
+    assert "night job" in served(queue, 20)
+    queue.charge("night job", BATCH, 3.0)
+    assert served(queue, 25) == ["person"] * 25
+
+
 def test_a_caller_who_was_served_at_once_is_behind_one_who_comes_fresh():
     queue = FairQueue(100)
     for _ in range(10):
