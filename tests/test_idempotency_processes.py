@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mesh_processes import HELP_DESK, Pc, assemble, converge, stopping, until
+from mesh_processes import ENDLESS, HELP_DESK, Pc, assemble, converge, stopping, until
 from network_namespaces import network, why_not
 
 from tars.errors import IdempotencyConflict, TarsError
 
 pytestmark = [pytest.mark.slow, pytest.mark.model]
 
-END_TOKENS = (0, 1, 2)
-"""Forbidden, so that an answer is as long as it may be."""
 OFTEN = "[worker]\nping_interval_seconds = 0.2\n"
 """How often an engine tells what it counted."""
 LONG = 900
@@ -27,7 +25,7 @@ def options(key: str, tokens: int = 24, **more: Any) -> dict[str, Any]:
     return {
         "model": HELP_DESK,
         "max_tokens": tokens,
-        "logit_bias": {str(token): -100.0 for token in END_TOKENS},
+        "logit_bias": ENDLESS,
         "idempotency_key": key,
         "timeout": 60.0,
         **more,
