@@ -78,7 +78,7 @@ class EnginesSection(Section):
         gt=0,
         le=60_000,
         description="How long a prompt that comes in may hold up the next token of running answers; where a step of these takes long "
-        "itself, half as long again as that. More makes prompts wait less and answers less smooth. Never less than 16 tokens are computed.",
+        "itself, twice as long as that. More makes prompts wait less and answers less smooth. Never less than 16 tokens are computed.",
     )
     continuation: Literal["fast", "exact"] = Field(
         "fast",

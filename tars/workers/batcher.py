@@ -4,7 +4,7 @@ Law of this file: it owns the waiting and the running answers and the KV cache's
 one decode is made is `decoding`'s business. Rows of logits go to `choose`, calls whose steps do not end go to `fail`.
 
 A step is one token for every running answer in one decode, then at most one chunk of the prompts that come in, in another: so a long prompt
-holds up the others by a chunk and no more, which may take as long as `Shapes.bound` says, or half as long again as the decode. Prompts are
+holds up the others by a chunk and no more, which may take as long as `Shapes.bound` says, or twice as long as the decode. Prompts are
 computed in the order they came; where one begins like another that is in the cache by then, it takes that over.
 
 Calls that come together while nothing runs are brought in first, one after the other, each with its first token as soon as its prompt is
@@ -49,7 +49,7 @@ WORTH_WAITING = 64
 DECODES_AVERAGED = 8
 """Over so many of the last ones, about, the seconds of a decode of all running answers are averaged."""
 
-CHUNK_TO_DECODE = 1.5
+CHUNK_TO_DECODE = 2.0
 """How many times as long as a decode a chunk may take: with less, prompts of 200 tokens for answers of 100 never fill 16 streams."""
 
 WORTH_MOVING = 8
