@@ -137,6 +137,7 @@ class NodeMesh:
         self._files = files
         self._joined_at = join
         self._watch = NetworkWatch()
+        self._viewed = (self._watch.current, Viewer.of(self._watch.addresses))
         self._check = MemberCheck(store.map, lost=store.lost)
         settings = MeshSettings(membership=MembershipSettings.paced(config.mesh.probe_seconds))
         machine = MeshMachine(identity.node, store.map, settings, random.Random())
@@ -376,7 +377,10 @@ class NodeMesh:
             self._discovery.refresh()
 
     def _viewer(self) -> Viewer:
-        return Viewer.of(self._watch.addresses)
+        # Each call at a peer asks for its addresses in their order, and reading networks takes longer than all else of choosing one.
+        if self._viewed[0] is not self._watch.current:
+            self._viewed = (self._watch.current, Viewer.of(self._watch.addresses))
+        return self._viewed[1]
 
     def _load(self) -> tuple[tuple[str, int, int], ...]:
         return () if self._service is None else tuple(self._service.load())

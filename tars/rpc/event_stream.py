@@ -47,9 +47,9 @@ class EventStream:
         self._last_write = monotonic()
         await self.response.write(frame)
 
-    async def end(self) -> None:
-        """Nothing comes any more."""
-        await self.response.write_eof()
+    async def end(self, frame: bytes = b"") -> None:
+        """The last event, where there is one: in one piece with the stream's end, so that its reader need not wait for that."""
+        await self.response.write_eof(frame)
 
     def close(self) -> None:
         """No more heartbeats; idempotent."""

@@ -12,7 +12,7 @@ import itertools
 import socket
 import ssl
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -32,6 +32,8 @@ _MAX_EVENT_BYTES = 16 * 2**20
 """One delta is a few tokens; the last event holds the whole text with its log probabilities."""
 _GRACE_SECONDS = 2.0
 """How much longer than the call's own budget the client waits: the node's 'deadline exceeded' says more than the client's."""
+_END_SECONDS = 1.0
+"""For the end of a stream whose answer has come: a node sends both in one piece."""
 _CONNECT_SECONDS = 5.0
 """A node on a LAN or tailnet answers a connection within milliseconds; a frozen one must not cost the whole budget."""
 
@@ -162,7 +164,9 @@ class RpcConnection:
     async def stream(
         self, method: str, params: Mapping[str, Any] | None = None, *, timeout: float | None = None, **meta: Any
     ) -> AsyncIterator[tuple[str | None, Any]]:
-        """Yields `(notification's method, its params without id)` for each delta, then `(None, result)`. Closing it cancels the work."""
+        """Yields `(notification's method, its params without id)` for each delta, then `(None, result)`. Closing it cancels the work; one
+        that is read to its own end leaves its connection to the next call.
+        """
         call_id = next(self._ids)
         budget = self._timeout if timeout is None else timeout
         body = build_call(method, _with_meta(params, budget, meta), id=call_id)
@@ -180,6 +184,7 @@ class RpcConnection:
                             yield _notification(message, call_id)
                         else:
                             yield None, _result(_checked(message, call_id))
+                            await _to_its_end(response)
                             return
                 raise PeerUnreachable("The node closed the stream before its answer was complete. Send the call again.")
         except TimeoutError:
@@ -370,6 +375,14 @@ async def _events(response: aiohttp.ClientResponse, latest: float) -> AsyncGener
         searched = max(0, len(buffer) - 1)
         if len(buffer) > _MAX_EVENT_BYTES:
             raise _bad_answer(f"an event is larger than {_MAX_EVENT_BYTES:,} bytes")
+
+
+async def _to_its_end(response: aiohttp.ClientResponse) -> None:
+    """After the answer: the end comes with it, or at once. A connection that is left before that is closed."""
+    with suppress(TimeoutError, aiohttp.ClientError, ConnectionError):
+        async with asyncio.timeout(_END_SECONDS):
+            while await response.content.readany():
+                pass
 
 
 def _parsed(body: bytes) -> Any:

@@ -240,8 +240,7 @@ async def _stream(
     try:
         answer = await dispatcher.answer(element, arrival, emit, call_id)
         if answer is not None:
-            await stream.send(b"data: " + answer + b"\n\n")
-            await stream.end()
+            await stream.end(b"data: " + answer + b"\n\n")
     except (Cancelled, ConnectionError):
         pass  # the reader went away between the last delta and the response: there is nobody to tell
     finally:

@@ -155,6 +155,8 @@ class PeerTarget:
                             if not 0 <= delta.index < work.n:
                                 raise ValueError("a piece of an answer that was not asked for")
                             yield delta
+                    async for _ in messages:
+                        pass  # there is nothing more: whoever reads on to the end leaves the connection to the next call
             else:
                 calling = self._connection.call(method, params_of(work), timeout=budget, **meta)
                 yield self._finished(work, await self._lifeline.hold(calling, self._spare))

@@ -64,6 +64,21 @@ async def test_a_silent_stream_carries_heartbeats_and_then_its_events() -> None:
         assert rest.replace(HEARTBEAT, b"") == b"data: 1\n\n"
 
 
+async def test_the_last_event_comes_in_one_piece_with_the_end() -> None:
+    async def serve(stream: EventStream) -> None:
+        await stream.open()
+        written: list[bytes] = []
+        protocol = stream.response._payload_writer
+        assert protocol is not None
+        write = protocol._writelines
+        protocol._writelines = lambda parts: (written.append(b"".join(parts)), write(parts))[1]  # type: ignore[attr-defined,method-assign]
+        await stream.end(b"data: 1\n\n")
+        assert written[-1].endswith(b"data: 1\n\n\r\n0\r\n\r\n")
+
+    async with answered_by(serve, 1.0) as response:
+        assert await response.read() == b"data: 1\n\n"
+
+
 async def test_a_stream_that_is_never_silent_for_so_long_carries_none() -> None:
     async def serve(stream: EventStream) -> None:
         await stream.open()

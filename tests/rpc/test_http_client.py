@@ -282,6 +282,47 @@ async def test_a_connection_that_breaks_midway_is_peer_unreachable(peer: Peer, s
         await once(connection, streamed)
 
 
+@pytest.mark.parametrize("late", [False, True])
+async def test_a_stream_that_was_read_to_its_end_leaves_its_connection_to_the_next(peer: Peer, late: bool) -> None:
+    connections = set()
+    answered = asyncio.Event()
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        connections.add(id(request.protocol))
+        number = (await request.json())["id"]
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"jsonrpc":"2.0","result":1,"id":%d}\n\n' % number)
+        if late:
+            await answered.wait()
+            answered.clear()
+        await response.write_eof()
+        return response
+
+    connection = await peer(handle)
+    for _ in range(5):
+        async for event in connection.stream("inference.chat", CHAT):
+            assert event == (None, 1)
+            answered.set()  # the end comes when the answer is there
+    assert len(connections) == 1
+
+
+async def test_an_end_that_does_not_come_costs_the_answer_nothing_and_the_reader_a_moment(
+    peer: Peer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tars.rpc.http_client._END_SECONDS", 0.05)
+
+    async def handle(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        await response.write(b'data: {"jsonrpc":"2.0","result":1,"id":1}\n\n')
+        await asyncio.Event().wait()
+        return response
+
+    events = [event async for event in (await peer(handle)).stream("inference.chat", CHAT)]
+    assert events == [(None, 1)]
+
+
 async def test_a_stream_that_ends_without_a_response_is_peer_unreachable(peer: Peer) -> None:
     async def handle(request: web.Request) -> web.Response:
         return web.Response(body=b": hello\n\n", content_type="text/event-stream")

@@ -59,6 +59,7 @@ class Connection:
         self.script = script
         self.asked = []
         self.closed = False
+        self.read_to_its_end = False
 
     async def call(self, method, params=None, *, timeout=None, **meta):
         self.asked.append((method, params, timeout, meta))
@@ -74,6 +75,7 @@ class Connection:
                 if isinstance(step, BaseException):
                     raise step
                 yield step
+            self.read_to_its_end = True
         finally:
             self.closed = True
 
@@ -98,6 +100,7 @@ async def test_a_stream_becomes_a_workers_events():
     )
     assert found[0] == Delta(text="h", token_ids=[5])
     assert (found[1].text, found[1].finish_reason) == ("hi", "stop")
+    assert connection.read_to_its_end, "its connection would be closed, and the next call shake hands anew"
     assert (one.served_by.replica, one.served_by.calls_left) == ("m@big#1", 3), "who really answered"
     ((method, params, _, meta),) = connection.asked
     assert method == "inference.chat"
