@@ -42,10 +42,15 @@ async def gateway_and_server(folder: Path, **shape: int) -> AsyncIterator[tuple[
 
 
 async def counters(pc: Pc, model: str = "tiny") -> EngineCounters:
-    """Of this PC's only replica of the model."""
-    (replica,) = (each for each in (await pc.client.describe()).replicas if each.model == model)
-    assert replica.counters is not None
-    return replica.counters
+    """Of this PC's only replica of the model, once it has reported any: one that was loaded a moment ago has not."""
+
+    async def look() -> EngineCounters | None:
+        (replica,) = (each for each in (await pc.client.describe()).replicas if each.model == model)
+        return replica.counters
+
+    found = await until(look, lambda seen: seen is not None, 15, "the engine has reported", gap=0.1)
+    assert found is not None
+    return found
 
 
 async def at_rest(pc: Pc, model: str = "tiny") -> EngineCounters:

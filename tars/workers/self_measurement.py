@@ -23,9 +23,10 @@ TRIES = 6
 DEPTH = 192
 """Tokens before the measured ones, as far as the context and the time allow: a chat's first hundreds."""
 
-FLASH_WORTH = 0.95
-"""Flash attention on a CPU is taken where it needs at most this share of the time without: less would be noise, and without it a
-sequence's numbers depend less on what else runs (README, "The same text again")."""
+FLASH_WORTH = 0.85
+"""Flash attention on a CPU is taken where it needs at most this share of the time without. Two loads of one model on a PC that does other
+things differ by a tenth; a choice that changes with that costs more than it gains, for only between replicas that chose alike a running
+answer moves with its state. And without it a sequence's numbers depend less on what else runs (README, "The same text again")."""
 
 SLOW_SECONDS = 0.25
 """A single token that takes longer: nothing more is compared, for each try costs seconds."""
