@@ -9,6 +9,7 @@ An *attempt* is one replica that was asked. A *break* is the end of an attempt t
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from tars.core.prefix_affinity import Block
 from tars.core.replica_ledger import Reservation
@@ -17,6 +18,9 @@ from tars.core.types import NodeId, ReplicaId
 
 Tokens = tuple[int, ...]
 """The token ids of one answer, the first one first."""
+
+Why = Literal["first", "retry", "hedge", "continuation"]
+"""Why a replica was asked: the four kinds of attempts that are counted apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +151,10 @@ class AttemptRecord:
     hedge: bool = False
     continued: bool = False
     """It went on from tokens of earlier attempts."""
+
+    def why(self, number: int) -> Why:
+        """The same as a word to count by; `number`: its place among the call's attempts, from 0."""
+        return "hedge" if self.hedge else "continuation" if self.continued else "retry" if number else "first"
 
     @property
     def reason(self) -> str:

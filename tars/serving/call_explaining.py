@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -135,9 +135,6 @@ class CallExplainer:
 
 
 def _attempt(attempt: AttemptRecord, number: int, began: float, names: Names) -> AttemptDescription:
-    why: Literal["first", "retry", "hedge", "continuation"] = (
-        "hedge" if attempt.hedge else "continuation" if attempt.continued else "retry" if number else "first"
-    )
     reasons: Mapping[Any, str] = attempt.ranked.reasons
     return AttemptDescription(
         replica=attempt.replica,
@@ -146,7 +143,7 @@ def _attempt(attempt: AttemptRecord, number: int, began: float, names: Names) ->
         device_name=names.device(attempt.replica),
         after_seconds=attempt.started - began,
         seconds=None if attempt.ended is None else attempt.ended - attempt.started,
-        why=why,
+        why=attempt.why(number),
         reason=attempt.reason,
         passed_over=[f"{replica}: {reason}" for replica, reason in reasons.items() if replica != attempt.replica],
         outcome=attempt.outcome,

@@ -43,9 +43,6 @@ SHARE_PART = 0.05
 SHARE_MOST_SECONDS = 0.2
 """At most; several turns of a busy loop."""
 
-FIRST, RETRY, HEDGE, CONTINUATION = "first", "retry", "hedge", "continuation"
-"""Why a replica was asked: the four kinds of attempts that are counted apart."""
-
 
 class Router:
     """See the module's law. `now` is the monotonic clock, `on_traffic` hears of each peer that answers: it lives.
@@ -184,8 +181,7 @@ class Router:
     def _count(self, driver: CallDriver) -> None:
         """A call is over."""
         for number, each in enumerate(driver.machine.attempts):
-            why = HEDGE if each.hedge else CONTINUATION if each.continued else RETRY if number else FIRST
-            self._attempts[why, each.outcome] += 1
+            self._attempts[each.why(number), each.outcome] += 1
             if number in driver.at_peers and number not in driver.mistakes:
                 self._at_peers[each.node, each.outcome] += 1
                 if each.outcome == ANSWERED:

@@ -63,7 +63,10 @@ class SleepingTeam:
     """More threads of libgomp than there are processors, asleep until `end`. Raises `OSError` where this process has no libgomp."""
 
     def __init__(self, library: ctypes.CDLL | None = None) -> None:
-        gomp = library or loaded_libgomp()
+        try:
+            together = (library or loaded_libgomp()).GOMP_parallel
+        except AttributeError:
+            raise OSError("what is loaded as libgomp is none") from None
         count = (os.cpu_count() or 1) + 1
         started = threading.Event()
         self._ended = threading.Event()
@@ -71,7 +74,7 @@ class SleepingTeam:
         def hold() -> None:
             # free(NULL) is the work: native, as threads that Python does not know must do, and nothing.
             nothing = ctypes.cast(ctypes.CDLL(None).free, ctypes.c_void_p)
-            gomp.GOMP_parallel(nothing, None, ctypes.c_uint(count), ctypes.c_uint(0))
+            together(nothing, None, ctypes.c_uint(count), ctypes.c_uint(0))
             started.set()
             self._ended.wait()  # a team's threads end with the one that started it
 

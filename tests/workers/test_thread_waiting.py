@@ -194,6 +194,11 @@ def test_the_team_is_larger_than_the_machine_sleeps_and_ends():
     assert tasks() <= before
 
 
+def test_a_library_that_only_has_the_name_is_refused_before_anybody_waits_for_it():
+    with pytest.raises(OSError, match="is none"):
+        SleepingTeam(ctypes.CDLL(None))
+
+
 def test_a_process_with_no_libgomp_or_with_two_is_left_alone(tmp_path):
     maps = tmp_path / "maps"
     maps.write_text("7f-80 r-xp 00000000 08:01 1   /usr/lib/libc.so.6\n7f-80 r-xp 0 00:00 0\n")
