@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from mesh_processes import Pc, assemble, stopping, until
 from tiny_gguf import write_tiny_gguf
@@ -89,6 +90,12 @@ async def broken_once(gateway: Pc, others: Sequence[Pc], **params: Any) -> tuple
     raise AssertionError("every stream was over too soon")
 
 
+def workers_of(pc: Pc) -> list[psutil.Process]:
+    assert pc.node is not None
+    found: list[psutil.Process] = pc.node.workers()
+    return found
+
+
 def tokens_so_far(result: CompleteResult) -> list[int]:
     return [each.tokens for each in result.served_by.attempts]
 
@@ -120,6 +127,12 @@ async def exact_streams(gateway: Pc, *others: Pc) -> None:
     # The only worker is killed now: the stream waits until it runs again, and goes on there.
     await gateway.client.deploy("tiny", replicas=1, slots=2, context=1024)
     await other.holds("tiny")
+
+    # It may have begun to load the killed one's replica, and the worker of an unloaded one takes a moment to end.
+    async def workers() -> list[psutil.Process]:
+        return workers_of(other)
+
+    await until(workers, lambda seen: len(seen) == 1, 30, "one worker")
     greedy: dict[str, Any] = {**LONG, "temperature": 0.0}
     calm = await gateway.client.complete("Once upon a time", **greedy)
     heard, pieces = Heard(), 0
@@ -129,8 +142,7 @@ async def exact_streams(gateway: Pc, *others: Pc) -> None:
             heard.take(delta)
             pieces += 1
             if pieces == KILLED_AFTER:
-                assert other.node is not None
-                (worker,) = other.node.workers()
+                (worker,) = workers_of(other)
                 worker.kill()
     assert heard.text[0] == stream.result.text == calm.text
     assert len(heard.tokens[0]) == 600
