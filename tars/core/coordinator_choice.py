@@ -20,7 +20,12 @@ class Candidate:
     draining: bool = False
 
 
+def turn_of(candidate: Candidate) -> tuple[bool, int, NodeId]:
+    """Whose is smaller comes first."""
+    return (candidate.draining, -candidate.priority, candidate.node)
+
+
 def coordinator_of(candidates: Iterable[Candidate]) -> NodeId | None:
     """The first by (highest priority, NodeId); one that drains only where nobody else is left. Nodes that see the same say the same."""
-    first = min(candidates, key=lambda each: (each.draining, -each.priority, each.node), default=None)
+    first = min(candidates, key=turn_of, default=None)
     return None if first is None else first.node

@@ -6,7 +6,7 @@ Law of this file: pure; it knows nothing of who is told. Source: SWIM, section 4
 from __future__ import annotations
 
 from collections.abc import Collection
-from heapq import nsmallest
+from itertools import islice
 from math import ceil, log10
 
 from tars.core.mesh_messages import Update
@@ -28,29 +28,39 @@ class MemberRumours:
     """At most one piece of news for each node: a newer one takes its place and is told afresh."""
 
     def __init__(self) -> None:
-        self._told: dict[NodeId, tuple[int, Update]] = {}
+        self._by_told: list[dict[NodeId, Update]] = []
+        """How often it was told -> what, whoever waits longest first: when 1,000 nodes start, each packet chooses from as many."""
+        self._told: dict[NodeId, int] = {}
 
     def __len__(self) -> int:
         return len(self._told)
 
     def add(self, update: Update) -> None:
         """Tell this from now on."""
-        self._told[update.node] = (0, update)
+        self.forget(update.node)
+        self._put(update, 0)
 
     def forget(self, node: NodeId) -> None:
         """Say nothing about `node` any more."""
-        self._told.pop(node, None)
+        if (told := self._told.pop(node, None)) is not None:
+            del self._by_told[told][node]
 
     def take(self, most: int, peers: int, without: Collection[NodeId] = ()) -> list[Update]:
         """Up to `most` pieces for one packet, not about the nodes in `without`; each counts as told."""
         if not self._told:
             return []
-        open_ones = [(told, node) for node, (told, _) in self._told.items() if node not in without]
-        chosen = []
-        for told, node in nsmallest(most, open_ones) if len(open_ones) > most else open_ones:
-            chosen.append(self._told[node][1])
-            if told + 1 >= tellings(peers):
-                del self._told[node]
-            else:
-                self._told[node] = (told + 1, self._told[node][1])
+        open_ones = (update for level in self._by_told for node, update in level.items() if node not in without)
+        chosen = list(islice(open_ones, most))
+        last = tellings(peers)
+        for update in chosen:
+            told = self._told[update.node] + 1
+            self.forget(update.node)
+            if told < last:
+                self._put(update, told)
         return chosen
+
+    def _put(self, update: Update, told: int) -> None:
+        while len(self._by_told) <= told:
+            self._by_told.append({})
+        self._by_told[told][update.node] = update
+        self._told[update.node] = told

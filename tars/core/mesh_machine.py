@@ -7,10 +7,10 @@ is not removed are members; what anybody else sends is dropped, unless this node
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from tars.core.coordinator_choice import Candidate, coordinator_of
+from tars.core.coordinator_choice import Candidate, coordinator_of, turn_of
 from tars.core.membership import Membership, MembershipSettings, Tell
 from tars.core.mesh_events import (
     Changed,
@@ -237,7 +237,7 @@ class MeshMachine:
 
     def _admit(self, keys: Iterable[str], now: float) -> None:
         """Draw what follows from these records for who is a member and who coordinates."""
-        differs = False
+        differing = []
         for key in keys:
             prefix = prefix_of(key)
             if prefix == MEMBER:
@@ -255,9 +255,8 @@ class MeshMachine:
                 )
                 if self._candidacies.get(node, (0, False)) != candidacy:
                     self._candidacies[node] = candidacy
-                    differs = True
-        if differs:  # once for all of them: a node that starts among 1,000 hears of each
-            self._decide()
+                    differing.append(node)
+        self._reconsider(differing)  # once for all of them: a node that starts among 1,000 hears of each
 
     # --- what goes out ------------------------------------------------------------------------------------------------
 
@@ -288,15 +287,14 @@ class MeshMachine:
         """Turn what the membership wants said and has seen into effects."""
         if not self._membership.outbox:
             return
-        changed = False
+        changed = []
         for item in self._membership.take():
             if isinstance(item, MemberChanged):
                 self._effects.append(item)
-                changed = True
+                changed.append(item.node)
             else:
                 self._send(item)
-        if changed:
-            self._decide()
+        self._reconsider(changed)
 
     def _send(self, tell: Tell, records: tuple[Record, ...] = ()) -> None:
         membership = self._membership
@@ -314,14 +312,27 @@ class MeshMachine:
     def _decide(self) -> None:
         """See who coordinates, after a change of who is there or of what they say of themselves."""
         membership = self._membership
-        candidates = [self._candidate(node, membership.state_of(node)) for node in membership.live()]
+        candidates = [self._candidate(node) for node in membership.live()]
         if membership.state is not MemberState.LEFT:
-            candidates.append(self._candidate(self.node, membership.state))
+            candidates.append(self._candidate(self.node))
         coordinator = coordinator_of(candidates)
         if coordinator != self._coordinator:
             self._coordinator = coordinator
             self._effects.append(CoordinatorChanged(coordinator))
 
-    def _candidate(self, node: NodeId, state: MemberState | None) -> Candidate:
+    def _reconsider(self, nodes: Collection[NodeId]) -> None:
+        """The same, after a change of these alone: of who comes after the coordinator none matters (1,000 nodes that start hear of each
+        other's states a thousand times, and a look at all of them each time would cost their cube).
+        """
+        if not nodes:
+            return
+        if (leader := self._coordinator) is not None:
+            turn = turn_of(self._candidate(leader))
+            if all(turn_of(self._candidate(node)) > turn for node in nodes):  # it is none of them, too
+                return
+        self._decide()
+
+    def _candidate(self, node: NodeId) -> Candidate:
+        state = self._membership.state if node == self.node else self._membership.state_of(node)
         priority, draining = self._candidacies.get(node, (0, False))
         return Candidate(node, priority, draining or state is MemberState.DRAINING)

@@ -32,6 +32,14 @@ def test_the_least_told_first_and_no_more_than_there_is_room():
     assert rumours.take(0, 9) == []
 
 
+def test_of_what_was_told_as_often_the_one_that_waits_longest_comes_first():
+    rumours = MemberRumours()
+    for node in "cba":
+        rumours.add(update(node))
+    told = [rumours.take(1, 9, without)[0].node for without in ("", "b", "", "", "", "")]
+    assert told == ["c", "a", "b", "c", "a", "b"]
+
+
 def test_a_newer_one_takes_the_place_and_is_told_afresh():
     rumours = MemberRumours()
     rumours.add(update("a", 1))

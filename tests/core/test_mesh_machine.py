@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mesh_in_memory import EPOCH_MS, Network, name
 
+from tars.core.coordinator_choice import Candidate, coordinator_of
 from tars.core.mesh_events import (
     Changed,
     CoordinatorChanged,
@@ -25,7 +26,7 @@ from tars.core.mesh_events import (
     Tick,
 )
 from tars.core.mesh_machine import MeshMachine, MeshSettings
-from tars.core.mesh_messages import Ack, Envelope, MemberState, News, Ping
+from tars.core.mesh_messages import Ack, Envelope, MemberState, News, Ping, Update
 from tars.core.records import ClientKey, Member, NodeAdvert
 from tars.core.replicated_map import KEY, MEMBER, NODE, ReplicatedMap
 from tars.core.types import NodeSnapshot
@@ -369,6 +370,52 @@ def test_the_highest_priority_coordinates_and_draining_ones_only_when_nobody_els
     mesh.crash(name(1))
     mesh.run(1)
     assert coordinators() == {name(2)}, "both drain: priority decides"
+
+
+STATES = st.sampled_from([ALIVE, SUSPECT, DEAD, DRAINING, LEFT])
+CHANGES = st.lists(
+    st.tuples(st.integers(0, 4), st.one_of(STATES, st.tuples(st.integers(-2, 2), st.booleans()), st.none()))
+)
+
+
+@given(CHANGES)
+def test_after_any_changes_the_coordinator_is_the_first_of_all_that_are_there(changes):
+    """It looks at all of them only when one changed that comes before the coordinator; here they are always all looked at."""
+    machine, candidacies, removed, left = single(1, 2, 3, 4), {}, set(), False
+    writers = [machine.records, *(ReplicatedMap(name(number)) for number in range(1, 5))]
+    machine.handle(Tick(), 0.0, EPOCH_MS)
+    for turn, (number, change) in enumerate(changes, 1):
+        node, wall = name(number), EPOCH_MS + turn
+        if isinstance(change, tuple):
+            candidacies[node] = change
+            said = writers[number].put(NODE + node, advert(number, *change), wall)
+            machine.records.merge([said], wall)
+            event = Changed((said,))
+        elif change is None:  # it is removed, for good
+            if node in removed | {name(0)}:
+                continue
+            removed.add(node)
+            member = Member(node, "pc", "00", (f"{node}:1",), removed=True)
+            event = Changed((machine.records.put(MEMBER + node, member, wall),))
+        elif number:
+            other = name(number % 4 + 1)  # two changes at once
+            updates = (Update(node, turn, change), Update(other, turn, LEFT if turn % 2 else ALIVE))
+            event = Received(Envelope(node, turn, News(), updates=updates))
+        else:
+            left = left or change is LEFT
+            event = Leave() if left else Drain(change is DRAINING)
+        machine.handle(event, 0.001 * turn, wall)
+        there = [node for node, seen in machine.view().members.items() if seen.state not in (DEAD, LEFT)]
+        drains = {node for node in there if machine.view().members[node].state is DRAINING}
+        if not left:
+            there.append(name(0))
+            drains |= {name(0)} if machine.state is DRAINING else set()
+        wanted = coordinator_of(
+            Candidate(node, priority, draining or node in drains)
+            for node in there
+            for priority, draining in [candidacies.get(node, (0, False))]
+        )
+        assert machine.view().coordinator == wanted
 
 
 def test_only_members_count_and_a_removed_one_is_heard_no_more():
