@@ -268,6 +268,41 @@ def assignments(device, *names, replicas=1):
     return list(plan([node], models(), wanted, orders=8).assignments)
 
 
+def test_a_load_for_which_other_programs_leave_too_little_is_at_rest_until_they_leave_more():
+    time = VirtualTime()
+    device = executor(time)[1]
+    (wanted,) = assignments(device, "minilm")
+    ran, device, told = executor(time, takes=lambda assignment, device: Bytes(assignment.memory.total + 10 * 2**20))
+    ran.foreign(device.id, device.memory_total - wanted.memory.total)
+    ran.obey([wanted])
+    time.run_until(2.0)
+    (running,) = ran.all()
+    assert told[-1].endswith("out of memory: 10 MiB are missing")
+    assert ran.short_of_memory(running)
+    began = ran.activity
+    time.run_until(7.0)
+    ran.obey([wanted])
+    assert (running.state, ran.activity) == (ReplicaState.LOADING, began), "it is tried again, which is no unrest"
+    time.run_until(9.0)
+    ran.foreign(device.id, 0)
+    assert running.state is ReplicaState.FAILED
+    assert not ran.short_of_memory(running), "nothing is in its way any more"
+    time.run_until(14.0)
+    ran.obey([wanted])
+    time.run_until(16.0)
+    assert running.state is ReplicaState.READY
+
+
+def test_a_load_that_failed_for_another_reason_is_not_at_rest():
+    time = VirtualTime()
+    ran, device, _ = executor(time, fails=lambda assignment: "the file is damaged")
+    ran.obey(assignments(device, "minilm"))
+    time.run_until(2.0)
+    (running,) = ran.all()
+    assert running.state is ReplicaState.FAILED
+    assert not ran.short_of_memory(running)
+
+
 def test_a_load_takes_time_and_memory_and_ends_ready():
     time = VirtualTime()
     ran, device, _ = executor(time)

@@ -234,7 +234,13 @@ def _why_view_differs(
 
 def why_not_placed(up: Sequence[VirtualNode]) -> str | None:
     """Why what runs is not what the planner would have, as a sentence; None where it is."""
-    moving = [each for node in up for each in node.executor.all() if each.state is not ReplicaState.READY]
+    moving = [
+        each
+        for node in up
+        for each in node.executor.all()
+        # A load for which other programs leave too little is tried again and again, and its state says so.
+        if each.state is not ReplicaState.READY and not node.executor.short_of_memory(each)
+    ]
     if moving:
         return f"{moving[0].assignment.replica} is {moving[0].state}"
     running = [each.assignment for node in up for each in node.executor.all()]

@@ -39,6 +39,8 @@ class Running:
     """When a load that failed is tried again, while it is still ordered."""
     since: int = 0
     """Counts its changes of state, so that what was to happen in an earlier state does not."""
+    missing: Bytes = Bytes(0)
+    """What it would have needed more, where its last load ran out of memory."""
     unforced: bool = True
     """No foreign program took memory of its device while it loaded."""
 
@@ -136,6 +138,11 @@ class VirtualExecutor:
     def devices(self) -> tuple[DeviceSnapshot, ...]:
         """As in the node's advert."""
         return tuple(card.snapshot() for card in self.cards.values())
+
+    def short_of_memory(self, running: Running) -> bool:
+        """Whether it failed for want of memory that is still not there: by its estimate it fits, by what it takes it does not."""
+        card = self.cards[running.assignment.device]
+        return running.state is ReplicaState.FAILED and running.missing > 0 and running.takes > card.free
 
     def all(self) -> list[Running]:
         return [running for card in self.cards.values() for running in card.running.values()]
@@ -237,9 +244,9 @@ class VirtualExecutor:
 
     def _end_load(self, card: Card, running: Running) -> None:
         why = self._conditions.fails(running.assignment)
-        missing = running.takes - running.bytes - max(0, card.free)
-        if why is None and missing > 0:
-            why = f"out of memory: {Bytes(missing)} are missing"
+        running.missing = Bytes(max(0, running.takes - running.bytes - max(0, card.free)))
+        if why is None and running.missing:
+            why = f"out of memory: {running.missing} are missing"
         if why is not None:
             running.bytes = Bytes(0)
             card.press()
@@ -258,7 +265,8 @@ class VirtualExecutor:
     def _again(self, running: Running) -> None:
         card = self.cards[running.assignment.device]
         card.snapshot()
-        self.activity += 1
+        if not self.short_of_memory(running):  # that would be no rest that ever comes
+            self.activity += 1
         self._begin(card, running)
 
     def _stop(self, running: Running) -> None:

@@ -4,7 +4,8 @@ Law of this file: pure. `handle(event, now)` takes what happened and the time, a
 performs; no process, no pipe and no clock is known here. `now` is a monotonic clock in seconds.
 
 The rules, in words:
-- A load that cannot heal (`retryable` is False on its error: a corrupt file, no room) is FAILED at once: a person must act.
+- A load that cannot heal (`retryable` is False on its error: a corrupt file) is FAILED at once: a person must act. So is one that ran out
+  of memory, but whoever has that may give it back: it is tried again as below.
 - Everything else restarts after `backoff_initial * 2**(n-1)` seconds, at most `backoff_most`, n the quick crashes in a row. A worker that
   stayed READY for `stable` seconds has its count forgiven.
 - After `crash_limit` quick crashes in a row it is FAILED, and may be tried again once after every `cool_down` seconds: nobody is on call,
@@ -24,7 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tars.core.types import ReplicaState
-from tars.errors import ReplicaFailed, TarsError, WorkerCrashed
+from tars.errors import DoesNotFit, ReplicaFailed, TarsError, WorkerCrashed
 from tars.messages.node import LoadedInfo, LoadProgress
 
 # --- what happens ---------------------------------------------------------------------------------------------------
@@ -181,7 +182,7 @@ class Lifecycle:
         self.restart_at: float | None = None
         """When the next start is due, None where none is."""
         self.retry_due = False
-        """FAILED by crashes, and its cool-down is over: `StartAsked` tries once more."""
+        """FAILED by crashes or for want of memory, and its cool-down is over: `StartAsked` tries once more."""
         self._alive = False
         self._quick_crashes = 0
         self._ready_since = 0.0
@@ -208,7 +209,7 @@ class Lifecycle:
             case Loaded(info):
                 return self._loaded(info, now)
             case LoadFailed(error):
-                return self._load_failed(error)
+                return self._load_failed(error, now)
             case PingAnswered(mark, in_flight):
                 return self._ping_answered(mark, in_flight, now)
             case ProcessEnded(cause):
@@ -292,7 +293,7 @@ class Lifecycle:
             self._mark = (-1, now)
         return []
 
-    def _load_failed(self, error: TarsError) -> list[Effect]:
+    def _load_failed(self, error: TarsError, now: float) -> list[Effect]:
         if self.state not in (ReplicaState.STARTING, ReplicaState.LOADING):
             return []
         self.last_error = error
@@ -300,6 +301,8 @@ class Lifecycle:
         if error.retryable:
             return self._kill("the load failed")
         self._enter(ReplicaState.FAILED)
+        if isinstance(error, DoesNotFit):
+            self.restart_at = now + self.limits.cool_down
         return [SendShutdown(), Kill("the load failed for good")]
 
     def _ping_answered(self, mark: int, in_flight: int, now: float) -> list[Effect]:

@@ -42,7 +42,7 @@ class WorkerOptions:
     crash_limit: int = 6
     """Quick crashes in a row until FAILED: with the backoff above about 30 s of trying."""
     cool_down_seconds: float = 300.0
-    """From FAILED by crashes until the next single try is due."""
+    """From FAILED by crashes or for want of memory until the next single try is due."""
     queue_limit: int = 64
     """Calls that may wait behind the ones being served; one more is `Overloaded`."""
     engines: Mapping[str, str] = field(default_factory=lambda: ENGINES)

@@ -159,7 +159,7 @@ def test_a_stable_time_forgives_earlier_crashes() -> None:
         machine.handle(Loaded(INFO), now + 1000)
 
 
-@pytest.mark.parametrize("error", [BadModelFile("x"), DoesNotFit("x"), ReplicaFailed("x")])
+@pytest.mark.parametrize("error", [BadModelFile("x"), ReplicaFailed("x")])
 def test_a_load_that_cannot_heal_is_failed_at_once_and_stays_so(error: BadModelFile) -> None:
     machine = Lifecycle(LIMITS)
     machine.handle(StartAsked(), 0)
@@ -167,6 +167,24 @@ def test_a_load_that_cannot_heal_is_failed_at_once_and_stays_so(error: BadModelF
     assert machine.handle(ProcessEnded("exit code 0"), 2) == []
     assert (machine.state, machine.last_error, machine.next_wake()) == (S.FAILED, error, None)
     assert machine.handle(Tick(), 10_000) == []
+
+
+def test_a_load_that_ran_out_of_memory_is_failed_at_once_and_tried_again_when_somebody_may_have_given_some_back() -> (
+    None
+):
+    machine = Lifecycle(LIMITS)
+    machine.handle(StartAsked(), 0)
+    for began in (0, 400):
+        error = DoesNotFit("x")
+        assert [type(effect) for effect in machine.handle(LoadFailed(error), began + 1)] == [SendShutdown, Kill]
+        assert machine.handle(ProcessEnded("exit code 0"), began + 2) == []
+        assert (machine.state, machine.last_error, machine.next_wake()) == (S.FAILED, error, began + 301)
+        assert machine.handle(StartAsked(), began + 300) == []
+        assert machine.handle(Tick(), began + 301) == []
+        assert machine.retry_due
+        assert machine.handle(StartAsked(), began + 400) == [Spawn()]
+    machine.handle(Loaded(INFO), 900)
+    assert machine.state is S.READY
 
 
 def test_a_load_that_may_heal_is_tried_again_and_keeps_its_reason() -> None:
