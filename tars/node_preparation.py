@@ -95,6 +95,7 @@ def worker_options(config: Config) -> WorkerOptions:
         backoff_initial_seconds=worker.backoff_initial_seconds,
         backoff_most_seconds=worker.backoff_most_seconds,
         stop_seconds=worker.stop_seconds,
+        nice=worker.nice,
         queue_limit=config.limits.queue_per_replica,
     )
 

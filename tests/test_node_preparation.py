@@ -91,8 +91,10 @@ def test_limits_and_keys_are_told_to_the_calls_side(load):
 
 
 def test_time_outs_and_the_folder_of_states_are_told_to_the_workers(load, tmp_path):
-    options = worker_options(load("[worker]\nhang_seconds = 33\nstop_seconds = 4\n[limits]\nqueue_per_replica = 5\n"))
-    assert (options.hang_seconds, options.stop_seconds, options.queue_limit) == (33, 4, 5)
+    options = worker_options(
+        load("[worker]\nhang_seconds = 33\nstop_seconds = 4\nnice = 3\n[limits]\nqueue_per_replica = 5\n")
+    )
+    assert (options.hang_seconds, options.stop_seconds, options.nice, options.queue_limit) == (33, 4, 3, 5)
     assert options.saved_folder.parent == tmp_path / "state"
 
 

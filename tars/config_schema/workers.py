@@ -49,6 +49,13 @@ class WorkerSection(Section):
         le=3600,
         description="Between asking a worker to end and killing it; freeing a full 4090 takes about a second.",
     )
+    nice: int = Field(
+        10,
+        ge=0,
+        le=19,
+        description="How far engines stand behind the node itself for the processor (nice(2)): a node that computes with all of it answers "
+        "its peers all the same. On Linux with autogroups or systemd's slices, other programs are not affected.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> WorkerSection:

@@ -100,8 +100,10 @@ class Child:
         on_message: Callable[[dict[str, Any]], None],
         on_end: Callable[[str], None],
         abort_seconds: float = ABORT_SECONDS,
+        nice: int = 0,
     ) -> None:
         self._abort_seconds = abort_seconds
+        self._nice = nice
         self._spec = spec
         self._engine = engine
         self._environment = environment
@@ -154,7 +156,7 @@ class Child:
         """Start the process and watch it to its end; the end's cause."""
         command = [sys.executable, "-P", "-m", "tars.workers.process", "--engine", self._engine]
         command += ["--parent", str(os.getpid()), "--replica", self._spec.replica]
-        command += ["--abort-seconds", str(self._abort_seconds)]
+        command += ["--abort-seconds", str(self._abort_seconds), "--nice", str(self._nice)]
         try:
             process = await asyncio.create_subprocess_exec(
                 *command,

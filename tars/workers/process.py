@@ -296,7 +296,9 @@ def main() -> NoReturn:
     parser.add_argument(
         "--abort-seconds", type=float, default=ABORT_SECONDS, help="a step without progress is broken off"
     )
+    parser.add_argument("--nice", type=int, default=0, help="how far it stands behind the node for the processor")
     arguments = parser.parse_args()
+    os.nice(arguments.nice)
     leave_signals_to_the_node()
     die_with_parent(arguments.parent)
     faulthandler.enable(file=sys.stderr)

@@ -371,6 +371,7 @@ class ReplicaWorker:
             lambda message: self._receive(child, message),
             lambda cause: self._ended(child, cause),
             self.options.step_patience(),
+            self.options.nice,
         )
         self._child = child
         child.send(protocol.request(LOAD_REQUEST, protocol.LOAD, self.spec.model_dump()))

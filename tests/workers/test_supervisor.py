@@ -283,6 +283,14 @@ async def test_an_engine_that_hangs_behind_a_live_event_loop_is_replaced(make: M
     await worker.wait_ready(20)
 
 
+@pytest.mark.parametrize(("said", "behind"), [({}, 10), ({"nice": 0}, 0)])
+async def test_an_engine_stands_behind_the_node_for_the_processor(
+    make: Make, said: dict[str, int], behind: int
+) -> None:
+    worker = await make(**said)
+    assert psutil.Process(worker.pid).nice() == min(19, psutil.Process().nice() + behind)
+
+
 async def test_a_step_that_stands_still_is_broken_off_and_tried_again_before_the_worker_counts_as_hung(
     make: Make,
 ) -> None:
