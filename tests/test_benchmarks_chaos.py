@@ -278,6 +278,21 @@ def test_gaps_of_streams_whose_gateway_died_are_counted_apart() -> None:
     )  # fmt: skip
 
 
+def test_gaps_of_streams_whose_gateway_was_cut_off_itself_are_counted_apart() -> None:
+    stream = record(9.0, 8.0, pieces=[9.5, 10.0, 15.0])
+    assert stream.gateway == "a"
+    for kind in (FaultKind.CUT, FaultKind.SWALLOW):
+        found = summarise(CALM, [stream], [fault(kind, "a", struck=10.5)])
+        assert (found.longest_gap, found.longest_gap_cut_off) == (0.0, pytest.approx(5.0))
+    for other in (
+        fault(FaultKind.CUT, "c", struck=10.5),
+        fault(FaultKind.FREEZE, "a", struck=10.5),
+        fault(FaultKind.CUT, "a", struck=16.0),
+    ):
+        found = summarise(CALM, [stream], [other])
+        assert (found.longest_gap, found.longest_gap_cut_off) == (pytest.approx(5.0), 0.0)
+
+
 def test_a_stream_goes_on_with_its_next_piece_or_its_end() -> None:
     stream = record(0.0, 10.0, pieces=[1.0, 2.0])
     assert next_piece_after(stream, 1.5) == 0.5

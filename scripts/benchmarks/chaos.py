@@ -288,7 +288,8 @@ def show(summary: Summary, console: Console) -> None:
         f"right, but another text than the undisturbed one since a near tie: {summary.parted}",
         f"added latency, seconds: p50 {summary.added_p50:.3f}, p99 {summary.added_p99:.3f}{loaded}",
         f"longest gap inside a stream, seconds: {summary.longest_gap:.2f} where its gateway lived, {summary.calm_gap:.2f} in calm; "
-        f"{summary.longest_gap_sent_again:.2f} where its caller had to send it again",
+        f"{summary.longest_gap_cut_off:.2f} where its gateway was cut off itself, {summary.longest_gap_sent_again:.2f} where its caller "
+        "had to send it again",
         *(f"  {problem}" for problem in summary.problems),
     ):
         console.print(line, markup=False, soft_wrap=True)
@@ -326,7 +327,7 @@ def as_json(run: Run, summary: Summary | None, options: argparse.Namespace) -> d
                 "ended": since(record.ended), "outcome": record.outcome, "parted": record.parted,
                 "first": since(record.pieces[0]) if record.pieces else None, "gap": record.longest_gap and record.longest_gap[1],
                 "sent_again": len(record.sent_again), "refusals": record.refusals, "attempts": record.attempts,
-                "problems": record.problems,
+                "run": record.run, "problems": record.problems,
             }
             for record in run.callers.records
         ]  # fmt: skip

@@ -58,6 +58,8 @@ class Summary:
     overload_added_p50: float | None
     overload_added_p99: float | None
     longest_gap: float
+    longest_gap_cut_off: float
+    """Of streams whose gateway was cut off from all others meanwhile: without a replica of its own it has nothing to go on with."""
     longest_gap_sent_again: float
     calm_gap: float
     faults: Sequence[FaultSummary]
@@ -74,7 +76,11 @@ class Summary:
             Aim("calls without an answer at the end", self.by_outcome.get("running", 0), at_most=0),
             Aim("times that a gateway was gone without a fault there", self.unexplained, at_most=0),
             Aim("faults that the mesh did not mend", self.unmended, at_most=0),
-            Aim("seconds, the longest gap in a stream whose gateway lived", self.longest_gap, at_most=AIM_GAP_SECONDS),
+            Aim(
+                "seconds, the longest gap in a stream whose gateway lived and reached others",
+                self.longest_gap,
+                at_most=AIM_GAP_SECONDS,
+            ),
         ]
 
     @property
@@ -161,7 +167,8 @@ def summarise(calm: Sequence[CallRecord], chaos: Sequence[CallRecord], faults: S
         added_p99=quantile([added(record) for record in steady], 0.99) if steady else 0.0,
         overload_added_p50=quantile([added(record) for record in loaded], 0.5) if loaded else None,
         overload_added_p99=quantile([added(record) for record in loaded], 0.99) if loaded else None,
-        longest_gap=_longest_gap(record for record in chaos if not record.sent_again),
+        longest_gap=_longest_gap(record for record in chaos if not record.sent_again and not _was_cut_off(record, faults)),
+        longest_gap_cut_off=_longest_gap(record for record in chaos if not record.sent_again and _was_cut_off(record, faults)),
         longest_gap_sent_again=_longest_gap(record for record in chaos if record.sent_again),
         calm_gap=_longest_gap(calm),
         faults=[_of_kind(kind, faults, chaos) for kind in FaultKind if any(each.kind is kind for each in faults)],
@@ -188,6 +195,20 @@ def _within(record: CallRecord, spans: Iterable[tuple[float, float | None]]) -> 
 
 def _longest_gap(records: Iterable[CallRecord]) -> float:
     return max((gap[1] for record in records if (gap := record.longest_gap) is not None), default=0.0)
+
+
+def _was_cut_off(record: CallRecord, faults: Iterable[FaultRecord]) -> bool:
+    """Whether its gateway reached nobody else in its longest gap."""
+    if (gap := record.longest_gap) is None:
+        return False
+    began, ended = gap[0], gap[0] + gap[1]
+    return any(
+        fault.kind.needs_links
+        and fault.node == record.gateway
+        and fault.struck <= ended
+        and (fault.over is None or began <= fault.over)
+        for fault in faults
+    )
 
 
 def next_piece_after(record: CallRecord, at: float) -> float | None:
