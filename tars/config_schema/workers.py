@@ -50,7 +50,7 @@ class WorkerSection(Section):
         description="Between asking a worker to end and killing it; freeing a full 4090 takes about a second.",
     )
     nice: int = Field(
-        10,
+        5,
         ge=0,
         le=19,
         description="How far engines stand behind the node itself for the processor (nice(2)): a node that computes with all of it answers "

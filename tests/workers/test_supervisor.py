@@ -283,7 +283,7 @@ async def test_an_engine_that_hangs_behind_a_live_event_loop_is_replaced(make: M
     await worker.wait_ready(20)
 
 
-@pytest.mark.parametrize(("said", "behind"), [({}, 10), ({"nice": 0}, 0)])
+@pytest.mark.parametrize(("said", "behind"), [({}, 5), ({"nice": 0}, 0)])
 async def test_an_engine_stands_behind_the_node_for_the_processor(
     make: Make, said: dict[str, int], behind: int
 ) -> None:
