@@ -125,6 +125,8 @@ class Scenario:
 
     def _join(self, node: VirtualNode) -> Callable[[], None]:
         def join() -> None:
+            if node.power is not Power.DOWN:
+                return  # while it waited for a host, it was brought back by somebody else
             hosts = self.world.running()
             if hosts:
                 node.join(self.dice.choice(hosts))

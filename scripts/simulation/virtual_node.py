@@ -52,13 +52,14 @@ from tars.core.replicated_map import (
     adverts,
     members,
     orders_for,
+    overrules,
     prefix_of,
     wishes,
 )
 from tars.core.taking_over import TakingOver
 from tars.core.types import Assignment, DeviceSnapshot, NodeId, NodeSnapshot
 from tars.mesh.advertising import Advertising
-from tars.mesh.coordinator import DEBOUNCE_SECONDS, ROUND_SECONDS
+from tars.mesh.coordinator import DEBOUNCE_SECONDS, OVERRULED_SECONDS, ROUND_SECONDS
 from tars.mesh.measured_memory import MeasuredMemory
 
 if TYPE_CHECKING:
@@ -384,6 +385,8 @@ class VirtualNode:
         mine = ORDERS + self.id
         if any(key == mine or key.startswith((NODE, DEPLOYMENT, MEASURED)) for key in keys):
             self.wake()
+        elif self.coordinator == self.id and overrules(self.map, keys, self.id):
+            self._due(self.time.now + OVERRULED_SECONDS)
 
     def _save_soon(self, keys: Sequence[str]) -> None:
         for key in keys:

@@ -346,6 +346,12 @@ def orders_for(records: ReplicatedMap, node: NodeId) -> Orders | None:
     return found if isinstance(found, Orders) else None
 
 
+def overrules(records: ReplicatedMap, keys: Iterable[str], coordinator: NodeId) -> bool:
+    """Whether orders of another coordinator than this one are among the records under `keys`."""
+    ordered = (orders_for(records, NodeId(key.removeprefix(ORDERS))) for key in keys if key.startswith(ORDERS))
+    return any(orders is not None and orders.coordinator != coordinator for orders in ordered)
+
+
 def measured(records: ReplicatedMap) -> list[MeasuredLoad]:
     """What loads really took, sorted by key."""
     return [value for _, value in records.items(MEASURED) if isinstance(value, MeasuredLoad)]

@@ -18,7 +18,7 @@ from tars.config import EnginesSection
 from tars.core.coordination import Coordination, CoordinationSettings, Decision, Move
 from tars.core.mesh_events import MeshView
 from tars.core.records import NodeAdvert, Orders
-from tars.core.replicated_map import DEPLOYMENT, MEASURED, NODE, ORDERS, orders_for
+from tars.core.replicated_map import DEPLOYMENT, MEASURED, NODE, ORDERS, orders_for, overrules
 from tars.core.taking_over import TakingOver
 from tars.core.types import (
     Assignment,
@@ -55,6 +55,9 @@ DEBOUNCE_SECONDS = 0.05
 """News comes in bursts: adverts of several nodes, a worker's states. They are taken together."""
 PROGRESS_SECONDS = 2.0
 """A round so often while something loads or is fetched, so that peers see it go on; nothing else asks for one then."""
+OVERRULED_SECONDS = 1.0
+"""A coordinator that hears of orders of another one looks after so long: one that stood still puts them right, and two that do not yet see
+each other do not write against each other at every packet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +142,7 @@ class Coordinator:
         self._not_given = ""
         self._wake = asyncio.Event()
         self._wake_at: float | None = None
+        self._overruled: asyncio.TimerHandle | None = None
         self._round = asyncio.Lock()
         self._changed = asyncio.Event()
         self._stopping = False
@@ -202,6 +206,8 @@ class Coordinator:
         mine = f"{ORDERS}{self.node_id}"
         if any(key == mine or key.startswith((NODE, DEPLOYMENT, MEASURED)) for key in keys):
             self.wake()
+        elif self._overruled is None and overrules(self.records.map, keys, self.node_id) and self.coordinates:
+            self._overruled = asyncio.get_running_loop().call_later(OVERRULED_SECONDS, self._answer_overruling)
 
     async def changed(self) -> None:
         """Wait until a replica's state, a load's progress or the plan changes."""
@@ -431,6 +437,10 @@ class Coordinator:
         if wake:
             self.wake()
         self._pulse()
+
+    def _answer_overruling(self) -> None:
+        self._overruled = None
+        self.wake()
 
     def _patience(self) -> float:
         """Seconds until the next round, if nothing happens."""

@@ -23,6 +23,7 @@ from tars.core.replicated_map import (
     measured_key,
     members,
     orders_for,
+    overrules,
     range_of,
     wishes,
 )
@@ -203,6 +204,17 @@ def test_each_kind_is_found_by_what_it_is():
     assert measured(here) == [load]
     assert keys(here) == {"k": ClientKey("k", "d")}
     assert len(here) == 7
+
+
+def test_orders_of_another_coordinator_are_told_from_a_nodes_own():
+    here, there = ReplicatedMap(A), ReplicatedMap(B)
+    here.put("orders/a", Orders(A, A), NOW)
+    here.merge([there.put("orders/b", Orders(B, B), NOW)], NOW)
+    assert overrules(here, ["orders/a", "orders/b"], A)
+    assert overrules(here, ["orders/a", "orders/b"], B)
+    assert not overrules(here, ["orders/a", "orders/c", "deployment/b", "node/b"], A)
+    here.merge([there.remove("orders/b", NOW + 1)], NOW + 1)
+    assert not overrules(here, ["orders/b"], A)
 
 
 def test_a_measured_load_with_endless_names_still_has_a_key():

@@ -10,7 +10,8 @@ from coordinator_bench import Bench, card
 
 from tars.core.mesh_events import MemberView, MeshView
 from tars.core.mesh_messages import MemberState
-from tars.core.replicated_map import orders_for
+from tars.core.records import Orders
+from tars.core.replicated_map import ORDERS, orders_for
 from tars.core.taking_over import ISOLATED_SECONDS, TAKE_OVER_SECONDS
 from tars.core.types import Bytes, Deployment, NodeId, NodeSnapshot, ReplicaState
 from tars.errors import BadModelFile, InvalidParams
@@ -328,3 +329,29 @@ async def test_orders_that_the_map_refuses_are_said_once_and_stop_no_others(mesh
     await mesh.rounds(4)
     assert mesh.ready() == ["aa", "cc"]
     assert caplog.text.count("it was removed") == 1
+
+
+async def test_a_coordinator_that_hears_of_anothers_orders_puts_them_right_soon(mesh, monkeypatch):
+    """One that stood still while another one decided; without that it would see it in its next round of every ten seconds."""
+    monkeypatch.setattr("tars.mesh.coordinator.OVERRULED_SECONDS", 0.05)
+    mesh["cc"].deployments.deploy(Deployment("tiny", replicas=2))
+    await mesh.rounds(load=False)
+    here, other = mesh["aa"], mesh.ids["bb"]
+    given = orders_for(here.store.map, other)
+    assert given is not None
+    assert given.coordinator == mesh.ids["aa"]
+    running = asyncio.create_task(here.coordinator.run())
+    await here.coordinator.changed()
+    mesh["cc"].store.put(f"{ORDERS}{other}", Orders(other, mesh.ids["cc"]), saved=False)
+    rounds = here.coordinator.rounds
+    for _ in range(5):  # packets: one round for all of them
+        here.coordinator.heard([f"{ORDERS}{other}"])
+    async with asyncio.timeout(5):
+        while orders_for(here.store.map, other) != given:
+            await here.coordinator.changed()
+    await asyncio.sleep(0.2)
+    assert here.coordinator.rounds == rounds + 1
+    here.coordinator.heard([f"{ORDERS}{other}"])  # its own
+    await asyncio.sleep(0.2)
+    assert here.coordinator.rounds == rounds + 1
+    running.cancel()
