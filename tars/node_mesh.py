@@ -326,6 +326,8 @@ class NodeMesh:
                     elif after is MemberState.ALIVE:
                         self._service.peer_lives(node)
                         self.keys_at.heard(node)
+                    if after in (MemberState.DEAD, MemberState.LEFT):
+                        self._service.peer_went(node)
                     self._service.keys.members_changed()
                 self._coordinator.wake()
                 self._say_whether_cut_off(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import signal
 import time
@@ -119,3 +120,22 @@ async def test_who_leaves_is_seen_at_once_and_who_is_killed_within_five_seconds_
         assert await one.coordinator() == "one"
         assert [each.name for each in (await one.client.keys()).keys] == ["laptop"]
         assert (await one.asks()).served_by.node == two.node_id()
+
+
+async def test_a_call_waits_for_the_only_pc_that_has_room_for_its_model_while_that_may_be_back(tmp_path: Path) -> None:
+    one, two = Pc(tmp_path, "one", memory_mib=64, priority=10), Pc(tmp_path, "two", memory_mib=3000)
+    async with stopping([one, two]):
+        await one.start(None, *AS_A_PERSON)
+        await two.start(await one.printed_invitation())
+        await one.sees(two, "ALIVE")
+        await one.plans_with("one", "two")
+        await one.client.deploy(HELP_DESK)
+        await two.holds(HELP_DESK)
+        await two.stop(signal.SIGKILL)
+        await one.sees(two, "DEAD", seconds=30)
+        assert "fits nowhere" in await one.cli("explain", HELP_DESK)
+        asked = asyncio.create_task(one.asks())
+        await two.start()
+        answer = await asked
+        assert answer.served_by.node == two.node_id()
+        assert answer.message.content

@@ -278,6 +278,11 @@ class LocalNodeService:
         if isinstance(self._fleet, MeshFleet):
             self._fleet.peer_died(node)
 
+    def peer_went(self, node: NodeId) -> None:
+        """A peer died or said good-bye: it may be back in a moment."""
+        if isinstance(self._fleet, MeshFleet):
+            self._fleet.peer_went(node)
+
     def peer_lives(self, node: NodeId) -> None:
         """Membership heard of a peer that it had given up, or suspected: calls go there again as if nothing had been."""
         self._router.state.ledger.works(node)

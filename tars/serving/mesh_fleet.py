@@ -31,6 +31,8 @@ ASKED = frozenset({MemberState.ALIVE, MemberState.SUSPECT, MemberState.DRAINING}
 
 SILENT_SECONDS = 30.0
 """A silent peer's breaker closes with its first sign of life; until then nobody need try."""
+RETURN_SECONDS = 30.0
+"""A model that fits only on a node that went so lately is waited for: a PC that restarts, or whose cable was out, is back by then."""
 
 
 class Peers(Protocol):
@@ -114,6 +116,15 @@ class _Index:
     """The same as the router wants them."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Went:
+    """A peer that died or left, at a time of the clock of `tell`, with models that it had or was loading."""
+
+    at: float
+    name: str
+    had: frozenset[str]
+
+
 class MeshFleet:
     """See the module's law, and `router.Fleet` for the methods. `find` is the catalogue's."""
 
@@ -129,6 +140,7 @@ class MeshFleet:
         """Which of the peers that have calls of this node live."""
         self._ledger = ReplicaLedger()
         self._now: Callable[[], float] = time.monotonic
+        self._went: dict[NodeId, _Went] = {}
 
     def models(self) -> list[ServedModel]:
         """What is wanted anywhere. A model that cannot be loaded here is still served where a peer has it."""
@@ -190,11 +202,23 @@ class MeshFleet:
         """Membership gives a peer up: what waits for it is answered elsewhere, or told so."""
         self.pulses.died(node)
 
+    def peer_went(self, node: NodeId) -> None:
+        """A peer died or said good-bye: what only it has room for is waited for, as long as it may be restarting."""
+        had = {
+            name
+            for name, remotes in self._indexed().by_model.items()
+            if any(each.node == node and not _gave_up(each.report.state) for each in remotes)
+        }
+        now = self._now()
+        self._went = {each: went for each, went in self._went.items() if went.at > now - RETURN_SECONDS}
+        self._went[node] = _Went(now, self._name(node), frozenset(had))
+
     def not_ready(self, model: str) -> TarsError:
         """The clearest error for a model that nobody can answer now.
 
-        In this order: it is being loaded somewhere (where, stage, percent); the node that has it does not answer; it failed somewhere
-        (where, why); else this node's own word: refused, planned, or nothing yet.
+        In this order: it is being loaded somewhere (where, stage, percent); the node that has it does not answer, and it is loaded
+        elsewhere or the node may be back in a moment; it failed somewhere (where, why); else this node's own word: refused, planned, or
+        nothing yet.
         """
         remotes = self._indexed().by_model.get(model, ())
         own = self._local.not_ready(model)
@@ -207,13 +231,14 @@ class MeshFleet:
             return _loading(model, furthest)
         lost = [each for each in remotes if each not in there and each.report.state is ReplicaState.READY]
         if lost and not there and (own.retryable or not isinstance(own, ModelError)):
-            names = ", ".join(sorted({each.advert.node.name for each in lost}))
-            return PeerUnreachable(
-                f"{model} was served by {names}, which does not answer. It is loaded elsewhere where it fits; try again in a moment, or "
-                f"see `tars explain {model}`",
-                retry_after_ms=5000,
-                details={"nodes": sorted({each.node for each in lost})},
+            names = {each.node: each.advert.node.name for each in lost}
+            return _lost(
+                model, names, "does not answer. It is loaded elsewhere where it fits; try again in a moment, or"
             )
+        lately = self._lately(model)
+        if lately and not there:
+            why = own.message.rstrip(".")
+            return _lost(model, lately, f"went a moment ago and may be back soon. Until then {why}. Try again, or")
         failed = next((each for each in there if each.report.state is ReplicaState.FAILED), None)
         if failed is not None and not self._local.candidates(model):
             why = failed.report.error or "its log says why"
@@ -250,14 +275,19 @@ class MeshFleet:
         return node if advert is None else f"{advert.node.name} ({node})"
 
     def _served(self, model: ServedModel, index: _Index) -> ServedModel:
-        """Without this node's own problem, where a peer has, or is loading, the model."""
+        """Without this node's own problem, where a peer has, or is loading, the model, or had it a moment ago."""
         if model.unavailable is None:
             return model
         there = any(
             self._standing(each) in ASKED and each.report.state is not ReplicaState.FAILED
             for each in index.by_model.get(model.name, ())
         )
-        return replace(model, unavailable=None) if there else model
+        return replace(model, unavailable=None) if there or self._lately(model.name) else model
+
+    def _lately(self, model: str) -> dict[NodeId, str]:
+        """Nodes that had it and went so lately that they may be back soon: their ids and names."""
+        since = self._now() - RETURN_SECONDS
+        return {node: went.name for node, went in self._went.items() if went.at > since and model in went.had}
 
     def _standing(self, remote: _Remote) -> MemberState | None:
         state = self._peers.state(remote.node)
@@ -313,6 +343,15 @@ def _candidate(remote: _Remote, standing: MemberState) -> Candidate:
         cache_tokens=assignment.settings.kv_tokens,
         file_sha256=report.file_sha256,
         exact=report.exact,
+    )
+
+
+def _lost(model: str, nodes: Mapping[NodeId, str], what: str) -> PeerUnreachable:
+    """`nodes` had it: their ids and names."""
+    return PeerUnreachable(
+        f"{model} was served by {', '.join(sorted(nodes.values()))}, which {what} see `tars explain {model}`",
+        retry_after_ms=5000,
+        details={"nodes": sorted(nodes)},
     )
 
 

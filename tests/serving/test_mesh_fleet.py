@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+from hand_clock import Clock
 from mesh_nodes import ScriptedReplica, report_of
 
 from tars.core.health import BreakerState
@@ -26,7 +27,8 @@ from tars.core.types import (
     ReplicaState,
 )
 from tars.errors import DoesNotFit, PeerUnreachable, ReplicaFailed, StillLoading, TarsError
-from tars.serving.mesh_fleet import MappedPeers, MeshFleet
+from tars.serving.failures import worth_waiting
+from tars.serving.mesh_fleet import RETURN_SECONDS, MappedPeers, MeshFleet
 from tars.serving.peer_target import PeerTarget
 from tars.serving.router import ServedModel, no_replica_error
 
@@ -334,6 +336,52 @@ def test_a_model_whose_node_died_says_which_and_is_worth_a_retry():
     assert isinstance(error, PeerUnreachable)
     assert "pc big, which does not answer" in error.message
     assert error.retryable
+
+
+@pytest.mark.parametrize("state", [MemberState.DEAD, MemberState.LEFT])
+def test_a_model_that_fits_only_on_a_node_that_just_went_is_waited_for_and_then_refused(state):
+    refused = DoesNotFit("m fits on no device here. Free 3 GiB on pc small.")
+    peers = Known(advert(BIG, scripted("b")))
+    own = Own(models=(ServedModel("m", ModelKind.CHAT, (), refused),), error=refused)
+    mesh, clock = fleet(own, peers), Clock()
+    mesh.tell(ReplicaLedger(), clock)
+    peers.states[BIG] = state
+    assert mesh.not_ready("m") is refused, "this node did not see it go"
+    mesh.peer_went(BIG)
+    clock.now += RETURN_SECONDS - 0.1
+    error = mesh.not_ready("m")
+    assert isinstance(error, PeerUnreachable)
+    assert worth_waiting(error)
+    assert "pc big (big), which went a moment ago" in error.message
+    assert "Free 3 GiB on pc small. Try again, or" in error.message
+    assert error.details == {"nodes": [BIG]}
+    # Back with nothing loaded, and this node has not planned with it yet.
+    peers.states[BIG] = MemberState.ALIVE
+    peers.by_node[BIG] = advert(BIG)
+    peers.version += 1
+    assert isinstance(mesh.not_ready("m"), PeerUnreachable)
+    assert mesh.models()[0].unavailable is None
+    clock.now += 0.2
+    assert mesh.not_ready("m") is refused
+    assert mesh.models()[0].unavailable is refused
+
+
+def test_nobody_waits_for_a_node_that_went_without_the_model():
+    refused = DoesNotFit("m fits on no device here.")
+    peers = Known(advert(BIG, scripted("b", ReplicaState.FAILED)), advert(SMALL))
+    mesh = fleet(Own(error=refused), peers)
+    for node in (BIG, SMALL):
+        peers.states[node] = MemberState.DEAD
+        mesh.peer_went(node)
+    assert mesh.not_ready("m") is refused
+
+
+def test_a_node_that_went_is_not_waited_for_where_another_one_says_why_it_cannot():
+    peers = Known(advert(BIG, scripted("b")), advert(SMALL, scripted("s", ReplicaState.FAILED, error="corrupt")))
+    mesh = fleet(Own(error=DoesNotFit("fits nowhere")), peers)
+    peers.states[BIG] = MemberState.DEAD
+    mesh.peer_went(BIG)
+    assert isinstance(mesh.not_ready("m"), ReplicaFailed)
 
 
 def test_else_it_is_this_nodes_own_word():
