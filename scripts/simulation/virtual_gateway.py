@@ -144,7 +144,10 @@ class VirtualGateway:
         return self._pulses[node]
 
     def ask(self, node: NodeId, question: Any, reply: Callable[[Any], None]) -> None:
-        """A question to a peer; the reply comes while this process lives."""
+        """A question to a peer; the reply comes while this process lives. To one that was removed nobody connects."""
+        if not self.node.admits(node):
+            self.node.later(0.0, lambda: reply(None))
+            return
         address = self.node.world.address_of(node)
         self.node.world.wire.ask(self.node.pc.address, address, (self.node.id, question), self.node.hears(reply))
 

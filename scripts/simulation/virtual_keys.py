@@ -25,6 +25,7 @@ from tars.core.idempotency_claims import (
     at_home,
     claiming,
     freeing,
+    gives_its_own,
     patience,
     settling,
 )
@@ -49,6 +50,8 @@ class Entry:
     run: Run | None = None
     joins: bool = False
     told: bool = False
+    own: bytes | None = None
+    waits_for: Claim | None = None
     over: bool = False
     answer: bytes | None = None
     waiting: list[Told] = field(default_factory=list)
@@ -135,7 +138,19 @@ class VirtualKeys:
             self._end(entry, given)
             give(given)
 
-        steps = settling(entry.key, entry.body, entry.run, lambda: self._homes(entry.key), answer, lives=self._lives)
+        def waiting(winner: Claim | None) -> None:
+            entry.waits_for = winner
+
+        entry.own = answer
+        steps = settling(
+            entry.key,
+            entry.body,
+            entry.run,
+            lambda: self._homes(entry.key),
+            answer,
+            lives=self._lives,
+            waiting=waiting,
+        )
         self._drive(steps, settled)
 
     def fail(self, entry: Entry) -> None:
@@ -198,6 +213,8 @@ class VirtualKeys:
 
         if entry.over:
             say(entry.answer)
+        elif gives_its_own(entry.claim, entry.waits_for, question.asker):
+            say(entry.own)
         else:
             entry.waiting.append(say)
             self._node.later(question.wait, still_runs)

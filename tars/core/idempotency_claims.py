@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from typing import TypeAlias, TypeVar
 
 from tars.core.idempotency_keys import Claim, KeyReply, KeyState, KeyTable
@@ -28,6 +29,8 @@ OWNER_SECONDS = 2.5
 the call is run a second time."""
 PAUSE_SECONDS = 0.05
 """At least, before a key is claimed again whose owner gave it up: two that meet so part by chance."""
+MOST_WAITS = 60
+"""A finished answer is kept from its caller for so many waits at another owner at most, each of `WAIT_SECONDS`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +46,12 @@ class ClaimQuestion:
 @dataclass(frozen=True, slots=True)
 class AnswerQuestion:
     """To an owner: what came of the call? ANSWERED with the answer, RUNNING after `wait` seconds, CONFLICT, or UNKNOWN where it does not
-    run it (any more, or waits for another owner itself)."""
+    run it (any more, or waits for another owner itself). `asker` goes by its certificate, not by its word."""
 
     key: str
     body: str
     wait: float
+    asker: NodeId | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +174,7 @@ def claiming(
             yield Pause(PAUSE_SECONDS * (1 + dice.random()))
             continue
         joining(True)
-        ended = yield from _join(key, body, found.claim.owner)
+        ended = yield from _join(key, body, found.claim.owner, claim.owner)
         if ended is not None:
             return ended
         gone = found.claim.token
@@ -186,12 +190,14 @@ def settling(
     *,
     wait: bool = True,
     lives: Callable[[NodeId], bool] = lambda node: True,
+    waiting: Callable[[Claim | None], None] = lambda winner: None,
 ) -> Steps[Known | None]:
     """Tell the homes that the call is answered (`answer` None: it is too large to be sent about).
 
     Returns the answer to give instead, where this node was thought gone and another one has taken over: all who ask get the same one.
     `wait` False: not for one that still runs. `lives` says whether this node sees another one alive: one that it does not (it was removed,
-    say, and runs on for itself) must not keep a finished answer from its caller.
+    say, and runs on for itself) must not keep a finished answer from its caller. `waiting` is told the claim whose answer it waits for, and
+    None when it waits no more: see `gives_its_own`.
     """
     me = run.claim.owner
     told = tuple(dict.fromkeys((*homes(), *run.homes)))
@@ -209,7 +215,9 @@ def settling(
         return None
     given = None if winner.answer is None else Known(winner.answer)
     if given is None and wait and lives(winner.claim.owner):
-        joined = yield from _join(key, body, winner.claim.owner)
+        waiting(winner.claim)
+        joined = yield from _join(key, body, winner.claim.owner, me, MOST_WAITS)
+        waiting(None)
         given = joined if isinstance(joined, Known) else None
     behind = tuple(home for home in told if (reply := said.get(home)) is None or reply.claim != winner.claim)
     if given is not None and behind:
@@ -220,8 +228,18 @@ def settling(
 def _counts(
     told: Sequence[NodeId], said: Mapping[NodeId, KeyReply | None], claim: Claim, *, higher_only: bool = False
 ) -> KeyReply | None:
-    """What a home says of another claim that counts: one with a higher epoch, else the first home's word. None: this one counts."""
-    known = [(reply.claim, reply) for home in told if (reply := said.get(home)) is not None and reply.claim is not None]
+    """What a home says of another claim that counts: one with a higher epoch, else the first home's word. None: this one counts.
+
+    An earlier claim of the very same node, of before its restart say, has no answer to wait for: what a home says of that counts for
+    nothing.
+    """
+    known = [
+        (reply.claim, reply)
+        for home in told
+        if (reply := said.get(home)) is not None
+        and reply.claim is not None
+        and (reply.claim.owner != claim.owner or reply.claim.token == claim.token or reply.answer is not None)
+    ]
     if not known:
         return None
     highest, over = max(known, key=lambda each: each[0].epoch)
@@ -237,13 +255,23 @@ def freeing(key: str, body: str, claim: Claim, run: Run | None, homes: Callable[
     yield tuple(Ask(home, Settlement(key, body, claim, failed=True)) for home in told)
 
 
-def _join(key: str, body: str, owner: NodeId) -> Steps[Known | Refused | None]:
-    """Wait at the owner for as long as it runs the call. None: it is not there, or knows it no more."""
-    while True:
-        (reply,) = yield (Ask(owner, AnswerQuestion(key, body, WAIT_SECONDS)),)
+def gives_its_own(mine: Claim, waits_for: Claim | None, asker: NodeId | None) -> bool:
+    """Whether a node that has an answer, and waits for another node's in its place, gives its own to whoever asks.
+
+    Two nodes may have computed a call and each have heard of the other one from a home (where the first home's word was lost on the way to
+    one of them): they wait for each other, and the answer of the one with the smaller token is both's.
+    """
+    return waits_for is not None and waits_for.owner == asker and mine.token < waits_for.token
+
+
+def _join(key: str, body: str, owner: NodeId, asker: NodeId, most: int | None = None) -> Steps[Known | Refused | None]:
+    """Wait at the owner for as long as it runs the call, `most` times at most. None: it is not there, or knows it no more."""
+    for _ in count() if most is None else range(most):
+        (reply,) = yield (Ask(owner, AnswerQuestion(key, body, WAIT_SECONDS, asker)),)
         if reply is not None and reply.state is KeyState.ANSWERED and reply.answer is not None:
             return Known(reply.answer)
         if reply is not None and reply.state is KeyState.CONFLICT:
             return Refused()
         if reply is None or reply.state is not KeyState.RUNNING:
             return None
+    return None

@@ -36,6 +36,7 @@ from tars.core.idempotency_claims import (
     at_home,
     claiming,
     freeing,
+    gives_its_own,
     settling,
 )
 from tars.core.idempotency_keys import (
@@ -128,6 +129,10 @@ class _Entry:
     """It waits for another node, and nobody shall wait for it meanwhile."""
     told: bool = False
     """The homes hear of its end, or have heard."""
+    own: Message | None = None
+    """Computed here, before it is known whether it is the one to give."""
+    waits_for: KeyClaim | None = None
+    """Whose answer is the one to give."""
 
 
 class Claim:
@@ -248,7 +253,21 @@ class IdempotentAnswers:
         alone = self._homes(key) == (self._me,) == entry.run.homes
         # Alone, the answer is kept once, as it is; a node that joins later finds its owner here.
         said = None if alone else bytes_for_homes(answer)
-        steps = settling(key, entry.body, entry.run, lambda: self._homes(key), said, wait=not shown, lives=self._lives)
+        entry.own = answer
+
+        def waiting(winner: KeyClaim | None) -> None:
+            entry.waits_for = winner
+
+        steps = settling(
+            key,
+            entry.body,
+            entry.run,
+            lambda: self._homes(key),
+            said,
+            wait=not shown,
+            lives=self._lives,
+            waiting=waiting,
+        )
         # A task of its own: the caller may leave now, and the answer is there all the same.
         return await asyncio.shield(self._start(self._settled(key, entry, answer, steps, shown)))
 
@@ -354,10 +373,13 @@ class IdempotentAnswers:
             return KeyReply(KeyState.UNKNOWN)
         if entry.body != question.body:
             return KeyReply(KeyState.CONFLICT)
-        done, _ = await asyncio.wait({entry.answer}, timeout=question.wait)
-        if not done:
-            return KeyReply(KeyState.RUNNING, entry.claim)
-        answer = entry.answer.result()
+        if gives_its_own(entry.claim, entry.waits_for, question.asker):
+            answer = entry.own
+        else:
+            done, _ = await asyncio.wait({entry.answer}, timeout=question.wait)
+            if not done:
+                return KeyReply(KeyState.RUNNING, entry.claim)
+            answer = entry.answer.result()
         said = None if answer is None else bytes_of(answer)
         return KeyReply(KeyState.UNKNOWN) if said is None else KeyReply(KeyState.ANSWERED, entry.claim, said)
 

@@ -93,7 +93,7 @@ def question_of(params: ClaimKeyParams | SettleKeyParams | AwaitAnswerParams, se
             answer = None if params.answer is None else params.answer.encode()
             return Settlement(params.key, params.body, _claim(params.claim), answer, params.failed)
         case AwaitAnswerParams():
-            return AnswerQuestion(params.key, params.body, params.wait_ms / 1000)
+            return AnswerQuestion(params.key, params.body, params.wait_ms / 1000, NodeId(sender))
 
 
 def result_of(reply: KeyReply) -> KeyResult:

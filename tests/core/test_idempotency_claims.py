@@ -5,6 +5,7 @@ import random
 import pytest
 
 from tars.core.idempotency_claims import (
+    MOST_WAITS,
     AnswerQuestion,
     Ask,
     ClaimQuestion,
@@ -15,6 +16,7 @@ from tars.core.idempotency_claims import (
     at_home,
     claiming,
     freeing,
+    gives_its_own,
     settling,
 )
 from tars.core.idempotency_keys import Claim, KeyReply, KeyState, KeyTable
@@ -310,6 +312,95 @@ def test_a_mesh_in_two_parts_computes_it_once_in_each(seed):
     assert len(race.computed) == 2
     assert race.results[A] == race.results[B]
     assert race.results[C] == race.results[D]
+
+
+class Finished:
+    """Two nodes, A and B, that both computed the call; what homes say is given. Each waits for the other one, as `serving` does it."""
+
+    def __init__(self, tokens, said):
+        self.runs = {node: Run(Claim(node, tokens[node]), (C, D)) for node in tokens}
+        self.said = said
+        self.waits = dict.fromkeys(tokens)
+        self.given = {}
+        self.questions = 0
+
+    def node(self, node):
+        def waiting(winner):
+            self.waits[node] = winner
+
+        own = f"by {node}".encode()
+        other = yield from settling("k", "x", self.runs[node], lambda: (C, D), own, waiting=waiting)
+        self.given[node] = own if other is None else other.answer
+
+    def reply(self, node, ask):
+        if not isinstance(ask.question, AnswerQuestion):
+            return self.said[node].get(ask.node)
+        assert ask.question.asker == node
+        self.questions += 1
+        owner = ask.node
+        if gives_its_own(self.runs[owner].claim, self.waits[owner], node):
+            return KeyReply(KeyState.ANSWERED, None, f"by {owner}".encode())
+        if owner in self.given:
+            return KeyReply(KeyState.ANSWERED, None, self.given[owner])
+        return KeyReply(KeyState.RUNNING)
+
+    def run(self, order):
+        steps = {node: [self.node(node), None] for node in self.runs}
+        while steps:
+            for node in order:
+                if node in steps:
+                    generator, replies = steps[node]
+                    try:
+                        asks = generator.send(replies)
+                    except StopIteration:
+                        del steps[node]
+                    else:
+                        steps[node][1] = tuple(self.reply(node, ask) for ask in asks)
+
+
+@pytest.mark.parametrize("order", [(A, B), (B, A)])
+@pytest.mark.parametrize("tokens", [{A: "1", B: "2"}, {A: "2", B: "1"}])
+def test_two_that_computed_it_and_heard_of_each_other_give_the_same_answer_at_once(tokens, order):
+    """The first home knows B's claim, and its word to B was lost; the second one knows A's."""
+    finished = Finished(
+        tokens,
+        {
+            A: {
+                C: KeyReply(KeyState.RUNNING, Claim(B, tokens[B])),
+                D: KeyReply(KeyState.ANSWERED, Claim(A, tokens[A])),
+            },
+            B: {D: KeyReply(KeyState.RUNNING, Claim(A, tokens[A]))},
+        },
+    )
+    finished.run(order)
+    smaller = min(tokens, key=tokens.__getitem__)
+    assert finished.given == dict.fromkeys((A, B), f"by {smaller}".encode())
+    assert finished.questions < 10
+
+
+def test_a_finished_answer_is_not_kept_from_its_caller_for_ever(mesh):
+    run = Run(Claim(A, "a"), (C,))
+    mesh.tables[C].claim("k", "x", Claim(B, "b"), 0)
+    mesh.own[B] = KeyReply(KeyState.RUNNING)
+    steps, asked, replies = settling("k", "x", run, lambda: (C,), b"42"), 0, None
+    try:
+        while True:
+            asks = steps.send(replies)
+            asked += isinstance(asks[0].question, AnswerQuestion)
+            replies = tuple(map(mesh.put, asks))
+    except StopIteration as ended:
+        given = ended.value
+    assert given is None
+    assert asked == MOST_WAITS
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_a_node_does_not_wait_for_its_own_claim_of_before_its_restart(mesh, epoch):
+    mesh.tables[A].claim("k", "x", Claim(C, "before", epoch), 0)
+    assert mesh.settle(Run(Claim(C, "after"), (B,)), b"42") is None
+    assert (C, "AnswerQuestion") not in mesh.asked
+    mesh.tables[A].settle("k", "x", Claim(C, "before", epoch), 0, answer=b"41")
+    assert mesh.settle(Run(Claim(C, "after"), (B,)), b"42") == Known(b"41"), "that was given to somebody"
 
 
 def test_every_question_names_the_key_and_the_body():

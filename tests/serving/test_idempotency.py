@@ -8,7 +8,7 @@ import pytest
 from hand_clock import Clock
 
 from tars.core import idempotency_claims
-from tars.core.idempotency_keys import LARGEST_ANSWER
+from tars.core.idempotency_keys import LARGEST_ANSWER, KeyReply, KeyState
 from tars.core.types import Deadline
 from tars.errors import IdempotencyConflict, PeerUnreachable
 from tars.messages.base import CallContext
@@ -367,6 +367,24 @@ async def test_a_mesh_in_two_parts_computes_twice_and_agrees_again(three):
     three.parts = None
     later = {(await three.computes(name))[1] for name in "bc"}
     assert len(later) == 1, "one answer for everybody who asks after it"
+
+
+async def test_two_that_computed_it_and_wait_for_each_other_give_the_same_answer(three, monkeypatch):
+    three.parts = [{"a"}, {"b"}, {"c"}]
+    claims = {name: await three.nodes[name].claim_or_answer(call(), PARAMS) for name in "ab"}
+    three.parts = None
+    other = {"a": claims["b"]._entry.claim, "b": claims["a"]._entry.claim}
+
+    def counts(told, said, claim, *, higher_only=False):
+        return None if higher_only else KeyReply(KeyState.RUNNING, other[claim.owner])
+
+    monkeypatch.setattr(idempotency_claims, "_counts", counts)
+    async with asyncio.timeout(5):
+        given = await asyncio.gather(*(claims[name].succeed(said(f"of {name}"), 10) for name in "ab"))
+    smaller = min("ab", key=lambda name: claims[name]._entry.claim.token)
+    assert [each.model for each in given] == [f"of {smaller}"] * 2
+    for name in "ab":
+        assert await three.computes(name, "another") == (0, f"of {smaller}")
 
 
 async def test_large_answers_stay_with_their_owner_and_are_computed_again_without_it(three):

@@ -24,7 +24,7 @@ QUESTIONS = {
         Settlement(KEY, BODY, CLAIM),
         Settlement(KEY, BODY, CLAIM, failed=True),
     ],
-    "mesh.await_answer": [AnswerQuestion(KEY, BODY, 1.25)],
+    "mesh.await_answer": [AnswerQuestion(KEY, BODY, 1.25, ME)],
 }
 PARAMS = {"mesh.claim": ClaimKeyParams, "mesh.settle": SettleKeyParams, "mesh.await_answer": AwaitAnswerParams}
 CLAIM_QUESTION = QUESTIONS["mesh.claim"][0]
