@@ -53,8 +53,8 @@ class WorkerSection(Section):
         5,
         ge=0,
         le=19,
-        description="How far engines stand behind the node itself for the processor (nice(2)): a node that computes with all of it answers "
-        "its peers all the same. On Linux with autogroups or systemd's slices, other programs are not affected.",
+        description="How far loaded engines stand behind the node itself for the processor (nice(2)): a node that computes with all of it "
+        "answers its peers all the same. On Linux with autogroups or systemd's slices, other programs are not affected.",
     )
 
     @model_validator(mode="after")

@@ -46,9 +46,9 @@ class WorkerOptions:
     queue_limit: int = 64
     """Calls that may wait behind the ones being served; one more is `Overloaded`."""
     nice: int = 5
-    """Added to the node's own niceness (nice(2)). The node answers its peers' probes with the same processors on which engines compute: in
-    a benchmark of three nodes on two cores under five times their load, 84 of 620 attempts met a peer that seemed gone with 0, 3 with 5 and
-    none with 10. With 10 a load starves beside busy programs of the same session: one of 15 s took more than 120."""
+    """Added to the node's own niceness (nice(2)) once a replica is loaded. The node answers its peers' probes with the same processors on
+    which engines compute: in a benchmark of three nodes on two cores under five times their load, 84 of 620 attempts met a peer that seemed
+    gone with 0, 3 with 5 and none with 10. A load stays as nice as the node: it starved beside the engines that serve."""
     engines: Mapping[str, str] = field(default_factory=lambda: ENGINES)
     environment: Mapping[str, str] = field(default_factory=dict)
     """Added to every worker's environment."""

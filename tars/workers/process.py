@@ -39,6 +39,7 @@ from tars.messages.inference import Delta
 from tars.messages.node import LoadedInfo, LoadProgress
 from tars.workers import protocol
 from tars.workers.engine import Engine, Event, Finished, LoadSpec, Resume, Submission
+from tars.workers.niceness import stand_behind
 from tars.workers.stdio import READ_SIZE, FramingError, MessageReader, frame
 from tars.workers.wakeup import Wakeup
 from tars.workers.watchdog import ABORT_SECONDS, StepWatchdog
@@ -102,8 +103,11 @@ class Output(asyncio.BaseProtocol):
 class Worker:
     """Both ends of one worker's pipe, and its engine."""
 
-    def __init__(self, engine: Engine, output: asyncio.WriteTransport, abort_seconds: float = ABORT_SECONDS) -> None:
+    def __init__(
+        self, engine: Engine, output: asyncio.WriteTransport, abort_seconds: float = ABORT_SECONDS, nice: int = 0
+    ) -> None:
         self._engine = engine
+        self._nice = nice
         self._output = output
         self._loop = asyncio.get_running_loop()
         self._outbox: deque[dict[str, Any] | Sequence[tuple[int, Event | Exception]]] = deque()
@@ -150,6 +154,8 @@ class Worker:
 
     def _load_done(self, number: int, info: LoadedInfo) -> None:
         self._loaded = True
+        # From now on, and not while it loaded: what is missing is to be there soon, all the more where others have too much to do.
+        stand_behind(self._nice)
         self._write([protocol.result(number, info)])
 
     def _flush(self) -> None:
@@ -278,12 +284,12 @@ def _answer(sequence: int, event: Finished | Exception) -> dict[str, Any]:
     return protocol.failure(sequence, event)
 
 
-async def _serve(engine_name: str, output: int, abort_seconds: float) -> None:
+async def _serve(engine_name: str, output: int, abort_seconds: float, nice: int) -> None:
     loop = asyncio.get_running_loop()
     stream = asyncio.StreamReader(limit=READ_SIZE)
     await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(stream), sys.stdin)
     transport, _ = await loop.connect_write_pipe(Output, os.fdopen(output, "wb", buffering=0))
-    await Worker(create_engine(engine_name), transport, abort_seconds).serve(MessageReader(stream))
+    await Worker(create_engine(engine_name), transport, abort_seconds, nice).serve(MessageReader(stream))
 
 
 def main() -> NoReturn:
@@ -296,15 +302,16 @@ def main() -> NoReturn:
     parser.add_argument(
         "--abort-seconds", type=float, default=ABORT_SECONDS, help="a step without progress is broken off"
     )
-    parser.add_argument("--nice", type=int, default=0, help="how far it stands behind the node for the processor")
+    parser.add_argument(
+        "--nice", type=int, default=0, help="how far it stands behind the node for the processor once it serves"
+    )
     arguments = parser.parse_args()
-    os.nice(arguments.nice)
     leave_signals_to_the_node()
     die_with_parent(arguments.parent)
     faulthandler.enable(file=sys.stderr)
     code = 0
     try:
-        asyncio.run(_serve(arguments.engine, output, arguments.abort_seconds))
+        asyncio.run(_serve(arguments.engine, output, arguments.abort_seconds, arguments.nice))
     except FramingError as error:
         print(f"worker: {error}", file=sys.stderr)
         code = EXIT_ENGINE_FAILED

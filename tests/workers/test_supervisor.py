@@ -283,12 +283,24 @@ async def test_an_engine_that_hangs_behind_a_live_event_loop_is_replaced(make: M
     await worker.wait_ready(20)
 
 
+def nicenesses(pid: int | None) -> list[int]:
+    """Of each of its threads."""
+    return [os.getpriority(os.PRIO_PROCESS, int(thread.name)) for thread in Path(f"/proc/{pid}/task").iterdir()]
+
+
 @pytest.mark.parametrize(("said", "behind"), [({}, 5), ({"nice": 0}, 0)])
-async def test_an_engine_stands_behind_the_node_for_the_processor(
-    make: Make, said: dict[str, int], behind: int
+async def test_an_engine_stands_behind_the_node_for_the_processor_once_it_is_loaded(
+    make: Make, tmp_path: Path, said: dict[str, int], behind: int
 ) -> None:
-    worker = await make(**said)
-    assert psutil.Process(worker.pid).nice() == min(19, psutil.Process().nice() + behind)
+    go = tmp_path / "go"
+    worker = await make(f"slow:{go}", ready=False, **said)
+    await until(lambda: worker.progress is not None and worker.progress.stage == "load")
+    mine = psutil.Process().nice()
+    assert set(nicenesses(worker.pid)) == {mine}, "a load is not kept waiting"
+    go.touch()
+    await worker.wait_ready(20)
+    assert set(nicenesses(worker.pid)) == {min(19, mine + behind)}
+    assert len(nicenesses(worker.pid)) > 1, "its engine has a thread of its own"
 
 
 async def test_a_step_that_stands_still_is_broken_off_and_tried_again_before_the_worker_counts_as_hung(
