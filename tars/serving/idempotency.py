@@ -280,6 +280,7 @@ class IdempotentAnswers:
             if winner is not None and not shown:
                 given = read(type(answer), winner.answer) or answer
         finally:
+            entry.own = None
             self._end(key, entry, given)
         return given
 
