@@ -10,10 +10,11 @@ import re
 import time
 
 import click
-from rich.console import RenderableType
+from rich.console import Group, RenderableType
 from rich.text import Text
 
 from tars.cli.connection import Connection, Exit, ask, connection_options, pass_connection, print_answer, print_json
+from tars.cli.mesh_output import ISOLATED
 from tars.cli.output import cell, duration, plain, table_of
 from tars.messages.admission import KeysResult, TokenNewResult, TokensResult
 from tars.messages.node import PeersResult
@@ -228,7 +229,7 @@ def nodes_view(result: PeersResult) -> RenderableType:
             cell(", ".join(peer.addresses) or "-"),
             cell(peer.client_url or "-"),
         )
-    return table
+    return Group(table, ISOLATED) if result.isolated else table
 
 
 @node.command("remove")

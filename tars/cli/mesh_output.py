@@ -30,6 +30,7 @@ from tars.messages.node import NodeDescription, ReplicaDescription
 GONE = frozenset({"DEAD", "LEFT"})
 """States of nodes that hold nothing: what they told last is the past."""
 MEMBER_STYLES = {"ALIVE": "green", "DRAINING": "yellow", "SUSPECT": "yellow", "DEAD": "red", "LEFT": "dim"}
+ISOLATED = Text("none of the others answers this node: look first at its own network", style="red")
 SHOWN_VERDICTS = 8
 """Devices that are named under a model which nobody serves: a mesh of four PCs with a card and a CPU each."""
 
@@ -70,7 +71,7 @@ def nodes_table(mesh: MeshDescription, now: float) -> Group:
         )
     parts: list[RenderableType] = [table]
     if mesh.isolated:
-        parts.append(Text("none of the others answers this node: look first at its own network", style="red"))
+        parts.append(ISOLATED)
     if mesh.nodes_left_out:
         states = ", ".join(f"{count} {plain(state)}" for state, count in mesh.nodes_by_state.items())
         parts.append(

@@ -235,6 +235,7 @@ class PeersResult(Message):
     """`mesh.peers`."""
 
     peers: list[PeerDescription]
+    isolated: bool = Field(False, description="No peer answers this node: look first at its own network.")
 
 
 class ModelParams(Message):

@@ -106,19 +106,22 @@ class NodeDescriber:
             coordinator=self._coordinator.coordinates,
             version=__version__,
         )
-        return PeersResult(peers=[me, *self._others()])
+        return PeersResult(peers=[me, *self._others()], isolated=self._isolated())
+
+    def _isolated(self) -> bool:
+        view = self._coordinator.mesh()
+        return view is not None and view.isolated
 
     def mesh(self, params: MeshParams) -> MeshDescription:
         """As told last; this node too, so that the answer changes only when something did. Raises `InvalidParams`."""
-        coordinator = self._coordinator
-        view = coordinator.mesh()
+        coordinator, peers = self._coordinator, self.peers()
         return describe_mesh(
             params,
             coordinator.node_id,
-            self.peers().peers,
+            peers.peers,
             adverts(coordinator.records.map),
             plan=coordinator.plan,
             moves=coordinator.moves,
             problems=coordinator.problems,
-            isolated=view is not None and view.isolated,
+            isolated=peers.isolated,
         )

@@ -203,6 +203,8 @@ def test_nodes_are_shown_with_their_state_and_role() -> None:
     assert "coordinates" in shown
     assert "DEAD" in shown
     assert "\x1b" not in shown
+    assert "its own network" not in shown
+    assert "its own network" in drawn(nodes_view(PeersResult(peers=peers, isolated=True)))
 
 
 def test_on_the_nodes_own_pc_the_operator_key_is_sent_and_a_given_key_wins(
