@@ -106,11 +106,8 @@ class NodeDescriber:
             coordinator=self._coordinator.coordinates,
             version=__version__,
         )
-        return PeersResult(peers=[me, *self._others()], isolated=self._isolated())
-
-    def _isolated(self) -> bool:
         view = self._coordinator.mesh()
-        return view is not None and view.isolated
+        return PeersResult(peers=[me, *self._others()], isolated=view is not None and view.isolated)
 
     def mesh(self, params: MeshParams) -> MeshDescription:
         """As told last; this node too, so that the answer changes only when something did. Raises `InvalidParams`."""

@@ -222,6 +222,7 @@ async def test_a_node_that_lost_sight_of_everybody_waits_before_it_takes_their_w
     assert mesh.ready() == ["cc"]
     mesh.cut.add(mesh.ids[cut])
     mesh.isolated.add(mesh.ids[cut])
+    assert [name for name in ("aa", "bb", "cc") if mesh.service(name).peers().isolated] == [cut]
     workers = len(mesh[cut].workers)
     await mesh.rounds(int(ISOLATED_SECONDS))
     assert len(mesh[cut].workers) == workers
