@@ -44,8 +44,10 @@ from tars.core.replica_ledger import Choice, Observation, Reservation
 from tars.core.retry_rules import Blame, lesson_of, may_go_on, needs_budget
 from tars.core.routing import HOP_SECONDS, Candidate, may_take
 from tars.core.routing_state import RoutingState
-from tars.core.types import ReplicaId
+from tars.core.types import ReplicaId, ReplicaState
 
+COMING = frozenset({ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING})
+"""States of a replica that may be ready soon."""
 LOOK_SECONDS = 1.0
 """A call that waits for a replica, or stays with a late one because there is no other, looks again so often, told or not."""
 LEARNED_AFTER = frozenset({0, 4, 16, 64, 256})
@@ -290,9 +292,15 @@ class CallMachine:
         able = progress.able(self._candidates()) if self._shape.shown else self._candidates()
         ready = [each.replica for each in able if may_take(each)]
         if ready:
-            soonest = progress.again_from(ready, now) - now
+            again, said = progress.again_from(ready, now)
+            soonest = again - now
+            if soonest >= remaining and any(each.state in COMING for each in able):
+                # Too late there; one that loads, and is ready before that, is not.
+                self._again_at = now + LOOK_SECONDS
+                return self._armed([], now)
             if soonest >= remaining:
-                return self._fail(self._last or NO_REPLICA, now)  # now rather than late
+                # Now rather than late, and with the word of who is there: others may have died meanwhile.
+                return self._fail(said or self._last or NO_REPLICA, now)
             pause = min(full_jitter(progress.rounds, self._rng), remaining / 2)
             progress.rounds += 1
             self._again_at = now + max(pause, soonest)

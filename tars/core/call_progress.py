@@ -17,11 +17,13 @@ from tars.core.types import ReplicaId
 class CallProgress:
     """Of one call with `answers` answers; `exact`: what an exact replica began, only exact ones may go on with."""
 
-    __slots__ = ("_exact", "_file", "_kills", "_kills_here", "_so_far", "_source", "rounds", "tried")
+    __slots__ = ("_exact", "_file", "_kills", "_kills_here", "_said", "_so_far", "_source", "rounds", "tried")
 
     def __init__(self, answers: int = 1, exact: bool = False, file: str | None = None):
         self.tried: dict[ReplicaId, float] = {}
         """Those that failed since the last new token, and the time before which they are not asked again."""
+        self._said: dict[ReplicaId, Failure] = {}
+        """What each of them failed with last."""
         self.rounds = 0
         """How often everybody was tried since the last new token."""
         self._so_far: list[list[int]] = [[] for _ in range(answers)]
@@ -77,6 +79,7 @@ class CallProgress:
             self.rounds = 0
             self._kills_here = 0
         self.tried[replica] = now + (failure.retry_after or 0.0)
+        self._said[replica] = failure
         if may_have_killed(failure):
             self._kills += 1
             self._kills_here += 1
@@ -86,9 +89,10 @@ class CallProgress:
         """Whether as many workers died under it as a call may lose."""
         return self._kills_here >= MOST_KILLS_HERE or self._kills >= MOST_KILLS
 
-    def again_from(self, ready: Collection[ReplicaId], now: float) -> float:
-        """When the first of these, all of which were tried, may be asked again."""
-        return min((self.tried.get(replica, now) for replica in ready), default=now)
+    def again_from(self, ready: Collection[ReplicaId], now: float) -> tuple[float, Failure | None]:
+        """When the first of these, all of which were tried, may be asked again, and what it failed with."""
+        first = min(ready, key=lambda replica: self.tried.get(replica, now))
+        return self.tried.get(first, now), self._said.get(first)
 
     def forgive(self, now: float) -> None:
         """Those whose time has come may be asked again."""

@@ -167,6 +167,48 @@ def test_a_retry_after_beyond_the_deadline_fails_now_rather_than_late():
     assert plain(call.failed(0, full)) == [Fail(full)]
 
 
+def test_what_a_call_is_told_is_the_word_of_who_is_there_and_not_that_of_who_died_since():
+    call = Call(replica("a"), replica("b"), deadline=20.0)
+    call.begin()
+    full, lost = Failure("overloaded", retry_after=30.0), Failure("peer_unreachable")
+    first = call.started()[0]
+    call.failed(0, full)
+    assert call.started()
+    call.fleet = [each for each in call.fleet if each.replica == first]
+    assert plain(call.failed(1, lost)) == [Fail(full)]
+
+
+@pytest.mark.parametrize("state", [ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING])
+def test_a_replica_that_loads_is_waited_for_where_those_that_are_ready_are_too_full(state):
+    call = Call(replica("a"), deadline=20.0)
+    call.begin()
+    call.fleet.append(replica("b", state))
+    assert plain(call.failed(0, Failure("overloaded", retry_after=30.0))) == []
+    for _ in range(3):
+        call.until_wake()
+        assert plain(call.effects) == []
+    assert call.now <= 4.0
+    call.fleet[1] = replica("b")
+    call.told(call.machine.fleet_changed(call.now))
+    assert call.started() == ("b", None)
+
+
+def test_one_that_loads_for_too_long_is_waited_for_until_the_deadline():
+    call = Call(replica("a"), replica("b", ReplicaState.LOADING), deadline=20.0)
+    call.begin()
+    call.failed(0, Failure("overloaded", retry_after=30.0))
+    assert call.until(Fail).failure == DEADLINE
+    assert call.now == 20.0
+
+
+@pytest.mark.parametrize("state", [ReplicaState.FAILED, ReplicaState.STOPPING, ReplicaState.STOPPED])
+def test_one_that_does_not_come_is_not_waited_for(state):
+    call = Call(replica("a"), replica("b", state), deadline=20.0)
+    call.begin()
+    full = Failure("overloaded", retry_after=30.0)
+    assert plain(call.failed(0, full)) == [Fail(full)]
+
+
 def test_without_budget_an_overload_is_told_to_the_caller_and_a_dead_peer_is_not():
     call = Call(replica("a"), replica("b"))
     while call.state.retries.may_retry():

@@ -72,9 +72,12 @@ def test_even_with_tokens_in_between_there_is_an_end_of_workers():
 def test_who_failed_is_asked_again_when_its_time_has_come_and_after_new_tokens():
     progress = CallProgress()
     a, b, c = (ReplicaId(name) for name in "abc")
-    progress.ended(a, Failure("overloaded", retry_after=2.0), 10.0, tokens=0)
-    progress.ended(b, Failure("overloaded", retry_after=5.0), 10.0, tokens=0)
-    assert progress.again_from([a, b], 10.0) == 12.0
+    soon, later = (Failure("overloaded", retry_after=seconds) for seconds in (2.0, 5.0))
+    progress.ended(a, soon, 10.0, tokens=0)
+    progress.ended(b, later, 10.0, tokens=0)
+    assert progress.again_from([b, a], 10.0) == (12.0, soon)
+    assert progress.again_from([b], 10.0) == (15.0, later)
+    assert progress.again_from([c], 10.0) == (10.0, None)
     progress.forgive(12.0)
     assert set(progress.tried) == {b}
     progress.ended(c, Failure("overloaded"), 13.0, tokens=3)
