@@ -146,6 +146,7 @@ class Node:
         self._listener, dispatcher = await self._listen(rpc, keys)
         keys.accept_operator_key(make_operator_key(self._folder.path, self._listener.port))
         if mesh is not None:
+            await self.coordinator.announce()
             await mesh.start(dispatcher, rpc, self.service, self.coordinator)
         self._report.started(
             self.url,

@@ -180,6 +180,7 @@ class VirtualNode:
         self.world.log(self.name, "starts as %s with %d records", self.id, len(self.map))
         if self.draining:
             self.tell(Drain(True))
+        self._due(self.advertising.tell(self.advert()))  # as `Coordinator.announce`
         self.tell(Tick())
         self._round()
 

@@ -39,6 +39,8 @@ __all__ = ["Coordination", "CoordinationSettings", "CoordinationView", "Decision
 
 AGE = 1000.0
 """Seconds; only the order of ages counts: an age becomes a part of one."""
+LOADS = 0.5
+"""The worth of a replica that loads: less than a ready one's, more than that of one which was ordered and is not reported."""
 
 
 @dataclass(slots=True)
@@ -215,9 +217,10 @@ class Coordination:
         return current
 
     def _worth(self, assignment: Assignment, scene: Scene) -> float:
-        """READY ones before others, then the longest held."""
-        if scene.state(assignment) is not ReplicaState.READY:
-            return 0.0
+        """READY ones before others, of them the longest held; one that loads before one that was only ordered."""
+        state = scene.state(assignment)
+        if state is not ReplicaState.READY:
+            return 0.0 if state is None else LOADS
         known = self._ready_since.get(assignment.replica)
         age = 0.0 if known is None else scene.now - known[1]
         return 1.0 + age / (age + AGE)

@@ -7,7 +7,7 @@ same is given in the same words.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from tars.core.coordination_view import RUNNING, Move, Scene, same_load
 from tars.core.types import Assignment, DeviceId, NodeId, Plan, ReplicaId, ReplicaState
@@ -40,8 +40,7 @@ def orders_for(
             report, planned = scene.reports.get(each.replica), targets.get(each.replica) or scene.updated(each)
             known = None if report is None else report.taken
             taken[each.device] += planned.memory.total if known is None else known
-    priority = {model: deployment.priority for model, (deployment, _) in scene.wanted.items()}
-    for each in sorted(targets.values(), key=lambda each: (-priority[each.model], each.replica)):
+    for each in _by_urgency(scene, targets.values()):
         if each.replica in names or each.device in busy or each.replica in scene.reports:
             continue
         if taken[each.device] + each.memory.total > scene.devices[each.device].capacity:
@@ -58,13 +57,24 @@ def _coming(scene: Scene, targets: Mapping[ReplicaId, Assignment]) -> list[Assig
     """What was ordered and is not reported yet: the next one of each quiet device, where a PC that was off has everything before it."""
     motion = scene.in_motion()
     first: dict[DeviceId, Assignment] = {}
-    for replica, each in sorted(targets.items()):
-        ordered = scene.ordered.get(replica)
+    for each in _by_urgency(scene, targets.values()):
+        ordered = scene.ordered.get(each.replica)
         if ordered is None or each.device in motion or scene.state(each) is not None:
             continue
         if same_load(ordered, each):
             first.setdefault(each.device, ordered)
     return list(first.values())
+
+
+def _by_urgency(scene: Scene, assignments: Iterable[Assignment]) -> list[Assignment]:
+    """What a device loads first: by priority, then models that nobody serves now, then what is there soonest, which is the smallest."""
+    served = {report.assignment.model for report in scene.reports.values() if report.state is ReplicaState.READY}
+
+    def key(each: Assignment) -> tuple[int, bool, int, ReplicaId]:
+        deployment, _ = scene.wanted[each.model]
+        return (-deployment.priority, each.model in served, each.memory.total, each.replica)
+
+    return sorted(assignments, key=key)
 
 
 def _as_ordered(assignment: Assignment, scene: Scene) -> Assignment:

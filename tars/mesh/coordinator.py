@@ -320,6 +320,12 @@ class Coordinator:
                 continue
             await asyncio.sleep(DEBOUNCE_SECONDS)
 
+    async def announce(self) -> None:
+        """Put in the map what is here, before peers hear of this node: what it had before a restart, by its last word, is gone."""
+        async with self._round:
+            await self.executor.measure()
+            self._due(self.advertising.tell(await self._look()))
+
     async def reconcile(self) -> None:
         """One round: tell what is here, decide where it is this node's to decide, and carry this node's orders out."""
         async with self._round:

@@ -73,6 +73,25 @@ def test_after_a_partition_the_ready_replica_stays_and_then_the_one_held_longest
     assert mesh.ready() == {"phi-2": ["pc2/gpu-0"]}
 
 
+@pytest.mark.parametrize("dies", ["a", "b"])
+def test_a_pc_that_is_back_with_nothing_does_not_take_what_another_one_loads_by_now(dies: str) -> None:
+    """The order that it was given before it died is still in force, and says only what it had."""
+    other = "b" if dies == "a" else "a"
+    mesh = PretendMesh([node("a", gpu("a")), node("b", gpu("b"))], [Deployment("phi-2", device=f"{dies}/gpu-0")])
+    mesh.settle()
+    mesh.wanted = [Deployment("phi-2")]
+    mesh.settle()
+    assert mesh.ready() == {"phi-2": [f"{dies}/gpu-0"]}
+    mesh.die(dies)
+    mesh.decide()
+    mesh.obey()
+    pc(mesh, dies).alive = True
+    assert mesh.orders[NodeId(dies)].assignments
+    mesh.settle()
+    assert mesh.ready() == {"phi-2": [f"{other}/gpu-0"]}
+    assert mesh.unloaded == []
+
+
 def test_another_coordinator_moves_nothing() -> None:
     mesh = PretendMesh(TWO, [Deployment("phi-2", replicas=2), Deployment("mistral-7b")])
     mesh.settle()

@@ -23,6 +23,48 @@ def test_wishes_become_loads_one_a_device_at_a_time() -> None:
     assert len(mesh.decision.plan.assignments) == 3
 
 
+def loads(mesh: PretendMesh, name: str) -> list[str]:
+    """The models that a node with one device loads, in their order."""
+    order: list[str] = []
+    while True:
+        mesh.decide()
+        mesh.obey()
+        loading = [each for each in mesh.pcs[NodeId(name)].replicas.values() if each.state is ReplicaState.LOADING]
+        if not loading:
+            return order
+        order += [each.assignment.model for each in loading]
+        mesh.finish()
+
+
+def test_what_is_there_soonest_is_loaded_first() -> None:
+    wanted = [Deployment(model) for model in ("llama-3.1-8b", "minilm", "phi-2")]
+    assert loads(PretendMesh([node("a", gpu("a", "RTX 4090"))], wanted), "a") == ["minilm", "phi-2", "llama-3.1-8b"]
+
+
+def test_what_matters_more_is_loaded_before_what_is_there_sooner() -> None:
+    wanted = [Deployment("llama-3.1-8b", priority=1), Deployment("minilm"), Deployment("phi-2")]
+    assert loads(PretendMesh([node("a", gpu("a", "RTX 4090"))], wanted), "a") == ["llama-3.1-8b", "minilm", "phi-2"]
+
+
+def test_a_model_that_nobody_serves_is_loaded_before_another_replica_of_one_that_somebody_does() -> None:
+    mesh = PretendMesh(
+        [node("a", gpu("a", "RTX 4090")), node("b", gpu("b", "GTX 1660 SUPER"))],
+        [Deployment("minilm", replicas=2), Deployment("phi-2", device="a/gpu-0")],
+    )
+    mesh.run("minilm", "b/gpu-0")
+    assert loads(mesh, "a") == ["phi-2", "minilm"]
+
+
+def test_a_pc_that_is_back_loads_by_the_same_order_what_it_was_ordered_to_hold() -> None:
+    mesh = PretendMesh([node("a", gpu("a", "RTX 4090"))], [Deployment(model) for model in ("minilm", "phi-2")])
+    mesh.settle()
+    mesh.die("a")
+    mesh.decide()
+    mesh.pcs[NodeId("a")].alive = True
+    assert [each.model for each in mesh.orders[NodeId("a")].assignments] == ["minilm", "phi-2"]
+    assert loads(mesh, "a") == ["minilm", "phi-2"]
+
+
 def test_two_devices_load_side_by_side() -> None:
     mesh = PretendMesh(TWO, [Deployment("mistral-7b"), Deployment("phi-2")])
     assert [len(orders) for orders in mesh.decide().orders.values()] == [1, 1]

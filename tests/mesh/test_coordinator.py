@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from coordinator_bench import card, make_bench
+from coordinator_bench import NODE, card, make_bench
 from tiny_gguf import write_tiny_adapter, write_tiny_gguf
 
 from tars import builtin_models
@@ -64,6 +64,22 @@ async def test_on_a_cpu_the_engines_own_measurement_counts(bench):
     bench.workers[0].loaded(123 * 2**20)
     await bench.coordinator.reconcile()
     assert list(bench.measured.by_key().values()) == [Bytes.mib(123)]
+
+
+async def test_before_peers_hear_of_a_restarted_node_its_last_word_is_taken_back(bench, tmp_path, tiny_gguf):
+    bench.deployments.deploy(Deployment(bench.model))
+    await bench.coordinator.reconcile()
+    bench.workers[0].loaded()
+    await bench.coordinator.reconcile()
+    key = f"node/{NODE.id}"
+    assert [each.state for each in bench.store.map.get(key).replicas] == [ReplicaState.READY]
+    folder = tmp_path / "again"
+    await asyncio.to_thread(folder.mkdir)
+    again = make_bench(folder, tiny_gguf)
+    again.store.map.merge(bench.store.map.records(), 2**60)
+    await again.coordinator.announce()
+    assert again.store.map.get(key).replicas == ()
+    assert again.workers == [], "that is the next round's"
 
 
 async def test_a_restarted_worker_is_measured_again(bench):

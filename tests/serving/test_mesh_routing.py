@@ -368,7 +368,7 @@ async def test_full_peers_fail_a_call_at_once_where_they_say_that_there_is_no_us
     entry, fast, slow = three.nodes
     fast.replicas[0].failures = [Overloaded("full", retry_after_ms=60_000)]
     slow.replicas[0].failures = [Overloaded("full too", retry_after_ms=90_000)]
-    with pytest.raises(Overloaded, match="full$") as met:
+    with pytest.raises(Overloaded, match=r"full$") as met:
         await entry.client.call("inference.chat", chat(), timeout=10.0)
     assert met.value.retry_after_ms == 60_000, "of the one that has room first"
     assert [each["node"] for each in met.value.details["attempts"]] == [fast.id, slow.id]
