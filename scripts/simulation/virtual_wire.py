@@ -14,6 +14,8 @@ from typing import Any
 from virtual_network import VirtualNetwork
 from virtual_time import VirtualTime
 
+from tars.rpc.peer_connections import SILENT_SECONDS
+
 RETRANSMIT_SECONDS = 0.2
 """TCP's least, doubled each time."""
 DIAL_SECONDS = 5.0
@@ -66,9 +68,20 @@ class End:
                     wire.forget(self)
                     self.lost(True)
                 return
+            if delay > SILENT_SECONDS and self._blocked[0] is not CLOSED:
+                # What stays is said by nobody: the connection ends before it is through.
+                wire.time.after(SILENT_SECONDS, self._breaks)
+                return
             body = self._blocked.popleft()
             self._last = max(self._last, now + delay)
             wire.time.at(self._last, lambda body=body: self._arrive(body))  # type: ignore[misc]
+
+    def _breaks(self) -> None:
+        """Nothing was acknowledged for too long; the other end's kernel asks, and is told that there is no such connection."""
+        for end in (self, self.other):
+            if not end.closed:
+                self._wire.forget(end)
+                end.lost(True)
 
     def _arrive(self, body: Any) -> None:
         other = self.other
@@ -192,6 +205,9 @@ class Wire:
             self._open.setdefault(there, {})[near.other] = None
             accept(near.other, request)
 
+        if delay > SILENT_SECONDS:
+            self.time.after(SILENT_SECONDS, near._breaks)
+            return
         near._last = self.time.now + delay
         self.time.after(delay, arrive)
 
