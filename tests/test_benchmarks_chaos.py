@@ -242,6 +242,13 @@ def test_an_honest_refusal_is_no_lost_call() -> None:
     assert found.refusals == 7
 
 
+def test_a_late_call_is_none_of_the_lost_ones_and_is_told_all_the_same() -> None:
+    found = summarise(CALM, [record(10.0, 1.0, "late", refusals=1, problems=["90 s are over"])], [])
+    assert found.nothing_lost
+    assert found.by_outcome["late"] == 1
+    assert any("90 s are over" in problem for problem in found.problems)
+
+
 def test_attempts_in_overloads_are_counted_apart() -> None:
     one, three = ([{"outcome": "late"}] * number + [{"outcome": "answered"}] for number in (0, 2))
     calls = [record(10.0, 1.0, attempts=one), record(50.0, 1.0, attempts=three), record(51.0, 1.0)]

@@ -12,7 +12,7 @@ from chaos_callers import Callers, Gateway, GatewayGone, undisturbed
 from chaos_deck import Call, Kind
 from fake_node import FakeNode, listening
 
-from tars.errors import Draining, Overloaded, PeerUnreachable, TarsError, WorkerCrashed
+from tars.errors import DeadlineExceeded, Draining, Overloaded, PeerUnreachable, TarsError, WorkerCrashed
 
 QUESTION = {"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8, "temperature": 0.0}
 CALLS = {
@@ -195,6 +195,13 @@ async def test_a_refused_call_comes_back_when_it_was_told_to() -> None:
     assert record.seconds >= 0.02
     # There is no such time within its patience.
     assert (await made(Scripted("a", Overloaded("full", retry_after_ms=10**7)))).outcome == "refused"
+
+
+async def test_a_call_that_was_let_in_after_a_refusal_and_then_ran_out_of_time_is_late() -> None:
+    over = DeadlineExceeded("90 s are over")
+    record = await made(Scripted("a", Overloaded("full", retry_after_ms=1), over))
+    assert (record.outcome, record.problems) == ("late", ["deadline_exceeded: 90 s are over"])
+    assert (await made(Scripted("a", over))).outcome == "lost", "nobody had told it that there is no room"
 
 
 @pytest.mark.parametrize("error", [WorkerCrashed("gone"), PeerUnreachable("lost"), TarsError("odd")])

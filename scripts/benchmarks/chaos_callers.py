@@ -2,7 +2,8 @@
 
 Law of this file: a caller is as patient as a good client and no cleverer. It sends a call again where its gateway itself is gone (no
 connection, no sign of life, or it says that it is leaving), to the other one and under the same idempotency key; where a gateway is
-overloaded it comes back when it was told to. Every other error is a lost call.
+overloaded it comes back when it was told to; the one whose patience ends then, before its answer is there, is late. Every other error is a
+lost call.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from chaos_answers import Heard, Step, Text
 from chaos_deck import Call, Kind
 
 from tars.client import Client
-from tars.errors import Draining, Overloaded, PeerUnreachable, TarsError, from_json
+from tars.errors import DeadlineExceeded, Draining, Overloaded, PeerUnreachable, TarsError, from_json
 from tars.messages.inference import Choice, CompleteResult, TokenLogprob
 from tars.rpc.http_client import NodeNotReachable
 
@@ -296,7 +297,8 @@ class CallRecord:
     pieces: list[float] = field(default_factory=list)
     """When each piece of a stream came."""
     outcome: str = "running"
-    """Then `right`, `wrong`, `lost`, or `refused`: overloaded for all of the caller's patience."""
+    """Then `right`, `wrong`, `lost`; `refused`: overloaded for all of the caller's patience; or `late`: let in at last, after it had been
+    refused for want of room, and then its patience ended."""
     problems: list[str] = field(default_factory=list)
     parted: bool = False
     sent_again: list[tuple[float, str]] = field(default_factory=list)
@@ -357,7 +359,8 @@ class Callers:
                     return self._ended(record, "refused", full.message)
                 await asyncio.sleep(wait)
             except TarsError as error:
-                return self._ended(record, "lost", f"{error.kind}: {error.message}")
+                late = isinstance(error, DeadlineExceeded) and record.refusals > 0
+                return self._ended(record, "late" if late else "lost", f"{error.kind}: {error.message}")
             else:
                 problems, record.parted = self._judge(call, heard)
                 record.run = heard.run

@@ -107,6 +107,7 @@ def _numbers(summary: Mapping[str, Any]) -> str:
             one(f"{summary['sent']:,}", "calls sent"),
             *zeros,
             one(str(outcomes.get("refused", 0)), "refused to the end (overloaded)"),
+            one(str(outcomes.get("late", 0)), "late: refused, let in, and then their 90 s were over"),
             one(str(summary["sent_again"]), "sent again: the gateway was gone"),
             one(f"{summary['added_p50'] * 1000:.0f} ms", "added latency, p50"),
             one(f"{summary['added_p99'] * 1000:.0f} ms", "added latency, p99"),
@@ -224,7 +225,7 @@ def _bad_calls(calls: Sequence[Mapping[str, Any]], x: Any, bottom: float) -> lis
         f"<g><title>{html.escape(call['outcome'])}: {html.escape('; '.join(call['problems'])[:300])}</title>"
         f'<path d="M{x(call["sent"]):.1f} {bottom - 9:.1f}l5 9h-10z" fill="var(--bad)"/></g>'
         for call in calls
-        if call["outcome"] in ("lost", "wrong")
+        if call["outcome"] in ("lost", "wrong", "late")
     ]
 
 
