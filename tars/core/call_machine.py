@@ -48,6 +48,8 @@ from tars.core.types import ReplicaId, ReplicaState
 
 COMING = frozenset({ReplicaState.STARTING, ReplicaState.LOADING, ReplicaState.RESTARTING})
 """States of a replica that may be ready soon."""
+HOPE_SECONDS = 10.0
+"""So long a call waits for one of them, where those that are ready would begin it too late. A small model is loaded by then."""
 LOOK_SECONDS = 1.0
 """A call that waits for a replica, or stays with a late one because there is no other, looks again so often, told or not."""
 LEARNED_AFTER = frozenset({0, 4, 16, 64, 256})
@@ -102,6 +104,7 @@ class CallMachine:
         """The state that a replica saved of it."""
         self._last: Failure | None = None
         self._again_at = inf
+        self._hopes_until = inf
         """Nobody runs, and this is when it is tried again."""
         self._asked_to_load = False
         self._hedge_at = inf
@@ -294,11 +297,13 @@ class CallMachine:
         if ready:
             again, said = progress.again_from(ready, now)
             soonest = again - now
-            if soonest >= remaining and any(each.state in COMING for each in able):
-                # Too late there; one that loads, and is ready before that, is not.
-                self._again_at = now + LOOK_SECONDS
-                return self._armed([], now)
             if soonest >= remaining:
+                self._hopes_until = min(self._hopes_until, now + HOPE_SECONDS)
+                hopes = remaining > LOOK_SECONDS and now < self._hopes_until
+                if hopes and any(each.state in COMING for each in able):
+                    # Too late there; one that loads, and is ready before that, is not.
+                    self._again_at = now + LOOK_SECONDS
+                    return self._armed([], now)
                 # Now rather than late, and with the word of who is there: others may have died meanwhile.
                 return self._fail(said or self._last or NO_REPLICA, now)
             pause = min(full_jitter(progress.rounds, self._rng), remaining / 2)

@@ -22,7 +22,7 @@ from tars.core.call_effects import (
     Stop,
     Wake,
 )
-from tars.core.call_machine import CallMachine
+from tars.core.call_machine import HOPE_SECONDS, LOOK_SECONDS, CallMachine
 from tars.core.hedging import EXTRA_PART
 from tars.core.learned_deadlines import GAP_UNKNOWN_SECONDS
 from tars.core.mesh_messages import MemberState
@@ -193,12 +193,14 @@ def test_a_replica_that_loads_is_waited_for_where_those_that_are_ready_are_too_f
     assert call.started() == ("b", None)
 
 
-def test_one_that_loads_for_too_long_is_waited_for_until_the_deadline():
-    call = Call(replica("a"), replica("b", ReplicaState.LOADING), deadline=20.0)
+@pytest.mark.parametrize(("deadline", "until"), [(60.0, HOPE_SECONDS), (6.0, 6.0 - LOOK_SECONDS)])
+def test_one_that_loads_for_too_long_is_not_waited_for_until_it_is_late(deadline, until):
+    call = Call(replica("a"), replica("b", ReplicaState.LOADING), deadline=deadline)
     call.begin()
-    call.failed(0, Failure("overloaded", retry_after=30.0))
-    assert call.until(Fail).failure == DEADLINE
-    assert call.now == 20.0
+    full = Failure("overloaded", retry_after=90.0)
+    call.failed(0, full)
+    assert call.until(Fail).failure == full, "and not that its time is over: when to come back is said"
+    assert call.now == pytest.approx(until)
 
 
 @pytest.mark.parametrize("state", [ReplicaState.FAILED, ReplicaState.STOPPING, ReplicaState.STOPPED])
