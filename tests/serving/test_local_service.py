@@ -94,7 +94,9 @@ async def test_a_reranker_is_found_placed_loaded_and_asked(bench, service, tmp_p
     await service.deploy(DeployParams(model=name))
     await service.deploy(DeployParams(model="tiny"))
     await bench.coordinator.reconcile()
-    worker = next(worker for worker in bench.workers if worker.spec.model == name)
+    bench.workers[0].loaded()  # the smaller one first
+    await bench.coordinator.reconcile()
+    (worker,) = [worker for worker in bench.workers if worker.spec.model == name]
     assert (worker.spec.engine, worker.spec.path) == ("sentence-transformers", str(tmp_path / "Ranker"))
     worker.loaded()
     worker.script = [Reranked(scores=[0.1, 0.9], prompt_tokens=4, timings=Timings())]
