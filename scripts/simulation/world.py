@@ -29,7 +29,14 @@ from tars.core.replicated_map import DEPLOYMENT, orders_for, prefix_of
 from tars.core.types import Assignment, Bytes, DeviceId, DeviceSnapshot, NodeId
 
 QUICK = CoordinationSettings(
-    move_hold=6.0, crowd_hold=2.0, order_patience=5.0, bar_first=4.0, bar_most=16.0, drain_patience=10.0, orders=8
+    move_hold=6.0,
+    crowd_hold=2.0,
+    spread_hold=1.0,
+    order_patience=5.0,
+    bar_first=4.0,
+    bar_most=16.0,
+    drain_patience=10.0,
+    orders=8,
 )
 """The coordinator's patience, a tenth of the real one: so less virtual time shows as much."""
 PATIENCE_SECONDS = QUICK.move_hold + 2.0

@@ -68,6 +68,7 @@ class Coordination:
         self._leaving_since: dict[ReplicaId, float] = {}
         self._over_since: dict[DeviceId, float] = {}
         self._refused_since: dict[str, float] = {}
+        self._huddled_since: dict[str, float] = {}
         self._crowded = CrowdedDevices(self._settings.crowd_free, self._settings.crowd_growth)
         self._pending: _Pending | None = None
         self._last: tuple[CoordinationView, Decision] | None = None
@@ -263,12 +264,23 @@ class Coordination:
         refused = [model for model, since in self._refused_since.items() if _lasted(since, settings.move_hold, now)]
         crowded = [device for device, since in self._crowded.since.items() if _lasted(since, settings.crowd_hold, now)]
         planned = {each.replica: each for each in found.assignments}
-        if not (refused or crowded) or any(scene.state(each) is None for each in planned.values()):
+        movable = {replica: each for replica, each in planned.items() if scene.state(each) is ReplicaState.READY}
+        together = _together(movable.values())
+        if not (refused or crowded or together):
+            self._huddled_since = {}
+            return False
+        ground = Ground(scene.nodes, found.assignments, scene.wanted, scene.view.measured, circumstances)
+        huddled = {
+            model: home
+            for model, replicas in together.items()
+            if (home := ground.apart(min(replicas, key=lambda each: (self._worth(each, scene), each.replica))))
+        }
+        self._huddled_since = {model: self._huddled_since.get(model, now) for model in huddled}
+        apart = [model for model, since in self._huddled_since.items() if _lasted(since, settings.spread_hold, now)]
+        if not (refused or crowded or apart) or any(scene.state(each) is None for each in planned.values()):
             return False
         if scene.in_motion() or any(each.replica not in planned for each in scene.ordered.values()):
             return False
-        ground = Ground(scene.nodes, found.assignments, scene.wanted, scene.view.measured, circumstances)
-        movable = {replica: each for replica, each in planned.items() if scene.state(each) is ReplicaState.READY}
         for device in sorted(crowded):
             here = [each for each in movable.values() if each.device == device]
             for each in sorted(here, key=lambda each: (scene.wanted[each.model][0].priority, each.replica)):
@@ -279,6 +291,11 @@ class Coordination:
             room = ground.for_model(model, movable, settings.move_margin)
             if room is not None:
                 return self._begin(scene, room.moves[0], _gain_of(model, room, scene), planned)
+        for model in sorted(apart, key=lambda model: (-scene.wanted[model][0].priority, model)):
+            home = huddled[model]
+            source = scene.home[home.assignment.node].name
+            gain = f"{model} is on {source} more than once, and {home.node.name} goes on with it when {source} dies"
+            return self._begin(scene, home, gain, planned)
         return False
 
     def _begin(self, scene: Scene, home: Relocation, gain: str, planned: Mapping[ReplicaId, Assignment]) -> bool:
@@ -348,6 +365,7 @@ class Coordination:
             *((since, settings.crowd_hold) for since in self._over_since.values()),
             *((since, settings.crowd_hold) for since in self._crowded.since.values()),
             *((since, settings.move_hold) for since in self._refused_since.values()),
+            *((since, settings.spread_hold) for since in self._huddled_since.values()),
             *((since, settings.order_patience) for since in self._ordered_since.values()),
             *((since, settings.drain_patience) for since in self._leaving_since.values()),
         ):
@@ -357,6 +375,18 @@ class Coordination:
         if (bar := self._bars.next_end(now)) is not None:
             ends.append(bar)
         return min((end for end in ends if end > now), default=None)
+
+
+def _together(replicas: Iterable[Assignment]) -> dict[str, list[Assignment]]:
+    """By model: its replicas on the first node that has more than one of them."""
+    places: dict[tuple[str, NodeId], list[Assignment]] = {}
+    for each in sorted(replicas, key=lambda each: each.replica):
+        places.setdefault((each.model, each.node), []).append(each)
+    found: dict[str, list[Assignment]] = {}
+    for (model, _), here in places.items():
+        if len(here) > 1:
+            found.setdefault(model, here)
+    return found
 
 
 def _nothing_new(before: CoordinationView, decision: Decision, view: CoordinationView) -> bool:

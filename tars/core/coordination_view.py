@@ -43,6 +43,8 @@ class CoordinationSettings:
     """A refusal lasts so long before healthy replicas make room for it: a PC that is switched on in that time costs no move."""
     crowd_hold: float = 10.0
     """A device is over its capacity so long before a replica leaves it: a program that starts and ends again moves no 4 GB."""
+    spread_hold: float = 10.0
+    """Two replicas of a model are on one node, and another one has room, for so long before one moves: what comes back has settled."""
     order_patience: float = 30.0
     """What was ordered and not reported since is planned anew: the order reached the node in a second, unless it died."""
     bar_first: float = 60.0

@@ -1,4 +1,5 @@
-"""Moves of healthy replicas that make room: for a model that is refused, or for a program that took the rest of a device.
+"""Moves of healthy replicas: that make room for a model that is refused or for a program that took the rest of a device, or that bring two
+replicas of a model apart.
 
 Law of this file: pure; it finds a move and decides nothing about when. Every replica goes to a device that has room for it now, keeps its
 variant, and does not go from a GPU to a CPU.
@@ -100,6 +101,17 @@ class Ground:
     def elsewhere(self, assignment: Assignment) -> Relocation | None:
         """Where a replica fits beside its present device."""
         return self._home(assignment, self._free)
+
+    def apart(self, assignment: Assignment) -> Relocation | None:
+        """Where a replica fits on a node that has none of its model."""
+        home = self._home(assignment, self._free)
+        if home is None or any(
+            each.model == assignment.model and each.node == home.node.id
+            for here in self._here.values()
+            for each in here
+        ):
+            return None
+        return home
 
     def _clear(
         self, device: DeviceSnapshot, short: int, movable: Mapping[ReplicaId, Assignment]

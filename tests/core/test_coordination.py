@@ -110,6 +110,72 @@ def test_an_order_that_nobody_reports_is_kept_for_a_while() -> None:
     assert [each.device for each in mesh.decide().plan.assignments] == [first.device]
 
 
+def huddled(*more: Deployment) -> PretendMesh:
+    """Two replicas on `a`, because `b` was away, and it is back."""
+    nodes = [node("a", gpu("a", "RTX 4090")), node("b", gpu("b", "GTX 1660 SUPER"))]
+    mesh = PretendMesh(nodes, [Deployment("phi-2", replicas=2), *more])
+    mesh.settle()
+    mesh.die("b")
+    mesh.wait(100)
+    assert mesh.ready()["phi-2"] == ["a/gpu-0", "a/gpu-0"]
+    pc(mesh, "b").alive = True
+    mesh.settle()
+    mesh.unloaded.clear()
+    return mesh
+
+
+def test_two_replicas_on_one_pc_part_when_another_one_has_room_and_stays() -> None:
+    mesh = huddled()
+    mesh.wait(9)
+    assert mesh.ready() == {"phi-2": ["a/gpu-0", "a/gpu-0"]}
+    mesh.now += 2
+    decision = mesh.decide()
+    (move,) = decision.moves
+    assert (move.source, move.target) == ("a/gpu-0", "b/gpu-0")
+    assert move.gain == "phi-2 is on a more than once, and b goes on with it when a dies"
+    mesh.obey()
+    assert mesh.unloaded == [], "not before it is ready there"
+    mesh.settle()
+    assert mesh.ready() == {"phi-2": ["a/gpu-0", "b/gpu-0"]}
+    assert mesh.unloaded == [move.replica]
+    mesh.wait(500)
+    assert mesh.unloaded == [move.replica]
+
+
+def test_two_replicas_stay_together_where_the_other_pc_has_no_room_or_is_not_allowed() -> None:
+    full = huddled()
+    pc(full, "b").foreign[DeviceId("b/gpu-0")] = 5 * GIB
+    pinned = huddled()
+    pinned.wanted = [Deployment("phi-2", replicas=2, device="a/gpu-0")]
+    draining = huddled()
+    pc(draining, "b").draining = True
+    for mesh in (full, pinned, draining):
+        mesh.settle()
+        mesh.wait(500)
+        assert mesh.ready()["phi-2"] == ["a/gpu-0", "a/gpu-0"]
+        assert mesh.unloaded == []
+
+
+def test_a_pc_that_stays_only_for_a_moment_moves_nothing() -> None:
+    mesh = huddled()
+    mesh.wait(5)
+    mesh.die("b")
+    mesh.settle()
+    pc(mesh, "b").alive = True
+    mesh.settle()
+    mesh.wait(9)
+    assert mesh.unloaded == []
+
+
+def test_more_replicas_than_pcs_are_spread_as_far_as_it_goes() -> None:
+    mesh = PretendMesh([node(name, gpu(name, "RTX 4090")) for name in "ab"], [Deployment("phi-2", replicas=4)])
+    mesh.settle()
+    before = mesh.ready()
+    mesh.wait(500)
+    assert mesh.ready() == before
+    assert mesh.unloaded == []
+
+
 # --- drain -----------------------------------------------------------------------------------------------------------
 
 
