@@ -85,7 +85,8 @@ class Start:
     saved: object | None = None
     """A saved state that holds `resume` and perhaps more."""
     file_sha256: str | None = None
-    """What `resume` was computed from, where it is known: a peer is told, and goes on with it only in such a replica."""
+    """What `resume` was computed from, and else what the replica that was chosen has, where it is known: a peer is told, and answers only
+    from that."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -272,7 +272,7 @@ class CallMachine:
         self._asked_to_load = False
         saved = self._handed_over(candidate)
         resume = self._progress.tokens if continues or saved is not None else None
-        file = None if resume is None else self._progress.file or candidate.file_sha256
+        file = (None if resume is None else self._progress.file) or candidate.file_sha256
         return self._armed([Start(number, reservation, resume, saved, file)], now)
 
     def _predicted(self, reservation: Reservation) -> float:

@@ -134,6 +134,11 @@ class CallMeta(Message):
     priority: Priority | None = Field(None, description="Default: interactive, which goes before batch.")
     caller: str | None = Field(None, max_length=MOST_CALLER_LENGTH, description="Only between nodes: whose call it is.")
     resume: ResumeMeta | None = Field(None, description="Only between nodes: the answers are begun already.")
+    file_sha256: str | None = Field(
+        None,
+        max_length=128,
+        description="Only between nodes: what the answer is to be computed from, as adverts say it.",
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +163,9 @@ class CallContext:
     """None is interactive."""
     resume: ResumeMeta | None = None
     """Of a call that a peer forwarded: where its answers are."""
+    file_sha256: str | None = None
+    """Of a call that a peer forwarded: only a replica of this file may answer. A PC with two cards may have the model in two files, and the
+    peer, which counts on the one that it chose, goes on elsewhere where an answer breaks."""
     streamed: bool = False
     """Its caller sees the deltas."""
     administrator: bool = False

@@ -224,6 +224,7 @@ class Dispatcher:
                 source=arrival.source,
                 priority=meta.priority or arrival.priority,
                 resume=meta.resume,
+                file_sha256=meta.file_sha256,
                 streamed=running.emit is not None,
                 administrator=arrival.role is not Role.CLIENT,
             )
@@ -268,11 +269,12 @@ def _not_for(spec: MethodSpec, role: Role) -> TarsError:
 
 def _misused(meta: CallMeta, spec: MethodSpec, arrival: Arrival) -> TarsError | None:
     """Why this sender may not say this in `_meta`."""
-    if meta.resume is None and meta.caller is None:
+    if meta.resume is None and meta.caller is None and meta.file_sha256 is None:
         return None
     if arrival.peer is None:
         return Forbidden(
-            "_meta.resume and _meta.caller are what nodes tell each other on the mesh's own port, so nothing was run. Leave them out."
+            "_meta.resume, _meta.caller and _meta.file_sha256 are what nodes tell each other on the mesh's own port, so nothing was run. "
+            "Leave them out."
         )
     if meta.resume is not None and not spec.streams:
         return InvalidParams(

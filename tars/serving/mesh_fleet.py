@@ -188,7 +188,12 @@ class MeshFleet:
         )
         lifeline, connection = self.pulses.lifeline(remote.node), self._peers.connection(remote.node)
         return PeerTarget(
-            served_by, remote.advert.node.name, connection, lifeline, spare=lambda: self._has_spare(remote)
+            served_by,
+            remote.advert.node.name,
+            connection,
+            lifeline,
+            spare=lambda: self._has_spare(remote),
+            file_sha256=remote.report.file_sha256,
         )
 
     def tell(self, ledger: ReplicaLedger, now: Callable[[], float]) -> None:

@@ -101,7 +101,7 @@ class PeerConnection(Protocol):
 
 class PeerTarget:
     """Runs one call at one peer; see `targets.Target`. `served_by` is the replica that was chosen, and once the answer came, the one that
-    answered. `name` is the peer's, for people; `spare` says whether another replica could take the call.
+    answered. `name` is the peer's, for people; `spare` says whether another replica could take the call; `file_sha256` is the chosen one's.
     """
 
     def __init__(
@@ -112,12 +112,14 @@ class PeerTarget:
         lifeline: Lifeline | None = None,
         now: Callable[[], float] = time.monotonic,
         spare: Callable[[], bool] = lambda: True,
+        file_sha256: str | None = None,
     ):
         self.served_by = served_by
         self._name = name
         self._connection = connection
         self._lifeline = lifeline or Lifeline()
         self._spare = spare
+        self._file_sha256 = file_sha256
         self._now = now
 
     async def run(self, work: Work, call: CallContext, resume: ResumeMeta | None = None) -> AsyncGenerator[Event]:
@@ -132,6 +134,9 @@ class PeerTarget:
         if self._lifeline.broken_for(self._spare):
             raise self._cut(sent=False)
         meta = meta_of(call, self.served_by.replica)
+        if isinstance(work, ChatParams | CompleteParams) and self._file_sha256 is not None:
+            # The peer may have another file of the model, too, and what it began could not go on where this one is.
+            meta["file_sha256"] = self._file_sha256
         if resume is not None:
             meta["resume"] = resume.model_dump(mode="json", exclude_none=True)
         began = ended = False

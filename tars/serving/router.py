@@ -110,7 +110,7 @@ class Router:
                 answers=work.n if isinstance(work, GenerationParams) else 1,
                 forwarded=forwarded,
                 shown=call.streamed,
-                file_sha256=None if call.resume is None else call.resume.file_sha256,
+                file_sha256=call.file_sha256 if call.resume is None else call.resume.file_sha256,
                 exact=self._exact,
             ),
             self.state,

@@ -111,6 +111,7 @@ def test_a_call_that_is_answered_leaves_nothing_behind():
     call = Call(replica("a"))
     call.begin()
     assert call.started() == ("a", None)
+    assert call.effects[0].file_sha256 == "f"
     call.tokens(0, 5, 6)
     assert call.finished(0) == [Answer(0)]
     assert call.state.ledger.in_flight(ReplicaId("a")) == 0

@@ -280,16 +280,20 @@ async def test_what_surrounds_a_call_reaches_its_method(node: FakeNode) -> None:
 
 async def test_a_peer_says_whose_call_it_is_and_where_its_answers_are(node: FakeNode) -> None:
     meta = {"hops": 1, "caller": "laptop", "priority": "batch", "resume": {"answers": [[5, 6]], "seed": 7}}
+    meta["file_sha256"] = "ab"
     await ask(make(node), "inference.chat", {**CHAT, "_meta": meta}, Arrival("mesh", role=Role.PEER, peer="node-2"))
     context = node.contexts[-1]
     assert (context.caller, context.peer, context.priority) == ("laptop", "node-2", "batch")
     assert context.resume == ResumeMeta(answers=[[5, 6]], seed=7)
+    assert context.file_sha256 == "ab"
     await ask(make(node), "inference.chat", CHAT, Arrival("mesh", role=Role.PEER, peer="node-2"))
     assert node.contexts[-1].caller == "mesh"
 
 
 @pytest.mark.parametrize("role", [Role.CLIENT, Role.ADMINISTRATOR])
-@pytest.mark.parametrize("said", [{"resume": {"answers": [[5]], "seed": 7}}, {"caller": "somebody else"}])
+@pytest.mark.parametrize(
+    "said", [{"resume": {"answers": [[5]], "seed": 7}}, {"caller": "somebody else"}, {"file_sha256": "ab"}]
+)
 async def test_only_a_peer_may_say_so(node: FakeNode, role: Role, said: dict[str, object]) -> None:
     refused = await ask(make(node), "inference.chat", {**CHAT, "_meta": said}, Arrival(role=role))
     assert refused["error"]["data"]["kind"] == "forbidden"

@@ -9,7 +9,16 @@ import pytest
 
 from tars.core.routing import Candidate
 from tars.core.types import Deadline, ModelKind, NodeId, ReplicaId, ReplicaState
-from tars.errors import Cancelled, DoesNotFit, Draining, PeerUnreachable, StillLoading, TarsError, WorkerCrashed
+from tars.errors import (
+    Cancelled,
+    DoesNotFit,
+    Draining,
+    PeerUnreachable,
+    StaleRoute,
+    StillLoading,
+    TarsError,
+    WorkerCrashed,
+)
 from tars.messages.base import CallContext, SavedState
 from tars.messages.inference import (
     ChatMessage,
@@ -284,6 +293,15 @@ async def test_a_forwarded_answer_goes_on_only_in_the_file_that_it_was_begun_in(
     other, same = Replica("a", done()), Replica("b", done(), sha="g")
     await collect(Router(Fleet(other, same)), WORK, call(hops=1, resume=begun))
     assert (other.works, same.resumes) == ([], [begun])
+
+
+async def test_a_forwarded_call_is_answered_from_the_file_that_its_gateway_counts_on():
+    """A PC with two cards has the model in two files; what breaks goes on elsewhere, where the gateway believes that file to be."""
+    other, same = Replica("a", done()), Replica("b", done(), sha="g")
+    await collect(Router(Fleet(other, same)), WORK, call(hops=1, file_sha256="g"))
+    assert (other.works, len(same.works)) == ([], 1)
+    with pytest.raises(StaleRoute):
+        await collect(Router(Fleet(other)), WORK, call(hops=1, file_sha256="g"))
 
 
 async def test_an_answer_that_nobody_has_seen_is_begun_anew_where_there_is_only_another_file():

@@ -84,6 +84,20 @@ def call(seconds=10.0, **more):
     return CallContext(Deadline(seconds), more.pop("trace_id", TRACE), "inference.chat", **more)
 
 
+async def test_a_peer_is_told_the_file_that_a_text_is_to_be_computed_from():
+    def one(connection):
+        who = ServedBy(node="big", replica="r", device="card")
+        return PeerTarget(who, "big-pc", connection, now=lambda: 0.0, file_sha256="ab")
+
+    chats, texts = Connection((None, ANSWER)), Connection(VECTORS)
+    async for _ in one(chats).run(CHAT, CallContext(Deadline(10.0), TRACE)):
+        pass
+    async for _ in one(texts).run(EmbedParams(input=["a", "b"], model="m"), CallContext(Deadline(10.0), TRACE)):
+        pass
+    assert chats.asked[0][3]["file_sha256"] == "ab"
+    assert "file_sha256" not in texts.asked[0][3], "vectors are not continued"
+
+
 def target(connection):
     return PeerTarget(ServedBy(node="big", replica="m@big#0", device="card"), "big-pc", connection, now=lambda: 0.0)
 
