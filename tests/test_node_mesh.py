@@ -23,6 +23,16 @@ def pair(folder: Path) -> tuple[Pc, Pc]:
     return one, Pc(folder, "two", memory_mib=3000)
 
 
+async def help_desk_on_the_second(one: Pc, two: Pc) -> None:
+    """Both are started as a mesh, and the chat model is deployed, for which the second one has most room."""
+    await one.start(None, *AS_A_PERSON)
+    await two.start(await one.printed_invitation())
+    await one.sees(two, "ALIVE")
+    await one.plans_with("one", "two")
+    await one.client.deploy(HELP_DESK)
+    await two.holds(HELP_DESK)
+
+
 async def test_two_pcs_become_a_mesh_by_one_line_and_each_answers_for_the_others_models(tmp_path: Path) -> None:
     one, two = pair(tmp_path)
     async with stopping([one, two]):
@@ -83,12 +93,7 @@ async def test_who_leaves_is_seen_at_once_and_who_is_killed_within_five_seconds_
 ) -> None:
     one, two = pair(tmp_path)
     async with stopping([one, two]):
-        await one.start(None, *AS_A_PERSON)
-        await two.start(await one.printed_invitation())
-        await one.sees(two, "ALIVE")
-        await one.plans_with("one", "two")
-        await one.client.deploy(HELP_DESK)
-        await two.holds(HELP_DESK)
+        await help_desk_on_the_second(one, two)
         await one.client.new_key("laptop")
 
         # SIGTERM: it says so itself, while its process still ends.
@@ -125,12 +130,7 @@ async def test_who_leaves_is_seen_at_once_and_who_is_killed_within_five_seconds_
 async def test_a_call_waits_for_the_only_pc_that_has_room_for_its_model_while_that_may_be_back(tmp_path: Path) -> None:
     one, two = Pc(tmp_path, "one", memory_mib=64, priority=10), Pc(tmp_path, "two", memory_mib=3000)
     async with stopping([one, two]):
-        await one.start(None, *AS_A_PERSON)
-        await two.start(await one.printed_invitation())
-        await one.sees(two, "ALIVE")
-        await one.plans_with("one", "two")
-        await one.client.deploy(HELP_DESK)
-        await two.holds(HELP_DESK)
+        await help_desk_on_the_second(one, two)
         await two.stop(signal.SIGKILL)
         await one.sees(two, "DEAD", seconds=30)
         assert "fits nowhere" in await one.cli("explain", HELP_DESK)

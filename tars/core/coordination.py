@@ -291,7 +291,8 @@ class Coordination:
             room = ground.for_model(model, movable, settings.move_margin)
             if room is not None:
                 return self._begin(scene, room.moves[0], _gain_of(model, room, scene), planned)
-        for model in sorted(apart, key=lambda model: (-scene.wanted[model][0].priority, model)):
+        if apart:
+            model = min(apart, key=lambda model: (-scene.wanted[model][0].priority, model))
             home = huddled[model]
             source = scene.home[home.assignment.node].name
             gain = f"{model} is on {source} more than once, and {home.node.name} goes on with it when {source} dies"

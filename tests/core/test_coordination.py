@@ -110,10 +110,10 @@ def test_an_order_that_nobody_reports_is_kept_for_a_while() -> None:
     assert [each.device for each in mesh.decide().plan.assignments] == [first.device]
 
 
-def huddled(*more: Deployment) -> PretendMesh:
+def huddled() -> PretendMesh:
     """Two replicas on `a`, because `b` was away, and it is back."""
     nodes = [node("a", gpu("a", "RTX 4090")), node("b", gpu("b", "GTX 1660 SUPER"))]
-    mesh = PretendMesh(nodes, [Deployment("phi-2", replicas=2), *more])
+    mesh = PretendMesh(nodes, [Deployment("phi-2", replicas=2)])
     mesh.settle()
     mesh.die("b")
     mesh.wait(100)

@@ -1,6 +1,7 @@
 """Claiming and settling an idempotency key among several nodes."""
 
 import random
+from functools import partial
 
 import pytest
 
@@ -234,6 +235,17 @@ def test_a_large_answer_is_fetched_from_its_owner(mesh):
     assert isinstance(mesh.claim(D), Run)
 
 
+def step(steps, node, answer):
+    """One step of a node's protocol; `steps` has each node's generator and the replies that it is sent next."""
+    generator, replies = steps[node]
+    try:
+        asks = generator.send(replies)
+    except StopIteration:
+        del steps[node]
+    else:
+        steps[node][1] = () if isinstance(asks, Pause) else tuple(map(answer, asks))
+
+
 class Racing:
     """Several nodes that claim one key at once, their steps interleaved by dice; who runs it answers after some steps."""
 
@@ -277,13 +289,7 @@ class Racing:
             if not steps:
                 return
             node = self.dice.choice(sorted(steps))
-            generator, replies = steps[node]
-            try:
-                asks = generator.send(replies)
-            except StopIteration:
-                del steps[node]
-            else:
-                steps[node][1] = () if isinstance(asks, Pause) else tuple(map(self.answer, asks))
+            step(steps, node, self.answer)
         raise AssertionError(f"still waiting for each other: {sorted(steps)}")
 
 
@@ -349,13 +355,7 @@ class Finished:
         while steps:
             for node in order:
                 if node in steps:
-                    generator, replies = steps[node]
-                    try:
-                        asks = generator.send(replies)
-                    except StopIteration:
-                        del steps[node]
-                    else:
-                        steps[node][1] = tuple(self.reply(node, ask) for ask in asks)
+                    step(steps, node, partial(self.reply, node))
 
 
 @pytest.mark.parametrize("order", [(A, B), (B, A)])

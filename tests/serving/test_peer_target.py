@@ -90,9 +90,9 @@ async def test_a_peer_is_told_the_file_that_a_text_is_to_be_computed_from():
         return PeerTarget(who, "big-pc", connection, now=lambda: 0.0, file_sha256="ab")
 
     chats, texts = Connection((None, ANSWER)), Connection(VECTORS)
-    async for _ in one(chats).run(CHAT, CallContext(Deadline(10.0), TRACE)):
+    async for _ in one(chats).run(CHAT, call()):
         pass
-    async for _ in one(texts).run(EmbedParams(input=["a", "b"], model="m"), CallContext(Deadline(10.0), TRACE)):
+    async for _ in one(texts).run(EmbedParams(input=["a", "b"], model="m"), call()):
         pass
     assert chats.asked[0][3]["file_sha256"] == "ab"
     assert "file_sha256" not in texts.asked[0][3], "vectors are not continued"
