@@ -166,6 +166,12 @@ class FileHashes:
     def __init__(self, folder: StateFolder):
         self._folder = folder
         self._lock = threading.Lock()
+        self._closed = False
+
+    def close(self) -> None:
+        """Save nothing from now on: waits for a write that has begun, so that the process may end. Idempotent."""
+        with self._lock:
+            self._closed = True
 
     def known(self, path: Path) -> str | None:
         """The hash if it is remembered and the file has not changed since; never reads the file's content."""
@@ -223,6 +229,8 @@ class FileHashes:
 
     def _remember(self, path: Path, fingerprint: Fingerprint, answer: str) -> None:
         with self._lock:
+            if self._closed:
+                return
             rows = self._rows()
             rows.pop(_key(path), None)
             rows[_key(path)] = {"sha256": answer, "size": fingerprint.size, "mtime_ns": fingerprint.mtime_ns}

@@ -364,6 +364,16 @@ def test_a_known_hash_is_not_computed_again_even_after_a_restart(state, file, mo
     assert FileHashes(state).known(file) == answer
 
 
+def test_a_hash_that_ends_after_the_close_is_answered_and_not_written(state, file):
+    hashes = FileHashes(state)
+
+    def close(percent):
+        hashes.close()
+
+    assert hashes.sha256(file, close) == hashlib.sha256(b"model" * 1000).hexdigest()
+    assert FileHashes(state).known(file) is None
+
+
 def test_a_changed_file_is_hashed_again(state, file):
     hashes = FileHashes(state)
     before = hashes.sha256(file)

@@ -148,7 +148,7 @@ class FileStore:
         await self.files.run()
 
     async def close(self) -> None:
-        """End every transfer; what came is kept for the next time."""
+        """End every transfer, and write no more; what came is kept for the next time."""
         tasks = [job.task for job in self._jobs.values() if job.task is not None]
         for task in tasks:
             task.cancel()
@@ -156,6 +156,7 @@ class FileStore:
             await asyncio.wait(tasks)
         if self._fetch.hub is not None:
             await self._fetch.hub.close()
+        self._hashes.close()
 
     # --- what is not here yet -----------------------------------------------------------------------------------------
 

@@ -192,7 +192,7 @@ class ReplicatedStore(MemoryStore):
     # --- the disk -------------------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Save what changed, a little later, until cancelled. A full disk is said once and tried again."""
+        """Save what changed, a little later, until cancelled: then call `close`. A full disk is said once and tried again."""
         complained = False
         volatile_at = time.monotonic() + SAVE_VOLATILE_SECONDS
         while True:
@@ -218,6 +218,10 @@ class ReplicatedStore(MemoryStore):
                 if not complained:
                     log.warning("what the mesh's other nodes told was not saved, and will be tried again: %s", error)
                 complained = True
+            except asyncio.CancelledError:
+                # Not written for certain: a thread that began goes on alone. `close` waits for it and writes once more.
+                self._dirty |= names
+                raise
 
     def save(self) -> None:
         """Save everything now. Raises `DiskFull` or `OSError`."""

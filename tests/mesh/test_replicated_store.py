@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import threading
 
 import orjson
 import pytest
@@ -202,6 +203,48 @@ async def test_what_peers_told_is_saved_soon(folder, quick):
     saving.cancel()
     store.close()
     assert everything(opened(folder)) == everything(store)
+
+
+async def test_a_close_in_the_middle_of_a_write_waits_for_it_and_loses_nothing(folder, quick, monkeypatch):
+    store = opened(folder)
+    writing, go_on = threading.Event(), threading.Event()
+
+    def slow(descriptor):
+        writing.set()
+        assert go_on.wait(5)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(state_folder.os, "fsync", slow)
+        saving = asyncio.create_task(store.run())
+        hear(store, Record("deployment/m", Stamp(NOW, 0, B), wish("m")))
+        assert await asyncio.to_thread(writing.wait, 5)
+        saving.cancel()
+        await asyncio.wait({saving})
+        threading.Timer(0.1, go_on.set).start()
+        store.close()
+        assert not list(folder.path.glob("*.partial"))
+        assert on_disk(folder) == {"deployment/m"}
+
+
+async def test_what_was_to_be_written_when_it_was_cancelled_is_written_at_the_close(folder, quick, monkeypatch):
+    store = opened(folder)
+    asked = asyncio.Event()
+
+    async def never(*_):
+        asked.set()
+        await asyncio.Event().wait()
+
+    with monkeypatch.context() as patch:
+        # As where all of the pool's threads are taken: cancelled before it began.
+        patch.setattr(replicated_store.asyncio, "to_thread", never)
+        saving = asyncio.create_task(store.run())
+        hear(store, Record("deployment/m", Stamp(NOW, 0, B), wish("m")))
+        await asked.wait()
+        saving.cancel()
+        await asyncio.wait({saving})
+    assert on_disk(folder) == set()
+    store.close()
+    assert on_disk(folder) == {"deployment/m"}
 
 
 async def test_a_full_disk_is_said_once_and_tried_again(folder, quick, monkeypatch, caplog):
