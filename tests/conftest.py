@@ -19,13 +19,14 @@ settings.load_profile("full")
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In one of several processes: the files that take long come first, so that at the end no process waits for another one's.
 
-    By their number of tests, which is xdist's own order, those would be the last: a mesh of real nodes is often a file of one test.
+    By their number of tests, which is xdist's own order, those would be the last: a mesh of real nodes is often a file of one test. So of
+    the files that take long those with the fewest tests are the first.
     """
     if not hasattr(config, "workerinput"):
         return
     long = {item.path for item in items for mark in ("slow", "model") if item.get_closest_marker(mark)}
     counts = Counter(item.path for item in items)
-    items.sort(key=lambda item: (item.path not in long, -counts[item.path]))
+    items.sort(key=lambda item: (item.path not in long, counts[item.path] if item.path in long else -counts[item.path]))
 
 
 @pytest.fixture(scope="session")

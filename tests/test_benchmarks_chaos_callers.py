@@ -93,6 +93,7 @@ async def test_nobody_there_is_a_gateway_that_is_gone() -> None:
                 await cast("Awaitable[object]", call)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alone", [False, True])
 async def test_a_silent_gateway_loses_its_calls_only_where_another_one_is_heard(
     gateway: Gateway, monkeypatch: pytest.MonkeyPatch, alone: bool

@@ -39,6 +39,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: write_random_model(folder / f"{name}.gguf", TINY, quantisation=name) for name in ("Q8_0", "Q4_0")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantisation", ["Q8_0", "Q4_0"])
 def test_weights_are_finite_of_mean_zero_and_of_the_wanted_spread(written: dict[str, Path], quantisation: str) -> None:
     path = written[quantisation]

@@ -186,6 +186,7 @@ async def test_a_result_of_another_version_is_a_bad_peer_answer(client: Client, 
         await client.ping()
 
 
+@pytest.mark.slow
 def test_the_client_needs_no_engine_and_no_server_part() -> None:
     program = (
         "import sys, tars.client\n"

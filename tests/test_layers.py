@@ -76,6 +76,7 @@ def copy_of_tars(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_the_tree_keeps_every_contract(tmp_path):
     status, output = lint(copy_of_tars(tmp_path))
     assert [state_of(contract, output) for contract in (LAYERS, CORE, ENGINES, NVML)] == ["KEPT"] * 4, output
@@ -110,6 +111,7 @@ def test_a_new_top_level_module_must_get_its_place_among_the_layers(planted):
     assert "planted_new_module" in planted.partition(LAYERS + "\n")[2].partition(CORE + "\n")[0]
 
 
+@pytest.mark.slow
 def test_everything_but_the_workers_starts_without_any_engine_and_without_nvml():
     """The contracts see direct imports only; this sees what is really loaded, through however many modules."""
     modules = sorted(

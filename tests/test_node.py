@@ -62,6 +62,7 @@ async def call_that_lasts(node, client):
 # --- what needs no model -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_version_and_help_say_what_they_should():
     assert run_node("--version").stdout.startswith("tars-node, version ")
     assert "--state-dir" in run_here("--help").stdout
@@ -75,6 +76,7 @@ def test_check_says_that_a_configuration_is_right_and_starts_nothing(tmp_path):
     assert not (tmp_path / "state").exists()
 
 
+@pytest.mark.slow
 def test_a_typo_in_the_configuration_is_refused_with_line_and_nearest_key(tmp_path):
     (tmp_path / "c.toml").write_text('[node]\nlisen = "127.0.0.1:9123"\n')
     done = run_node("--check", "--config", tmp_path / "c.toml")

@@ -61,6 +61,7 @@ def digest(seed: int) -> str:
     return hashlib.sha256("\n".join(simulate(seed, packets=True).history).encode()).hexdigest()
 
 
+@pytest.mark.slow
 def test_a_seed_has_one_history_in_every_process():
     here = digest(3)
     assert here == digest(3)

@@ -215,6 +215,7 @@ def test_json_needs_a_question(conversation: Callable[..., Any]) -> None:
 # --- Ctrl-C, in a process of its own ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_question_and_the_work_on_the_node(node: Any) -> None:
     node.hold_after = 1
     process = subprocess.Popen(

@@ -9,11 +9,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from tars.messages.inference import EmbedResult, Timings, Usage
 
 README = (Path(__file__).resolve().parent.parent.parent / "README.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_python_client_s_example_works_as_printed(node: Any, make: SimpleNamespace) -> None:
     node.answers["inference.embed"] = EmbedResult(
         model="minilm", embeddings=[[1.0, 0.0], [0.0, 1.0]], dimensions=2, truncated=[],

@@ -131,6 +131,7 @@ def best_by_trying_all(area: Ground, wishes: list[Wish]) -> Score:
     return best
 
 
+@pytest.mark.slow
 def test_small_cases_get_the_best_score_that_there_is() -> None:
     missed = []
     for seed in range(150):

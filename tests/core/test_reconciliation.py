@@ -275,6 +275,7 @@ def test_a_question_out_of_bounds_is_answered_with_nothing(body):
     assert Side("a").reconciliation.handle(body) == []
 
 
+@pytest.mark.slow
 def test_a_partition_of_thousands_of_changed_keys_heals_in_a_few_rounds():
     dice = random.Random(4)
     sides = [Side(f"n{number}") for number in range(10)]

@@ -53,6 +53,7 @@ def snapshot(environment, held=None, **settings):
     return json.loads(printed.stdout)
 
 
+@pytest.mark.slow
 def test_an_rtx_3060_is_advertised_in_full(pretend_nvml):
     found = snapshot(pretend_nvml.environment("rtx3060"))
     gpu, host = found["devices"]
@@ -73,11 +74,13 @@ def test_an_rtx_3060_is_advertised_in_full(pretend_nvml):
     assert (found["reason"], found["warnings"]) == (None, [])
 
 
+@pytest.mark.slow
 def test_a_1660_super_is_advertised_with_full_precision(pretend_nvml):
     gpu, _ = snapshot(pretend_nvml.environment("gtx1660s"))["devices"]
     assert (gpu["precision"], gpu["compute_capability"]) == ("fp32", [7, 5])
 
 
+@pytest.mark.slow
 def test_a_4090_under_wsl2_says_what_it_does_not_tell(pretend_nvml):
     gpu, _ = snapshot(pretend_nvml.environment("rtx4090-wsl2"))["devices"]
     assert gpu["utilisation_percent"] is None
@@ -85,6 +88,7 @@ def test_a_4090_under_wsl2_says_what_it_does_not_tell(pretend_nvml):
     assert gpu["capacity"] == Bytes.mib(24564 - 484 - 1500)
 
 
+@pytest.mark.slow
 def test_a_unified_board_offers_the_hosts_memory_once(pretend_nvml):
     gpu, host = snapshot(pretend_nvml.environment("unified"), host_memory_reserve_mib=64)["devices"]
     assert gpu["unified_memory"]
@@ -94,6 +98,7 @@ def test_a_unified_board_offers_the_hosts_memory_once(pretend_nvml):
     assert "shares the host's memory" in gpu["notes"][0]
 
 
+@pytest.mark.slow
 def test_a_card_that_tells_nothing_gets_no_model(pretend_nvml):
     found = snapshot(pretend_nvml.environment("mute"))
     gpu = found["devices"][0]
@@ -104,6 +109,7 @@ def test_a_card_that_tells_nothing_gets_no_model(pretend_nvml):
     assert gpu["index"] == 0
 
 
+@pytest.mark.slow
 def test_a_driver_that_is_not_loaded_leaves_the_cpu_and_a_reason(pretend_nvml):
     environment = pretend_nvml.environment("driver-not-loaded")
     found = snapshot(environment, expected=[{"name": "RTX 3060", "memory_mib": 11909}])
@@ -114,6 +120,7 @@ def test_a_driver_that_is_not_loaded_leaves_the_cpu_and_a_reason(pretend_nvml):
     assert "modprobe" in warning
 
 
+@pytest.mark.slow
 def test_what_tars_holds_counts_as_its_own(pretend_nvml):
     id = f"n1/gpu-{RTX_3060.removeprefix('GPU-')}"
     gpu, _ = snapshot(pretend_nvml.environment("rtx3060"), held={id: Bytes.mib(200)}, reserve_mib=0)["devices"]
@@ -121,6 +128,7 @@ def test_what_tars_holds_counts_as_its_own(pretend_nvml):
     assert gpu["capacity"] == Bytes.mib(12288 - 379 - 300 + 200)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "uuids"),
     [

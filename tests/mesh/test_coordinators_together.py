@@ -332,6 +332,7 @@ async def test_orders_that_the_map_refuses_are_said_once_and_stop_no_others(mesh
     assert caplog.text.count("it was removed") == 1
 
 
+@pytest.mark.slow
 async def test_a_coordinator_that_hears_of_anothers_orders_puts_them_right_soon(mesh, monkeypatch):
     """One that stood still while another one decided; without that it would see it in its next round of every ten seconds."""
     monkeypatch.setattr("tars.mesh.coordinator.OVERRULED_SECONDS", 0.05)

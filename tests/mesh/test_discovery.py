@@ -202,6 +202,7 @@ class Node:
             assert not self.discovery.heard
 
 
+@pytest.mark.slow
 async def test_nodes_of_a_mesh_hear_each_other_from_hello_to_goodbye():
     one, two = Node("192.0.2.1:8001", "[2001:db8::1]:8001"), Node("192.0.2.2:8002")
     stranger = Node("192.0.2.3:8003", mesh="fedcba9876543210")

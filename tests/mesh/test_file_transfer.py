@@ -127,6 +127,7 @@ async def test_a_source_that_dies_midway_is_replaced_by_the_others(target):
     assert outcome.sources == ("DYING", "GOOD")
 
 
+@pytest.mark.slow
 async def test_a_source_that_keeps_silent_is_given_up(target, monkeypatch):
     monkeypatch.setattr("tars.core.transfer.FIRST_PAUSE", 0.01)
     silent = Pretended("silent", stalls=True)

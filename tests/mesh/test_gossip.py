@@ -261,6 +261,7 @@ async def test_a_record_that_no_node_takes_is_said(mesh, caplog):
     assert "nonsense/x" in caplog.text
 
 
+@pytest.mark.slow
 async def test_a_loop_that_stood_still_accuses_nobody(mesh):
     """The loop is blocked for many probe times with a probe under way: the answer is read before anything is concluded."""
     a, b = mesh.add(A, (A, B)), mesh.add(B, (A, B))

@@ -171,6 +171,7 @@ async def test_a_changed_network_makes_everything_due_at_once(bench):
         await bench.until(lambda: len(bench.suggested) == 2)
 
 
+@pytest.mark.slow
 async def test_the_pace_is_bounded(bench, monkeypatch):
     monkeypatch.setattr(seeds_module, "TRIES_A_SECOND", 100.0)
     async with bench.running(first_wait=30) as seeds:

@@ -128,6 +128,7 @@ async def test_a_node_that_stops_begins_no_inference_and_still_answers_its_opera
         assert admission.active == 3, "what ran goes on"
 
 
+@pytest.mark.slow
 async def test_what_still_runs_when_the_grace_time_is_over_ends_as_retryable():
     admission = Admission(RpcOptions())
     began = asyncio.Event()

@@ -57,6 +57,7 @@ def test_the_url_of_all_addresses_is_one_that_can_be_gone_to(every: str, this_pc
     assert Listener(every, 8000, None).url == f"http://{this_pc}:8000"  # type: ignore[arg-type]  # no server is asked
 
 
+@pytest.mark.slow
 async def test_a_connection_that_never_asks_is_closed_and_one_that_asked_stays() -> None:
     async def answer(request: web.Request) -> web.Response:
         return web.Response(text="here")

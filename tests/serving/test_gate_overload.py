@@ -226,11 +226,13 @@ def test_texts_stay_flat_too(factor):
     assert tally.answered["batch"] >= 0.03 * tally.answered.total()
 
 
+@pytest.mark.slow
 def test_a_caller_who_is_alone_has_all_of_the_replica():
     tally = run({"only": 5 * CAPACITY})
     assert tally.tokens >= 0.9 * SPEED * SECONDS
 
 
+@pytest.mark.slow
 def test_two_greedy_callers_get_the_same_share_of_the_tokens_whatever_they_send():
     tally = run({"greedy": 2 * CAPACITY, "greedier": 6 * CAPACITY})
     assert tally.answered["greedy"] == pytest.approx(tally.answered["greedier"], rel=0.25)

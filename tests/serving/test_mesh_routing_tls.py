@@ -72,6 +72,7 @@ async def test_closing_the_stream_stops_the_work_behind_the_tls(pair):
     assert replica.running == 0
 
 
+@pytest.mark.slow
 async def test_a_node_that_was_thrown_out_gets_no_answers_and_its_callers_are_told_that_it_is_the_mesh(pair):
     entry, big = pair
     await entry.service.embed(EMBED, call())
@@ -83,6 +84,7 @@ async def test_a_node_that_was_thrown_out_gets_no_answers_and_its_callers_are_to
     assert len(big.service.replicas[1].works) == 1
 
 
+@pytest.mark.slow
 async def test_a_connection_that_is_cut_in_the_middle_of_an_answer_says_so(pair):
     entry, big = pair
     big.service.replicas[0].gate = asyncio.Event()

@@ -239,6 +239,7 @@ def answers(draw: st.DrawFn) -> list[str]:
     return [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
+@pytest.mark.slow
 @settings(max_examples=4 * settings().max_examples)
 @given(
     pieces=answers(),

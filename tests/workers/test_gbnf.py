@@ -67,6 +67,7 @@ def test_what_llama_cpp_documents_is_read(text: str) -> None:
     assert parse(text).symbols
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

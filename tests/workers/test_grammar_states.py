@@ -41,6 +41,7 @@ def test_regular_grammars_accept_what_re_accepts(grammar: str, pattern: str) -> 
             assert accepts(automaton, text) == bool(expected.fullmatch(text)), text
 
 
+@pytest.mark.slow
 def test_recursion_counts_brackets() -> None:
     automaton = Automaton(parse('root ::= ("(" root ")" | "[" root "]")*'))
     for length in range(6):
@@ -85,6 +86,7 @@ def random_grammar(dice: random.Random) -> str:
     return "\n".join(f"{name} ::= {' | '.join(sequence() for _ in range(dice.randint(1, 3)))}" for name in names)
 
 
+@pytest.mark.slow
 def test_random_grammars_accept_exactly_their_language() -> None:
     dice = random.Random(1)
     compared = nonempty = 0

@@ -36,6 +36,8 @@ from tars.workers.engine import Event, LoadSpec, Resume, Work
 from tars.workers.options import WorkerOptions
 from tars.workers.supervisor import ReplicaWorker
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 
 FAST = {

@@ -26,6 +26,7 @@ def test_the_best_are_what_a_stable_sort_gives(size: int, count: int, ties: bool
     assert best(row, count).tolist() == np.argsort(-row, kind="stable")[:count].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [{}, {"top_k": 0, "top_p": 1.0, "min_p": 0.0}, {"temperature": 2.0, "top_k": 3}])
 def test_frequencies_are_the_softmaxs(params: dict[str, Any]) -> None:
     """Chi-square with fixed seeds: 0.001 of random ones would be beyond the bound."""
