@@ -270,10 +270,12 @@ class Coordination:
             self._huddled_since = {}
             return False
         ground = Ground(scene.nodes, found.assignments, scene.wanted, scene.view.measured, circumstances)
+        optional = replace(circumstances, bars=self._bars.failed_within(settings.spread_again, now))
+        wide = Ground(scene.nodes, found.assignments, scene.wanted, scene.view.measured, optional)
         huddled = {
             model: home
             for model, replicas in together.items()
-            if (home := ground.apart(min(replicas, key=lambda each: (self._worth(each, scene), each.replica))))
+            if (home := wide.apart(min(replicas, key=lambda each: (self._worth(each, scene), each.replica))))
         }
         self._huddled_since = {model: self._huddled_since.get(model, now) for model in huddled}
         apart = [model for model, since in self._huddled_since.items() if _lasted(since, settings.spread_hold, now)]
@@ -373,8 +375,9 @@ class Coordination:
             ends.append(since + hold)
         if self._pending is not None:
             ends.append(self._pending.began + settings.order_patience)
-        if (bar := self._bars.next_end(now)) is not None:
-            ends.append(bar)
+        for bar in (self._bars.next_end(now), self._bars.next_forgiven(settings.spread_again, now)):
+            if bar is not None:
+                ends.append(bar)
         return min((end for end in ends if end > now), default=None)
 
 

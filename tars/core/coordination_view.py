@@ -45,6 +45,9 @@ class CoordinationSettings:
     """A device is over its capacity so long before a replica leaves it: a program that starts and ends again moves no 4 GB."""
     spread_hold: float = 10.0
     """Two replicas of a model are on one node, and another one has room, for so long before one moves: what comes back has settled."""
+    spread_again: float = 3600.0
+    """Where a load failed so lately, nothing is moved to bring two replicas apart, whose model is answered as it is: by and by memory
+    is free there."""
     order_patience: float = 30.0
     """What was ordered and not reported since is planned anew: the order reached the node in a second, unless it died."""
     bar_first: float = 60.0

@@ -16,7 +16,7 @@ from tars.core.types import ReplicaId, ReplicaState
 
 @dataclass(slots=True)
 class _Bar:
-    until: float
+    failed_at: float
     pause: float
     error: str
     file: HeldFile | None
@@ -24,6 +24,10 @@ class _Bar:
     """Still the same failure: it was reported the last time, too."""
     beside: frozenset[ReplicaId]
     """Replicas of the same load that were ready there already: they do not tell that it can be loaded once more."""
+
+    @property
+    def until(self) -> float:
+        return self.failed_at + self.pause
 
 
 class LoadBars:
@@ -68,7 +72,7 @@ class LoadBars:
         if known is not None and known.failing:
             return
         pause = self._first if known is None else min(self._most, 2 * known.pause)
-        self._bars[load] = _Bar(now + pause, pause, error, file, True, beside)
+        self._bars[load] = _Bar(now, pause, error, file, True, beside)
 
     def forget(self, model: str) -> None:
         """Somebody wants it tried again."""
@@ -77,20 +81,29 @@ class LoadBars:
 
     def in_force(self, now: float) -> Mapping[Load, str]:
         """Each with its reason, for the verdicts."""
-        return {
-            load: f"a load of {load[1]} failed: {bar.error.rstrip('.')}"
-            for load, bar in self._bars.items()
-            if now < bar.until
-        }
+        return {load: _why(load, bar) for load, bar in self._bars.items() if now < bar.until}
+
+    def failed_within(self, seconds: float, now: float) -> Mapping[Load, str]:
+        """Those that failed so lately, in force or not: for what may be loaded there and need not be."""
+        return {load: _why(load, bar) for load, bar in self._bars.items() if now < bar.failed_at + seconds}
 
     def next_end(self, now: float) -> float | None:
         """When the next of them ends."""
         return min((bar.until for bar in self._bars.values() if bar.until > now), default=None)
 
+    def next_forgiven(self, seconds: float, now: float) -> float | None:
+        """When the next of `failed_within` is no longer one of them."""
+        ends = (bar.failed_at + seconds for bar in self._bars.values())
+        return min((end for end in ends if end > now), default=None)
+
 
 def load_of(report: ReplicaReport) -> Load:
     """What a report is about, whichever number the replica has."""
     return (report.assignment.model, report.assignment.variant, report.assignment.device)
+
+
+def _why(load: Load, bar: _Bar) -> str:
+    return f"a load of {load[1]} failed: {bar.error.rstrip('.')}"
 
 
 def _same(one: HeldFile, other: HeldFile) -> bool:

@@ -156,6 +156,19 @@ def test_two_replicas_stay_together_where_the_other_pc_has_no_room_or_is_not_all
         assert mesh.unloaded == []
 
 
+def test_where_the_load_failed_two_replicas_stay_together_for_an_hour() -> None:
+    mesh = huddled()
+    mesh.fails.add(("phi-2", DeviceId("b/gpu-0")))
+    mesh.wait(100)
+    assert mesh.ready()["phi-2"] == ["a/gpu-0", "a/gpu-0"]
+    (tried,) = mesh.unloaded
+    mesh.wait(3400)
+    assert mesh.unloaded == [tried]
+    mesh.fails.clear()
+    mesh.wait(300)
+    assert mesh.ready()["phi-2"] == ["a/gpu-0", "b/gpu-0"]
+
+
 def test_a_pc_that_stays_only_for_a_moment_moves_nothing() -> None:
     mesh = huddled()
     mesh.wait(5)

@@ -81,3 +81,14 @@ def test_another_replica_that_was_ready_there_before_is_no_success() -> None:
     assert bars.in_force(1.0)
     bars.note([replace(both, replicas=(*advert(ReplicaState.READY).replicas, sibling))], 2.0)
     assert not bars.in_force(2.0)
+
+
+def test_how_lately_it_failed_counts_where_it_need_not_be_loaded() -> None:
+    bars = LoadBars(60, 3600)
+    bars.note([advert(ReplicaState.FAILED)], 100.0)
+    assert bars.failed_within(1000, 1099.9) == {LOAD: "a load of Q8_0 failed: bad magic"}
+    assert bars.next_forgiven(1000, 200.0) == 1100.0
+    assert bars.failed_within(1000, 1100.0) == {}
+    assert bars.next_forgiven(1000, 1100.0) is None
+    bars.note([advert(ReplicaState.READY)], 1101.0)
+    assert bars.failed_within(10_000, 1101.0) == {}
