@@ -7,7 +7,7 @@ is so), so another node can take over at any moment: it forgets holds and bars, 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from tars.core.coordination_orders import orders_for
@@ -20,11 +20,11 @@ from tars.core.coordination_view import (
     Scene,
     same_load,
 )
-from tars.core.crowded_devices import CrowdedDevices
 from tars.core.load_bars import LoadBars
-from tars.core.making_room import Ground, Relocation, Room
+from tars.core.making_room import Ground, Room
 from tars.core.placement import fits, plan, replica_id
 from tars.core.placement_wants import Circumstances
+from tars.core.reasons_to_move import ReasonsToMove
 from tars.core.types import (
     Assignment,
     DeviceId,
@@ -67,9 +67,7 @@ class Coordination:
         self._ordered_since: dict[ReplicaId, float] = {}
         self._leaving_since: dict[ReplicaId, float] = {}
         self._over_since: dict[DeviceId, float] = {}
-        self._refused_since: dict[str, float] = {}
-        self._huddled_since: dict[str, float] = {}
-        self._crowded = CrowdedDevices(self._settings.crowd_free, self._settings.crowd_growth)
+        self._reasons = ReasonsToMove(self._settings)
         self._pending: _Pending | None = None
         self._last: tuple[CoordinationView, Decision] | None = None
 
@@ -146,7 +144,7 @@ class Coordination:
         self._ready_since = away
         unreported = {each.replica for each in scene.ordered.values() if scene.state(each) is None}
         self._ordered_since = {each: self._ordered_since.get(each, now) for each in sorted(unreported)}
-        self._crowded.note(scene)
+        self._reasons.note(scene)
 
     def _follow_move(self, scene: Scene) -> None:
         """End the pending move where its successor is ready and its source gone, or where it can no longer be."""
@@ -251,69 +249,24 @@ class Coordination:
                 stay.append(assignment)
         return stay
 
-    # --- moves of healthy replicas -----------------------------------------------------------------------------------
-
     def _begin_move(self, scene: Scene, found: Plan, circumstances: Circumstances) -> bool:
-        """At most one at a time, after a hold-down, and only while nothing else is in motion; whether one began."""
-        settings, now = self._settings, scene.now
-        self._refused_since = {
-            refusal.model: self._refused_since.get(refusal.model, now)
-            for refusal in found.refusals
-            if refusal.model in scene.wanted
-        }
-        refused = [model for model, since in self._refused_since.items() if _lasted(since, settings.move_hold, now)]
-        crowded = [device for device, since in self._crowded.since.items() if _lasted(since, settings.crowd_hold, now)]
-        planned = {each.replica: each for each in found.assignments}
-        movable = {replica: each for replica, each in planned.items() if scene.state(each) is ReplicaState.READY}
-        together = _together(movable.values())
-        if not (refused or crowded or together):
-            self._huddled_since = {}
+        """The one that is due; whether one began."""
+        lately = self._bars.failed_within(self._settings.spread_again, scene.now)
+        due = self._reasons.due(scene, found, circumstances, lately, lambda each: self._worth(each, scene))
+        if due is None:
             return False
-        ground = Ground(scene.nodes, found.assignments, scene.wanted, scene.view.measured, circumstances)
-        optional = replace(circumstances, bars=self._bars.failed_within(settings.spread_again, now))
-        wide = Ground(scene.nodes, found.assignments, scene.wanted, scene.view.measured, optional)
-        huddled = {
-            model: home
-            for model, replicas in together.items()
-            if (home := wide.apart(min(replicas, key=lambda each: (self._worth(each, scene), each.replica))))
-        }
-        self._huddled_since = {model: self._huddled_since.get(model, now) for model in huddled}
-        apart = [model for model, since in self._huddled_since.items() if _lasted(since, settings.spread_hold, now)]
-        if not (refused or crowded or apart) or any(scene.state(each) is None for each in planned.values()):
-            return False
-        if scene.in_motion() or any(each.replica not in planned for each in scene.ordered.values()):
-            return False
-        for device in sorted(crowded):
-            here = [each for each in movable.values() if each.device == device]
-            for each in sorted(here, key=lambda each: (scene.wanted[each.model][0].priority, each.replica)):
-                if (home := ground.elsewhere(each)) is not None:
-                    gain = f"gives {each.memory.total} of {scene.place(device)} to a program that needs more there"
-                    return self._begin(scene, home, gain, planned)
-        for model in sorted(refused, key=lambda model: (-scene.wanted[model][0].priority, model)):
-            room = ground.for_model(model, movable, settings.move_margin)
-            if room is not None:
-                return self._begin(scene, room.moves[0], _gain_of(model, room, scene), planned)
-        if apart:
-            model = min(apart, key=lambda model: (-scene.wanted[model][0].priority, model))
-            home = huddled[model]
-            source = scene.home[home.assignment.node].name
-            gain = f"{model} is on {source} more than once, and {home.node.name} goes on with it when {source} dies"
-            return self._begin(scene, home, gain, planned)
-        return False
-
-    def _begin(self, scene: Scene, home: Relocation, gain: str, planned: Mapping[ReplicaId, Assignment]) -> bool:
-        source = home.assignment
-        taken = {*planned, *scene.reports, *scene.ordered}
+        source, device = due.home.assignment, due.home.device
+        taken = {each.replica for each in found.assignments} | scene.reports.keys() | scene.ordered.keys()
         successor = replace(
             source,
-            replica=replica_id(source.model, home.node.id, home.device.id, taken),
-            node=home.node.id,
-            device=home.device.id,
-            memory=home.cost.memory,
-            settings=home.cost.settings,
-            reason=f"moved here from {scene.place(source.device)}: {gain}",
+            replica=replica_id(source.model, due.home.node.id, device.id, taken),
+            node=due.home.node.id,
+            device=device.id,
+            memory=due.home.cost.memory,
+            settings=due.home.cost.settings,
+            reason=f"moved here from {scene.place(source.device)}: {due.gain}",
         )
-        self._pending = _Pending(source, successor, gain, scene.now)
+        self._pending = _Pending(source, successor, due.gain, scene.now)
         return True
 
     # --- what leaves -------------------------------------------------------------------------------------------------
@@ -363,12 +316,9 @@ class Coordination:
     def _wake_at(self, scene: Scene) -> float | None:
         """The next end of a hold, a bar or a patience."""
         settings, now = self._settings, scene.now
-        ends: list[float] = []
+        ends = list(self._reasons.ends())
         for since, hold in (
             *((since, settings.crowd_hold) for since in self._over_since.values()),
-            *((since, settings.crowd_hold) for since in self._crowded.since.values()),
-            *((since, settings.move_hold) for since in self._refused_since.values()),
-            *((since, settings.spread_hold) for since in self._huddled_since.values()),
             *((since, settings.order_patience) for since in self._ordered_since.values()),
             *((since, settings.drain_patience) for since in self._leaving_since.values()),
         ):
@@ -379,18 +329,6 @@ class Coordination:
             if bar is not None:
                 ends.append(bar)
         return min((end for end in ends if end > now), default=None)
-
-
-def _together(replicas: Iterable[Assignment]) -> dict[str, list[Assignment]]:
-    """By model: its replicas on the first node that has more than one of them."""
-    places: dict[tuple[str, NodeId], list[Assignment]] = {}
-    for each in sorted(replicas, key=lambda each: each.replica):
-        places.setdefault((each.model, each.node), []).append(each)
-    found: dict[str, list[Assignment]] = {}
-    for (model, _), here in places.items():
-        if len(here) > 1:
-            found.setdefault(model, here)
-    return found
 
 
 def _nothing_new(before: CoordinationView, decision: Decision, view: CoordinationView) -> bool:
@@ -411,10 +349,6 @@ def _over_committed(scene: Scene, running: Iterable[Assignment]) -> list[DeviceI
     for each in running:
         promised[each.device] += scene.updated(each).memory.total
     return [device for device, total in promised.items() if not fits(total, scene.devices[device])]
-
-
-def _gain_of(model: str, room: Room, scene: Scene) -> str:
-    return f"makes room for {model}, which fits nowhere else and needs {room.need} of {scene.place(room.device.id)}"
 
 
 def _without_file(scene: Scene) -> list[Refusal]:
