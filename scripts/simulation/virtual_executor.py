@@ -140,9 +140,12 @@ class VirtualExecutor:
         return tuple(card.snapshot() for card in self.cards.values())
 
     def short_of_memory(self, running: Running) -> bool:
-        """Whether it failed for want of memory that is still not there: by its estimate it fits, by what it takes it does not."""
-        card = self.cards[running.assignment.device]
-        return running.state is ReplicaState.FAILED and running.missing > 0 and running.takes > card.free
+        """Whether it failed for want of memory that is still not there, tried again just now or not: by its estimate it fits, by what it
+        takes it does not.
+        """
+        free = self.cards[running.assignment.device].free + running.bytes
+        failed = running.state in (ReplicaState.FAILED, ReplicaState.LOADING) and running.missing > 0
+        return failed and running.takes > free
 
     def all(self) -> list[Running]:
         return [running for card in self.cards.values() for running in card.running.values()]
