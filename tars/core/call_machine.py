@@ -104,8 +104,9 @@ class CallMachine:
         """The state that a replica saved of it."""
         self._last: Failure | None = None
         self._again_at = inf
-        self._hopes_until = inf
         """Nobody runs, and this is when it is tried again."""
+        self._hopes_until = inf
+        """Until then it waits for a replica that loads, rather than fail."""
         self._asked_to_load = False
         self._hedge_at = inf
         self._wake_at = inf

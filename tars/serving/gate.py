@@ -12,8 +12,8 @@ A call is refused when it comes, where it would begin too late for its deadline 
 out later, or somebody who has less in a full queue came. All of these are `Overloaded` and say when to come back. When the worker leaves
 READY, all that waits goes through: the worker says itself why it takes nothing.
 
-An answer that was broken off elsewhere and goes on here does not wait: its caller is in the middle of it. There are only as many as a node
-that died had, and nobody else is let in before they have their slots.
+An answer that was broken off elsewhere and goes on here does not wait: its caller is in the middle of it, and the engine computes it
+beside full slots where it can. There are only as many as a node that died had, and nobody else is let in before as many slots are idle.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Gate:
     def turn(self, call: CallContext, work: Work, *, begun: bool = False) -> Turn:
         """`async with`: from when it is the call's turn. Raises `Overloaded` from entering it.
 
-        `begun`: its answer was broken off elsewhere, and its caller reads it already. It waits for nobody here, only for a slot.
+        `begun`: its answer was broken off elsewhere, and its caller reads it already. It waits for nobody here.
         """
         return Turn(self, call, work, begun)
 

@@ -10,6 +10,9 @@ computed in the order they came; where one begins like another that is in the ca
 Calls that come together while nothing runs are brought in first, one after the other, each with its first token as soon as its prompt is
 done: with decodes of the first few in between, all of them would end later.
 
+An answer that was broken off elsewhere is at the front, for its caller is in the middle of it: it may have a stream beyond the slots where
+there is one, else that of an answer that has given nothing yet, and its tokens are computed before other prompts.
+
 Exact mode computes every prompt alone in chunks on fixed borders and takes only whole chunks over from the cache: then, in split streams, a
 sequence's numbers do not depend on what else runs.
 """
@@ -117,7 +120,7 @@ class Batcher:
             stood_still=self._stood_still,
         )
         self.waiting: deque[Answer] = deque()
-        """Prepared answers without a stream, in the order they came; preempted ones stand at the front."""
+        """Prepared answers without a stream: first those that have tokens (preempted, or begun elsewhere), then in the order they came."""
         self.running: list[Answer] = []
         """Answers with a stream, in the order they got it."""
         self.prompt_tokens = 0
@@ -135,7 +138,14 @@ class Batcher:
         for answer in answers:
             if answer.saved is not None and not self._keeps(len(answer.saved.data)):
                 answer.saved = None
-        self.waiting.extend(answers)
+            if answer.generated:
+                self.waiting.insert(self._begun_ones(), answer)
+            else:
+                self.waiting.append(answer)
+
+    def _begun_ones(self) -> int:
+        """How many at the front of the queue have tokens."""
+        return next((index for index, answer in enumerate(self.waiting) if not answer.generated), len(self.waiting))
 
     def drop(self, call: Call, *, keep: bool = True) -> None:
         """A call is over: its answers' streams and places in the queue are free. `keep`: its cells are good for others."""
@@ -166,6 +176,7 @@ class Batcher:
 
     def step(self, between: Callable[[], None]) -> None:
         """One token for every running answer, then a chunk of the prompts that come in; `between` the two the first's tokens go out."""
+        self._make_way()
         rows = [answer for answer in self.running if self._is_row(answer)]
         if rows and self._came_together(rows) and self._prefill_for(self._pace_alone):
             return
@@ -177,6 +188,16 @@ class Batcher:
             if self.waiting or any(not self._is_row(answer) for answer in self.running):
                 between()  # what the rows brought must not wait for the chunk
         self._prefill_for(self._pace if rows else self._pace_alone)
+
+    def _make_way(self) -> None:
+        """Where a begun answer finds no stream, one that has given nothing yet goes back to the queue: its caller notices nothing."""
+        while self.waiting and self.waiting[0].generated and len(self.running) >= self._context.streams:
+            victim = next((answer for answer in reversed(self.running) if not answer.generated), None)
+            if victim is None:
+                return
+            self.leave(victim)
+            self.waiting.insert(self._begun_ones(), victim)
+            self.preemptions += 1
 
     def _came_together(self, rows: Sequence[Answer]) -> bool:
         """Whether all that runs has had its first token a moment ago and no second one, and what comes in was there by then."""
@@ -260,14 +281,19 @@ class Batcher:
         """A chunk of the oldest prompts, newly started ones included; whether any of it was computed."""
         parts: list[tuple[Answer, int]] = []
         budget = pace.chunk
+        prefilling = sorted(prefilling, key=lambda answer: not answer.generated)
         while budget > 0:
             if sum(count for _, count in parts) >= self._shapes.joined:
                 break
-            if not prefilling and self._waits_for_a_beginning(parts):
-                break
-            answer = prefilling.pop(0) if prefilling else self._start_next()
+            answer = prefilling[0] if prefilling else None
+            if answer is None or (not answer.generated and self.waiting and self.waiting[0].generated):
+                if self._waits_for_a_beginning(parts):
+                    break
+                answer = self._start_next() or answer
             if answer is None:
                 break
+            if prefilling and answer is prefilling[0]:
+                prefilling.pop(0)
             if self._is_row(answer):
                 continue  # its cells were restored: it goes on with the next decode
             if parts and not self._may_join(parts[-1][0], answer):
@@ -334,20 +360,10 @@ class Batcher:
 
     def _start_next(self) -> Answer | None:
         """Give the first waiting answer a stream; None where there is none to be had, or no room for what it has to compute."""
-        if not self.waiting or not self._cache.streams_free():
+        if not self.waiting or not self._may_start(self.waiting[0]):
             return None
         answer = self.waiting[0]
-        if answer.saved is not None and self._context.copying:
-            return None  # it may come into the stream that is copied from; this step's decode copies
-        prompt: Sequence[int] = ()
-        if answer.saved is None:
-            # What another call's prompt computed in chunks is not, to the bit, what this answer's decodes computed.
-            prompt = answer.tokens[: answer.prompt_length] if self._shapes.exact else answer.tokens
-        if self._context.shared and self.running:
-            needed = self._cache.lacking(prompt, answer.call.adapter) if prompt else len(answer.tokens)
-            spare = len(self.running)  # a token for each of the others, so that it is not sent away again at once
-            if self._cache.free + self._cache.cached < needed + spare:
-                return None
+        prompt = self._to_look_for(answer)
         place = self._cache.take(prompt, answer.call.adapter, aside=answer.saved is None)
         assert place is not None
         self.waiting.popleft()
@@ -366,6 +382,26 @@ class Batcher:
         if answer.saved is not None:
             self._restore(answer)
         return answer
+
+    def _may_start(self, answer: Answer) -> bool:
+        """Whether there is a stream for it (beyond the slots only if it has tokens) and room for what it has to compute."""
+        if len(self.running) >= (self._context.streams if answer.generated else self._context.slots):
+            return False
+        if answer.saved is not None and self._context.copying:
+            return False  # it may come into the stream that is copied from; this step's decode copies
+        if not (self._context.shared and self.running):
+            return True
+        prompt = self._to_look_for(answer)
+        needed = self._cache.lacking(prompt, answer.call.adapter) if prompt else len(answer.tokens)
+        spare = len(self.running)  # a token for each of the others, so that it is not sent away again at once
+        return self._cache.free + self._cache.cached >= needed + spare
+
+    def _to_look_for(self, answer: Answer) -> Sequence[int]:
+        """The tokens whose beginning may be in the cache; none, where its cells are saved."""
+        if answer.saved is not None:
+            return ()
+        # What another call's prompt computed in chunks is not, to the bit, what this answer's decodes computed.
+        return answer.tokens[: answer.prompt_length] if self._shapes.exact else answer.tokens
 
     def _restore(self, answer: Answer) -> None:
         assert answer.saved is not None

@@ -103,7 +103,7 @@ class Drafting:
         except ReplicaFailed as error:
             raise BadModelFile(f"The draft model: {error.message}") from None
         self._context.forget(0, 0)
-        costs = measure(target, self._context, token, min(len(self._streams), target.streams), mark)
+        costs = measure(target, self._context, token, min(len(self._streams), target.slots), mark)
         if costs.hopeless:
             self._context.close()
             self._context = None

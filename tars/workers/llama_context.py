@@ -69,8 +69,18 @@ def shares_cells(spec: LoadSpec) -> bool:
     return spec.kv_tokens is not None and spec.kv_tokens < spec.slots * spec.context
 
 
+def spare_streams(spec: LoadSpec, model: Model) -> int:
+    """Sequences beyond the slots for answers that were begun elsewhere: as many as there are slots, where a sequence costs no memory.
+
+    That is where the slots share their cells; a recurrent model has a state for each in any case.
+    """
+    if not shares_cells(spec) or not model.forgets_partly or spec.kv_tokens is None:
+        return 0
+    return max(0, min(spec.slots, STREAMS_MOST - spec.slots, spec.kv_tokens - spec.slots))
+
+
 class Context:
-    """KV cache and compute buffers of `spec.slots` sequences of `spec.context` tokens each.
+    """KV cache and compute buffers of `spec.slots` sequences of `spec.context` tokens each, and of `spare` more.
 
     One stream per sequence where each has all its cells (faster on a CPU, and the only layout whose results do not depend on what else
     runs); llama.cpp's unified cache where the slots share them.
@@ -85,6 +95,7 @@ class Context:
         chunk: int,
         flash_attention: bool,
         abort: AbortFlag | None = None,
+        spare: int = 0,
     ) -> None:
         """`chunk`: tokens of one decode at most; `abort`: of another context, to be stopped with it. Raises `DoesNotFit` where memory is
         short, `ReplicaFailed` for settings that contradict each other.
@@ -95,18 +106,19 @@ class Context:
                 f"llama.cpp computes at most {STREAMS_MOST} sequences at once, not {spec.slots}. Set fewer slots."
             )
         self.shared = shares_cells(spec)
-        self.streams = spec.slots
+        self.slots = spec.slots
+        self.streams = spec.slots + spare
         self.native_seconds = 0.0
         self.decodes = 0
         self.copying = False
         """Streams are still to be copied: the next decode does that first. `set_state` writes at once and must not come before it."""
         self.abort = AbortFlag() if abort is None else abort
-        size = max(chunk, spec.slots)
+        size = max(chunk, self.streams)
         params = api.llama_context_default_params()
         params.n_ctx = spec.kv_tokens if self.shared else spec.context * spec.slots
         params.n_batch = max(spec.batch, size)
         params.n_ubatch = min(params.n_batch, max(spec.micro_batch, size))
-        params.n_seq_max = spec.slots
+        params.n_seq_max = self.streams
         params.kv_unified = self.shared
         params.n_threads = params.n_threads_batch = spec.threads
         params.flash_attn_type = int(flash_attention)

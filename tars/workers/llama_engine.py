@@ -127,7 +127,7 @@ class LlamaEngine:
             self._drafting = None
         self._context = warm.context
         self._cache = KvCache(
-            spec.slots,
+            warm.context.streams,
             spec.kv_tokens if warm.context.shared and spec.kv_tokens is not None else spec.slots * spec.context,
             shared=warm.context.shared,
             partial=self._model.forgets_partly,

@@ -113,7 +113,7 @@ def measure(context: Context, model: Model, *, room: int, chunk: int, mark: Call
     count = max(1, min(chunk, room - 1, int(2 * PART_SECONDS / single)))
     prefill = best(first, count, 0)
     depth = max(0, min(DEPTH, room - 2, int(PART_SECONDS / prefill * count))) if partly else 0
-    every = range(context.streams)
+    every = range(context.slots)
     if depth * len(every) * prefill / count > PART_SECONDS:
         depth = 0
     for stream in every if depth else ():
@@ -131,11 +131,11 @@ def least_exact_rows(context: Context, model: Model, room: int) -> int | None:
     row goes through kernels of its own (measured: F16 weights). None where there is no such number, or where the model could not forget
     the token that is computed along with a single one. The context is empty before and after.
     """
-    if context.streams == 1:
+    if context.slots == 1:
         return 1
     ordinary = [token for token in range(model.tokens) if model.pieces[token]] or [0]
     depth = max(1, min(24, room - 2))
-    every = range(context.streams)
+    every = range(context.slots)
 
     def fill() -> None:
         for stream in every:
@@ -158,7 +158,7 @@ def least_exact_rows(context: Context, model: Model, room: int) -> int | None:
             fill()
         return logits
 
-    counts = [count for count in (1, 2, 3, 4, 5, 8, 13, 16, context.streams) if count <= context.streams]
+    counts = [count for count in (1, 2, 3, 4, 5, 8, 13, 16, context.slots) if count <= context.slots]
     fill()
     rows = {count: row(range(count)) for count in counts}
     empty()

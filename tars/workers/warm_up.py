@@ -17,7 +17,7 @@ from tars.workers.adapters import Adapters
 from tars.workers.batcher import ALONE_SECONDS, JOIN_SECONDS, Shapes
 from tars.workers.drafting import Drafting
 from tars.workers.engine import LoadSpec, Progress
-from tars.workers.llama_context import Context, shares_cells
+from tars.workers.llama_context import Context, shares_cells, spare_streams
 from tars.workers.llama_library import NativeLog
 from tars.workers.llama_model import Model
 from tars.workers.llama_sampling import check_finite
@@ -58,7 +58,8 @@ def warm_up(
         room = max(2, spec.kv_tokens // spec.slots)
 
     def made(flash_attention: bool) -> Context:
-        return Context(model, spec, log, chunk=most, flash_attention=flash_attention)
+        spare = spare_streams(spec, model)
+        return Context(model, spec, log, chunk=most, flash_attention=flash_attention, spare=spare)
 
     def measured_now(context: Context) -> measurement.Measurement:
         return measurement.measure(context, model, room=room, chunk=most, mark=mark)

@@ -227,6 +227,74 @@ def test_a_full_cache_sends_the_youngest_away_and_nobody_notices(tiny_gguf: Path
     engine.thread.close()
 
 
+@pytest.mark.parametrize("generated", [0, 10])
+def test_who_was_begun_elsewhere_does_not_wait_for_a_slot(tiny_gguf: Path, tmp_path: Path, generated: int) -> None:
+    """Slots that share their cells: there is a stream beyond them, and for nobody who begins."""
+    engine = Collected(LlamaEngine(), tiny_gguf, slots=2, kv_tokens=1000, tuned=TUNED)
+    long = {"max_tokens": 200, "logit_bias": {"4": -100.0, "2": -100.0}}
+    short = {**long, "max_tokens": 40}
+    wanted = engine.ask("3 hello", **short).text
+    moving = engine.submit("3 hello", **short)
+    engine.until_tokens(moving, 10)
+    saved = engine.saved(moving, tmp_path / "state")
+    running = [engine.submit(f"{number} hello", **long) for number in range(2)]
+    waiting = [engine.submit(f"{number} hello", **short) for number in (5, 6)]
+    for number in running:
+        engine.until_tokens(number, 2)
+    tokens = saved.generated[:generated]
+    resume = Resume(generated=[tokens], handed_out=[len(tokens)], seed=saved.seed)
+    resumed = engine.submit("3 hello", resume=resume, **short)
+    order = []
+    while not {*running, *waiting, resumed} <= engine.ends.keys():
+        number = engine.take()
+        if number in engine.ends:
+            order.append(number)
+        assert engine.engine.counters().running <= 2 + bool(generated)
+    assert engine.ends[resumed].text == wanted
+    assert order.index(resumed) == (0 if generated else 4)
+    assert sorted(order[: 2 + bool(generated)]) == sorted([*running, *([resumed] if generated else [])])
+    assert sorted(order) == sorted([*running, *waiting, resumed])
+    engine.thread.close()
+
+
+def test_where_every_stream_is_taken_one_that_has_given_nothing_gives_way_to_one_that_was_begun(
+    tiny_gguf: Path, tmp_path: Path
+) -> None:
+    """Streams with cells of their own: there are no more of them than slots."""
+    engine = Collected(LlamaEngine(), tiny_gguf, context=2048, slots=2, exact=True)
+    long = {"max_tokens": 300, "logit_bias": {"4": -100.0, "2": -100.0}}
+    short = {**long, "max_tokens": 40}
+    prompt = SYSTEM * 4
+    wanted = [engine.ask(text, **short).text for text in ("3 hello", prompt)]
+    while actions := engine.engine._cache.drop_oldest():
+        engine.engine._context.perform(actions)
+    moving = engine.submit("3 hello", **short)
+    engine.until_tokens(moving, 10)
+    saved = engine.saved(moving, tmp_path / "state")
+    running = engine.submit("1 hello", **long)
+    engine.until_tokens(running, 2)
+    resume = Resume(generated=[saved.generated], handed_out=[len(saved.generated)], seed=saved.seed)
+    prefilled = engine.engine._batcher._prefill_for
+    resumed = []
+
+    def then(pace: object) -> bool:
+        """The answer comes when a first chunk of the long prompt is computed."""
+        done = prefilled(pace)
+        if not resumed and any(0 < each.position < each.prompt_length for each in engine.engine._batcher.running):
+            resumed.append(engine.submit("3 hello", resume=resume, **short))
+        return done
+
+    engine.engine._batcher._prefill_for = then
+    coming = engine.submit(prompt, **short)
+    order = []
+    while not {running, coming} <= engine.ends.keys():
+        order.append(engine.take())
+    assert engine.engine.counters().preemptions == 1
+    assert [engine.ends[resumed[0]].text, engine.ends[coming].text] == wanted
+    assert order.index(resumed[0]) < order.index(coming)
+    engine.thread.close()
+
+
 def test_cells_that_found_no_place_in_ram_are_computed_again(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Collected(LlamaEngine(), tiny_gguf, context=512, slots=3, kv_tokens=512)
     monkeypatch.setattr("tars.workers.batcher.SWAPPED_MOST", 0)
