@@ -181,7 +181,7 @@ def why_not_settled(nodes: Sequence[VirtualNode]) -> str | None:
     up = [node for node in nodes if node.up and not node.removed]
     if not up:
         return None
-    expected = {node.id: _expected(node) for node in nodes}
+    expected = {node.id: _expected(node, up) for node in nodes}
     for node in up:
         if (why := _why_view_differs(node, up, nodes, expected)) is not None:
             return why
@@ -197,12 +197,19 @@ def why_not_settled(nodes: Sequence[VirtualNode]) -> str | None:
     return why_not_placed(up)
 
 
-def _expected(node: VirtualNode) -> MemberState | None:
+def _expected(node: VirtualNode, up: Sequence[VirtualNode]) -> MemberState | None:
     if node.removed:
         return None
     if node.up:
         return MemberState.DRAINING if node.draining else MemberState.ALIVE
-    return MemberState.LEFT if node.left else MemberState.DEAD
+    if node.left or (node.ever_left and all(_sees_left(each, node) for each in up)):
+        return MemberState.LEFT  # or it came back, and broke before anybody heard of it
+    return MemberState.DEAD
+
+
+def _sees_left(observer: VirtualNode, node: VirtualNode) -> bool:
+    seen = observer.machine.view().members.get(node.id)
+    return seen is not None and seen.state is MemberState.LEFT
 
 
 def _why_view_differs(

@@ -110,6 +110,7 @@ class VirtualNode:
         self.lost = False
         """As `Records.lost`: a simulated disk is never damaged, only lost."""
         self.left = False
+        self.ever_left = False
         """It said good-bye, and is down."""
         self.returns = True
         """Whether it comes back when it is down."""
@@ -217,7 +218,7 @@ class VirtualNode:
         self.tell(Leave())
         for unsaved in self._unsaved:
             self._save(unsaved)
-        self.left = True
+        self.left = self.ever_left = True
         self.crash()
 
     def pause(self) -> None:
