@@ -110,8 +110,8 @@ class VirtualNode:
         self.lost = False
         """As `Records.lost`: a simulated disk is never damaged, only lost."""
         self.left = False
-        self.ever_left = False
         """It said good-bye, and is down."""
+        self.ever_left = False
         self.returns = True
         """Whether it comes back when it is down."""
         self.backlog: list[Callable[[], None]] = []
