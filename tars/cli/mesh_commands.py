@@ -140,6 +140,12 @@ def key() -> None:
     """API keys of clients, good on every node of the mesh. Needs an admin key, or this PC's own user."""
 
 
+FIRST_KEY = (
+    "\nIt is the first one: from now on every node refuses calls without a key, but those of `tars` on the node's own PC "
+    "(with TARS_STATE_DIR, where its state folder is not the default)."
+)
+
+
 @key.command("new")
 @click.argument("name")
 @click.option("--admin", is_flag=True, help="It may also make tokens and keys, and remove nodes.")
@@ -156,6 +162,7 @@ def new_key(connection: Connection, name: str, admin: bool) -> int:
         Text(
             f"That is the {'admin ' if made.admin else ''}key of {plain(made.name)}. It is kept nowhere and not shown again. Send it as "
             f"Authorization: Bearer KEY, or set TARS_API_KEY; `tars key revoke {plain(made.name)}` ends it."
+            + (FIRST_KEY if made.first else "")
         ),
         soft_wrap=True,
     )

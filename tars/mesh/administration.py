@@ -173,8 +173,9 @@ class Administration:
 
     def new_key(self, params: KeyNewParams) -> KeyNewResult:
         """A key; it is shown this once."""
+        first = not self._keys.exist
         key = self._keys.new(params.name, admin=params.admin)
-        return KeyNewResult(name=params.name, key=key, admin=params.admin)
+        return KeyNewResult(name=params.name, key=key, admin=params.admin, first=first)
 
     def keys(self) -> KeysResult:
         """By name."""

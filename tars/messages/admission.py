@@ -99,6 +99,10 @@ class KeyNewResult(Message):
     name: str
     key: str
     admin: bool
+    first: bool = Field(
+        default=False,
+        description="No other key works at this node: until now it may have answered calls without one, and does so no longer.",
+    )
 
 
 class KeyDescription(Message):

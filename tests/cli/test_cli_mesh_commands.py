@@ -137,6 +137,14 @@ def test_a_key_stands_alone_on_its_line_and_is_not_said_twice(mesh: Any, tars: C
     assert ran.out == "tars-the-key\n"
     assert "tars-the-key" not in ran.err
     assert "not shown again" in ran.err
+    assert "without a key" not in ran.err
+
+
+def test_who_makes_the_first_key_hears_what_that_changes(mesh: Any, tars: Callable[..., Any]) -> None:
+    mesh.answers["mesh.key_new"] = KeyNewResult(name="laptop", key="tars-the-key", admin=False, first=True)
+    ran = tars("key", "new", "laptop")
+    assert ran.out == "tars-the-key\n"
+    assert "from now on every node refuses calls without a key" in ran.err
 
 
 @pytest.mark.parametrize("name", ["a b", "", "-x", "a/b", "é", "x" * 64])

@@ -97,6 +97,7 @@ def test_who_used_a_token_is_listed_by_name_and_a_revoked_one_is_revoked(one: Me
 
 def test_a_key_is_shown_once_listed_and_revoked(one: MeshNode) -> None:
     made = one.administration.new_key(KeyNewParams(name="laptop", admin=True))
+    assert made.first
     assert one.keys.holder(made.key) is not None
     listed = one.administration.keys().keys
     assert [(each.name, each.admin, each.source) for each in listed] == [("laptop", True, "mesh")]
@@ -109,7 +110,7 @@ def test_a_key_is_shown_once_listed_and_revoked(one: MeshNode) -> None:
 def test_keys_of_the_configuration_are_listed_as_such() -> None:
     keys = ClientKeys(MemoryStore(PC1), {"me": "correct-horse-battery"})
     administration = Administration(keys, MemoryStore(PC1))
-    administration.new_key(KeyNewParams(name="a"))
+    assert not administration.new_key(KeyNewParams(name="a")).first
     assert [(each.name, each.source) for each in administration.keys().keys] == [("a", "mesh"), ("me", "configuration")]
 
 
