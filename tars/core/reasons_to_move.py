@@ -15,7 +15,7 @@ from tars.core.coordination_view import CoordinationSettings, Scene
 from tars.core.crowded_devices import CrowdedDevices
 from tars.core.making_room import Ground, Relocation, Room
 from tars.core.placement_wants import Circumstances, Load
-from tars.core.types import Assignment, DeviceId, NodeId, Plan, ReplicaId, ReplicaState
+from tars.core.types import Assignment, DeviceId, NodeId, Plan, ReplicaState
 
 _Key = TypeVar("_Key")
 
@@ -111,13 +111,13 @@ class ReasonsToMove:
     @staticmethod
     def _parts(apart: Mapping[str, Relocation], scene: Scene) -> DueMove | None:
         """So that a model outlives its node."""
-        for model in _most_urgent_first(apart, scene):
-            home = apart[model]
-            source = scene.home[home.assignment.node].name
-            return DueMove(
-                home, f"{model} is on {source} more than once, and {home.node.name} goes on with it when {source} dies"
-            )
-        return None
+        if not apart:
+            return None
+        model = _most_urgent_first(apart, scene)[0]
+        home = apart[model]
+        source = scene.home[home.assignment.node].name
+        gain = f"{model} is on {source} more than once, and {home.node.name} goes on with it when {source} dies"
+        return DueMove(home, gain)
 
 
 def _ground(scene: Scene, found: Plan, circumstances: Circumstances) -> Ground:
@@ -126,10 +126,9 @@ def _ground(scene: Scene, found: Plan, circumstances: Circumstances) -> Ground:
 
 def _at_rest(scene: Scene, found: Plan) -> bool:
     """Everything that is planned runs, everything that is ordered is planned, and no device's memory is in motion."""
-    planned: dict[ReplicaId, Assignment] = {each.replica: each for each in found.assignments}
     return (
-        all(scene.state(each) is not None for each in planned.values())
-        and all(replica in planned for replica in scene.ordered)
+        all(scene.state(each) is not None for each in found.assignments)
+        and scene.ordered.keys() <= {each.replica for each in found.assignments}
         and not scene.in_motion()
     )
 

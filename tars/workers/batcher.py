@@ -191,7 +191,7 @@ class Batcher:
 
     def _make_way(self) -> None:
         """Where a begun answer finds no stream, one that has given nothing yet goes back to the queue: its caller notices nothing."""
-        while self.waiting and self.waiting[0].generated and len(self.running) >= self._context.streams:
+        while self.waiting and self.waiting[0].generated and not self._cache.streams_free():
             victim = next((answer for answer in reversed(self.running) if not answer.generated), None)
             if victim is None:
                 return
@@ -385,7 +385,7 @@ class Batcher:
 
     def _may_start(self, answer: Answer) -> bool:
         """Whether there is a stream for it (beyond the slots only if it has tokens) and room for what it has to compute."""
-        if len(self.running) >= (self._context.streams if answer.generated else self._context.slots):
+        if not self._cache.streams_free() or (not answer.generated and len(self.running) >= self._context.slots):
             return False
         if answer.saved is not None and self._context.copying:
             return False  # it may come into the stream that is copied from; this step's decode copies
